@@ -1,0 +1,216 @@
+"""The frozen backbone: a Transformers causal LM run without its head, and proof that its hidden states are the right ones.
+
+Dims: N sequences, T sequence length, D hidden size (width of what the head receives), V vocabulary of the head.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from bottleneck.config import BackboneConfig
+from bottleneck.errors import UserError, check
+
+log = logging.getLogger(__name__)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class FullHead:
+    """The backbone's own head: logits = cap(scale · (h Wᵀ + b)), with cap(x) = c · tanh(x / c) where there is a cap c."""
+
+    W_VD: Tensor
+    bias_V: Optional[Tensor] = None
+    scale: float = 1.0
+    softcap: Optional[float] = None
+
+    @property
+    def plain(self) -> bool:
+        """True where the head is W alone, as in the paper."""
+        return self.bias_V is None and self.scale == 1.0 and self.softcap is None
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Hidden states [..., D] to logits [..., V], in the dtype of W."""
+        z = F.linear(h.to(self.W_VD.dtype), self.W_VD, self.bias_V)
+        if self.scale != 1.0:
+            z = z * self.scale
+        return z if self.softcap is None else torch.tanh(z / self.softcap) * self.softcap
+
+
+def label(cfg: BackboneConfig) -> str:
+    """The backbone's name in files and pictures."""
+    if cfg.name:
+        return cfg.name if not cfg.revision else f"{cfg.name}@{cfg.revision}"
+    last = Path(cfg.path).name or cfg.path
+    return last if not cfg.revision else f"{last}@{cfg.revision}"
+
+
+def _source(cfg: BackboneConfig) -> dict[str, Any]:
+    kwargs: dict[str, Any] = {"revision": cfg.revision, "trust_remote_code": cfg.trust_remote_code}
+    if cfg.gguf_file:
+        kwargs["gguf_file"] = cfg.gguf_file
+    return {k: v for k, v in kwargs.items() if v is not None}
+
+
+def _check_path(cfg: BackboneConfig) -> None:
+    """A path that looks local must exist: otherwise Transformers would search the Hub for it and report that."""
+    path = Path(cfg.path).expanduser()
+    local = path.is_absolute() or cfg.path.startswith((".", "~")) or cfg.path.count("/") > 1
+    check(not local or path.is_dir(), f"backbone.path={cfg.path}: no such folder")
+    if cfg.gguf_file and path.is_dir():
+        found = ", ".join(sorted(p.name for p in path.glob("*.gguf"))) or "none"
+        check((path / cfg.gguf_file).is_file(), f"backbone.gguf_file={cfg.gguf_file}: not in {path}; GGUF files there: {found}")
+
+
+def _load(what: str, cfg: BackboneConfig, load):
+    try:
+        return load()
+    except UserError:
+        raise
+    except (OSError, ValueError, ImportError, KeyError) as error:  # what Transformers raises for bad names and files
+        where = cfg.path + (f" (revision {cfg.revision})" if cfg.revision else "")
+        raise UserError(f"backbone.path={where}: cannot load its {what}: {error}") from error
+
+
+def load_tokenizer(cfg: BackboneConfig):
+    """The backbone's tokenizer. Raises UserError where there is none, or it has no end-of-text token."""
+    _check_path(cfg)
+    if cfg.tokenizer:
+        kwargs: dict[str, Any] = {"trust_remote_code": cfg.trust_remote_code}
+        tokenizer = _load("tokenizer", cfg, lambda: AutoTokenizer.from_pretrained(cfg.tokenizer, **kwargs))
+    else:
+        tokenizer = _load("tokenizer", cfg, lambda: AutoTokenizer.from_pretrained(cfg.path, **_source(cfg)))
+    check(tokenizer.eos_token_id is not None, f"backbone {label(cfg)}: its tokenizer has no end-of-text token to join documents")
+    return tokenizer
+
+
+def load_shape(cfg: BackboneConfig) -> tuple[int, Optional[int], int]:
+    """Hidden size the head receives, context length (None: no limit) and vocabulary, from the config alone (no weights)."""
+    _check_path(cfg)
+    text = _load("config", cfg, lambda: AutoConfig.from_pretrained(cfg.path, **_source(cfg))).get_text_config()
+    # OPT-350m projects its hidden states to the width of the embeddings before the head
+    width = getattr(text, "word_embed_proj_dim", None) or text.hidden_size
+    context = getattr(text, "max_position_embeddings", None)
+    return width, context if context and context > 0 else None, text.vocab_size
+
+
+class Backbone(nn.Module):
+    """Hidden states that the model's own head receives; frozen, always in eval mode, never in a checkpoint.
+
+    Attributes:
+        head: the model's own `FullHead` (its tensors are the model's, not copies).
+        family: Transformers' model type, for messages.
+        hash: identity of the weights, independent of the dtype they are loaded in.
+    """
+
+    def __init__(self, model: nn.Module, name: str):
+        super().__init__()
+        self.name = name
+        self.family = model.config.model_type
+        lm_head = model.get_output_embeddings()
+        check(lm_head is not None and hasattr(lm_head, "weight"), f"backbone {name}: family {self.family} has no linear LM head")
+        self.body = getattr(model, model.base_model_prefix, None)
+        check(self.body is not None and self.body is not model, f"backbone {name}: family {self.family} has no body without its head")
+        self.lm_head = lm_head  # kept as a submodule, so that it moves along between devices
+        self.requires_grad_(False)
+        self.eval()
+        config = model.config.get_text_config()
+        self._scale = _logit_scale(config)
+        self._softcap = getattr(config, "final_logit_softcapping", None)
+        self._parity(model)
+        self.hash = _weights_hash(self)
+
+    @classmethod
+    def load(cls, cfg: BackboneConfig, device_type: str = "cpu") -> "Backbone":
+        """Load weights from the Hub, a local folder or a GGUF file, and prove that the hidden states are right.
+
+        Args:
+            device_type: "cuda" or "cpu": what dtype "auto" stands for (bfloat16 or float32).
+        Raises: UserError where it cannot be loaded, or the family's logits are not its hidden states times its head.
+        """
+        _check_path(cfg)
+        name = cfg.dtype if cfg.dtype != "auto" else ("bfloat16" if device_type == "cuda" else "float32")
+        kwargs = {**_source(cfg), "dtype": DTYPES[name], "low_cpu_mem_usage": True}
+        if cfg.attn_implementation:
+            kwargs["attn_implementation"] = cfg.attn_implementation
+        transformers.utils.logging.disable_progress_bar()
+        model = _load("weights", cfg, lambda: AutoModelForCausalLM.from_pretrained(cfg.path, **kwargs))
+        return cls(model, label(cfg))
+
+    @property
+    def head(self) -> FullHead:
+        return FullHead(self.lm_head.weight, getattr(self.lm_head, "bias", None), self._scale, self._softcap)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.lm_head.weight.shape[1]
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the head, padding rows included."""
+        return self.lm_head.weight.shape[0]
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Stays in eval mode: dropout would change what the heads are trained on."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, ids_NT: Tensor) -> Tensor:
+        """Token ids [N, T] to hidden states [N, T, D] after the final norm."""
+        return self.body(input_ids=ids_NT, use_cache=False).last_hidden_state
+
+    @torch.no_grad()
+    def _parity(self, model: nn.Module) -> None:
+        """hidden state x own head must equal the model's logits, on a probe batch (random ids, fixed seed)."""
+        was_training = model.training
+        model.eval()
+        size = min(self.vocab_size, model.get_input_embeddings().weight.shape[0])
+        device = self.lm_head.weight.device
+        ids = torch.randint(0, size, (2, 16), generator=torch.Generator().manual_seed(0)).to(device)
+        wanted = model(input_ids=ids, use_cache=False).logits.float()
+        got = self.head.logits(self(ids)).float()
+        model.train(was_training)
+        if got.shape == wanted.shape:
+            error = ((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)).item()
+            # both sides run the same product in the same dtype: what is allowed is another order of summation
+            if error < (1e-4 if wanted.dtype == self.lm_head.weight.dtype else 2e-2):
+                return
+            detail = f"relative error {error:.2g}"
+        else:
+            detail = f"shapes {list(got.shape)} and {list(wanted.shape)}"
+        raise UserError(
+            f"backbone {self.name}: family {self.family} is not supported: its logits are not its last hidden states "
+            f"times its head ({detail}); it does something between the two that bottleneck does not know"
+        )
+
+
+def _logit_scale(config: Any) -> float:
+    """Cohere multiplies its logits by logit_scale, Granite divides them by logits_scaling."""
+    scale = getattr(config, "logit_scale", None)
+    if scale is not None:
+        return float(scale)
+    divisor = getattr(config, "logits_scaling", None)
+    return 1.0 if divisor is None else 1.0 / float(divisor)
+
+
+def _weights_hash(backbone: nn.Module, samples: int = 4096) -> str:
+    """Identity of the weights: names, shapes, and evenly spaced values of every tensor rounded to bfloat16.
+
+    Rounding makes it the same whatever dtype the weights are loaded in; sampling keeps it fast for billions of them.
+    """
+    digest = hashlib.sha256()
+    for name, p in sorted(backbone.named_parameters()):
+        flat = p.detach().reshape(-1)
+        picked = flat[:: max(1, flat.numel() // samples)]
+        digest.update(f"{name}{list(p.shape)}".encode())
+        digest.update(picked.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,113 @@
+"""Checkpoints and head files: written whole or not at all, read without running foreign code."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from safetensors.torch import save_file
+
+from bottleneck.errors import UserError, check
+from bottleneck.heads import HeadBank
+
+LAST = Path("checkpoints") / "last.ckpt"
+
+
+def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` make a file beside `path`, then rename it: `path` is never half-written. Raises UserError on a full disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(part)
+        with open(part, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        raise UserError(f"{path}: cannot be written: {error}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoint files. Its own writer goes through the system's temporary folder, and moving a file from
+    another disk is not atomic; this one stays in the checkpoint's folder. Reading is limited to tensors and plain values."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Optional[Any] = None) -> None:
+        write_atomic(Path(path), lambda part: torch.save(checkpoint, part))
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: Optional[bool] = None) -> dict[str, Any]:
+        return read_checkpoint(Path(path))
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Raises UserError where the file is missing, damaged, or not one of ours."""
+    check(path.is_file(), f"ckpt_path={path}: no such file")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged zip, a foreign pickle: torch raises many kinds
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"ckpt_path={path}: damaged or not a checkpoint: {first[:200]}") from error
+    check(isinstance(checkpoint, dict) and "bottleneck" in checkpoint, f"ckpt_path={path}: not a checkpoint of bottleneck")
+    return checkpoint
+
+
+def find_checkpoint(ckpt_path: Optional[str], run_dir: Path) -> Optional[Path]:
+    """The file to go on from, or None to start at step 0.
+
+    `last` without a checkpoint starts anew, so a command with ckpt_path=last can be repeated until it is through.
+    Raises UserError where a folder already holds a run that would be overwritten.
+    """
+    last = run_dir / LAST
+    if ckpt_path is None:
+        check(not last.exists(), f"hydra.run.dir={run_dir}: holds a run already; give ckpt_path=last to go on with it, or another folder")
+        return None
+    if ckpt_path == "last":
+        return last if last.exists() else None
+    check(Path(ckpt_path).is_file(), f"ckpt_path={ckpt_path}: no such file; give last or a checkpoint file")
+    return Path(ckpt_path)
+
+
+# What may change between a run and its resumption without changing the heads.
+FREE = {"trainer", "logger", "ckpt_path"}
+
+
+def check_same_run(stored: dict[str, Any], current: dict[str, Any], path: Path) -> None:
+    """A resumed run must be the run that was stored. Raises UserError naming the first key that differs."""
+    a, b = _flat(stored), _flat(current)
+    for key in sorted(a.keys() | b.keys()):
+        if key.split(".")[0] in FREE or key == "data.cache_dir":
+            continue
+        check(a.get(key) == b.get(key), f"{key}={b.get(key)}: the run in {path} has {a.get(key)}; a run is resumed with the settings it began with")
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: list(tree) if isinstance(tree, tuple) else tree}
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return out
+
+
+def save_heads(bank: HeadBank, folder: Path, metadata: dict[str, str]) -> None:
+    """Final heads as `<key>.safetensors` with tensors A [V, r] and B [r, d]."""
+    for key in bank.keys:
+        head = bank[key]
+        tensors = {"A": head.A.detach().cpu().contiguous(), "B": head.B.detach().cpu().contiguous()}
+        about = metadata | {"rank": str(key.rank), "lr": repr(key.lr), "seed": str(key.seed)}
+        write_atomic(folder / f"{key.name}.safetensors", lambda part: save_file(tensors, part, metadata=about))
+
+
+class SaveLast(pl.Callback):
+    """checkpoints/last.ckpt every `every` steps and after the last one."""
+
+    def __init__(self, run_dir: Path, every: int):
+        self.path, self.every = run_dir / LAST, every
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
+        if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
+            trainer.save_checkpoint(self.path)

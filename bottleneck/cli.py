@@ -1,0 +1,85 @@
+"""Bad input on the command line: one line that says what, where and what is allowed, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from typing import Callable
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf.errors import OmegaConfBaseException
+
+from bottleneck.config import unknown_key
+from bottleneck.errors import UserError
+
+SHOW = "HYDRA_FULL_ERROR"  # Hydra's switch for full tracebacks; set by the user it still shows them
+OURS = "BOTTLENECK_ONE_LINE"
+
+
+failures: list[str] = []  # one line for each job of this process that ended with a UserError
+
+
+def job(work: Callable[[], object]) -> None:
+    """Run one Hydra job. A UserError is printed as one line and remembered: the next jobs of a multirun still run.
+
+    Raised through Hydra it would be printed with a second line; on a cluster it is raised, so that the job counts as failed.
+    """
+    run = HydraConfig.get()
+    try:
+        work()
+    except UserError as error:
+        if "BasicLauncher" not in run.launcher.get("_target_", ""):
+            raise
+        name = f"job {run.job.num} ({run.job.override_dirname}): " if run.mode == RunMode.MULTIRUN else ""
+        failures.append(f"{name}{error}")
+        print(f"error: {failures[-1]}", file=sys.stderr)
+
+
+def one_line_errors(main: Callable[[], None]) -> int:
+    """Run a Hydra main function; returns the exit code."""
+    wanted_by_user = os.environ.get(SHOW) == "1" and OURS not in os.environ
+    os.environ[SHOW] = os.environ[OURS] = "1"  # else Hydra prints several lines of its own and exits with 1
+    try:
+        main()
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        if wanted_by_user:
+            raise
+        print(f"error: {error if isinstance(error, UserError) else explain(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; go on with ckpt_path=last and the same hydra.run.dir", file=sys.stderr)
+        return 130
+    return 2 if failures else 0
+
+
+def explain(error: BaseException) -> str:
+    """One line from the errors of Hydra and OmegaConf, the innermost cause first."""
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: cannot be read as KEY=VALUE: {str(error).split('See https')[0].strip()}"
+    chain: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        chain.append(str(cause))
+        cause = cause.__cause__
+    text = "\n".join(chain)
+    unknown = re.search(r"Key '([^']+)' (?:is not in struct|not in '\w+')[\s\S]*?full_key: (\S+)", text)
+    unknown = unknown or re.search(r"Could not override '(([^']+))'[\s\S]*append to your config", text)
+    if unknown:
+        return unknown_key(unknown.group(2).lstrip("+~"))
+    pattern = r"(Value '[^\n]+|Cannot convert [^\n]+|[^\n]*could not be converted[^\n]*)\n[\s\S]*?full_key: (\S+)"
+    value = re.search(pattern, text)
+    if value:
+        return f"{value.group(2)}: {value.group(1).strip()}"
+    inner = re.search(r"UserError raised while resolving interpolation: ([^\n]+)", text)
+    if inner:
+        return inner.group(1)
+    pattern = r"Could not find '([^']+)'\s*(?:Available options in '[^']+':\s*([\s\S]*?))?(?:\n\n|Config search path|$)"
+    missing = re.search(pattern, text)
+    if missing:
+        group, _, name = missing.group(1).rpartition("/")
+        options = " ".join((missing.group(2) or "").split())
+        return f"{group}={name}: no such choice; allowed are {options or 'the files in conf/' + group}"
+    return " ".join((chain[0] if isinstance(error, HydraException) else chain[-1]).split())

@@ -1,0 +1,148 @@
+"""The result of a run: perplexity against rank, as curve.json, curve.csv, a picture and a table; merged across runs.
+
+    python -m bottleneck.curve RUN_DIR… --out DIR
+
+Runs that differ in backbone, text, budget or recipe stay separate lines: only heads that are comparable share one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any, Iterable
+
+from rich.console import Console
+from rich.table import Table
+
+from bottleneck.checkpoint import write_atomic
+from bottleneck.errors import UserError, check
+from bottleneck.picture import draw
+
+SCHEMA = 1
+# A line of the picture: everything that must be equal for two heads to be comparable.
+IDENTITY = ("backbone_hash", "data_hash", "tokens", "recipe")
+HEAD_COLUMNS = ("rank", "lr", "seed", "init", "parameters", "loss", "perplexity", "bits_per_byte", "initial_loss", "status", "best")
+
+
+def mark_best(heads: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Sort by init, rank, rate and seed; `best` is true for the lowest validation loss of each init and rank."""
+    heads = sorted(heads, key=lambda h: (h["init"], h["rank"], h["lr"], h["seed"]))
+    winners: dict[tuple, dict[str, Any]] = {}
+    for h in heads:
+        h["best"] = False
+        place = (h["init"], h["rank"])
+        if h["status"] == "ok" and (place not in winners or h["loss"] < winners[place]["loss"]):
+            winners[place] = h
+    for h in winners.values():
+        h["best"] = True
+    return heads
+
+
+def merge(curves: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Curves of several runs, as one curve for each identity. Raises UserError where one head has two results."""
+    lines: dict[str, dict[str, Any]] = {}
+    for c in curves:
+        identity = json.dumps([c[k] for k in IDENTITY], sort_keys=True)
+        line = lines.setdefault(identity, {**c, "heads": []})
+        known = {(h["init"], h["rank"], h["lr"], h["seed"]): h for h in line["heads"]}
+        for h in c["heads"]:
+            twin = known.get((h["init"], h["rank"], h["lr"], h["seed"]))
+            if twin is None:
+                line["heads"].append(dict(h))
+                continue
+            check(twin["loss"] == h["loss"], f"curve.json: rank {h['rank']}, lr {h['lr']}, seed {h['seed']} has two results, {twin['loss']} and {h['loss']}; merge one run of it")
+    return [{**line, "heads": mark_best(line["heads"])} for line in lines.values()]
+
+
+def read(paths: Iterable[Path], skip: Path) -> list[dict[str, Any]]:
+    """Every curve.json below some run folders (a multirun's folder holds its jobs'). Raises UserError for bad ones."""
+    curves: list[dict[str, Any]] = []
+    for path in paths:
+        files = [path] if path.is_file() else sorted(path.rglob("curve.json"))
+        files = [f for f in files if f.parent.resolve() != skip.resolve()]
+        check(bool(files), f"{path}: no curve.json there; give the folder of a finished run, or of a multirun")
+        for file in files:
+            try:
+                content = json.loads(file.read_text())
+                found = content.get("curves", [content])
+                bad = [k for c in found for k in (*IDENTITY, "heads", "reference", "schema") if k not in c]
+                check(not bad, f"{file}: not a curve of bottleneck, it lacks {', '.join(bad)}")
+                check(all(c["schema"] == SCHEMA for c in found), f"{file}: schema {found[0]['schema']}, this version reads {SCHEMA}")
+            except (ValueError, AttributeError, TypeError) as error:
+                raise UserError(f"{file}: not a curve of bottleneck: {error}") from error
+            curves += found
+    return curves
+
+
+def write(curves: list[dict[str, Any]], out: Path) -> None:
+    """curve.json (one curve as it is, several under "curves"), curve.csv and curve.png into `out`."""
+    content = curves[0] if len(curves) == 1 else {"schema": SCHEMA, "curves": curves}
+    text = json.dumps(content, indent=1, allow_nan=False)
+
+    def rows(part: Path) -> None:
+        with open(part, "w", newline="") as f:
+            writer = csv.writer(f)
+            writer.writerow(("backbone", "data", "tokens", *HEAD_COLUMNS))
+            for c in curves:
+                for h in c["heads"]:
+                    writer.writerow((c["backbone"], c["data"], c["tokens"], *(h[k] for k in HEAD_COLUMNS)))
+
+    write_atomic(out / "curve.json", lambda part: part.write_text(text + "\n"))
+    write_atomic(out / "curve.csv", rows)
+    write_atomic(out / "curve.png", lambda part: draw(curves, part))
+
+
+def show(curves: list[dict[str, Any]], console: Console) -> None:
+    """Print the best head of every rank beside the backbone's own head."""
+    for c in curves:
+        table = Table(title=f"{c['backbone']} on {c['data']}, {c['tokens']:,} training tokens", title_justify="left")
+        for column in ("rank", "lr", "parameters", "loss", "perplexity", "bits/byte", "at start"):
+            table.add_column(column, justify="right")
+        inits = sorted({h["init"] for h in c["heads"]})
+        if len(inits) > 1:
+            table.add_column("init")
+        for h in c["heads"]:
+            if h["best"]:
+                cells = [str(h["rank"]), f"{h['lr']:.3g}", f"{h['parameters']:,}", *_numbers(h), _cell(h["initial_loss"], ".4f")]
+                table.add_row(*cells, *([h["init"]] if len(inits) > 1 else []))
+        reference = c["reference"]
+        table.add_row("own head", "", f"{c['vocab_size'] * c['hidden_size']:,}", *_numbers(reference), "", style="bold")
+        console.print(table)
+        lost = [f"rank {h['rank']} lr {h['lr']:.3g} seed {h['seed']}" for h in c["heads"] if h["status"] != "ok"]
+        if lost:
+            console.print(f"diverged: {', '.join(lost)}")
+
+
+def _numbers(row: dict[str, Any]) -> list[str]:
+    perplexity = row["perplexity"]
+    form = ",.2f" if perplexity is None or perplexity < 1e5 else ".3g"
+    return [_cell(row["loss"], ".4f"), _cell(perplexity, form), _cell(row["bits_per_byte"], ".4f")]
+
+
+def _cell(value: Any, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bottleneck.curve", description="Merge runs into one curve.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="folder of a run or a multirun")
+    parser.add_argument("--out", required=True, type=Path, help="folder for curve.json, curve.csv, curve.png")
+    args = parser.parse_args(argv)
+    try:
+        for run in args.runs:
+            check(run.exists(), f"{run}: no such folder")
+        curves = merge(read(args.runs, skip=args.out))
+        write(curves, args.out)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    show(curves, Console())
+    print(f"wrote {args.out}/curve.json, curve.csv, curve.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

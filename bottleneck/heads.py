@@ -1,0 +1,85 @@
+"""Low-rank heads `W = A B` and the bank that trains many of them on one hidden state.
+
+Dims: N tokens, D hidden size, R rank, V vocabulary, H heads. W_VD = A_VR @ B_RD (Godey et al. 2024, Sec. 5.1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from decimal import Decimal
+
+import torch
+from torch import Tensor, nn
+
+from bottleneck.errors import UserError
+from bottleneck.losses import linear_cross_entropy
+
+
+@dataclass(frozen=True)
+class HeadKey:
+    """What tells one head of a bank from another. Everything about a head follows from its key and the run's config."""
+
+    rank: int
+    lr: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """File and module name without dots, such as r64_lr1e-2_s0; exact to 6 digits of the rate."""
+        d = Decimal(f"{self.lr:.6g}").normalize().as_tuple()
+        return f"r{self.rank}_lr{''.join(map(str, d.digits))}e{d.exponent}_s{self.seed}"
+
+
+class LowRankHead(nn.Module):
+    """One head: parameters A [V, R] and B [R, D] in float32."""
+
+    def __init__(self, vocab_size: int, rank: int, hidden_size: int):
+        super().__init__()
+        self.A = nn.Parameter(torch.zeros(vocab_size, rank))
+        self.B = nn.Parameter(torch.zeros(rank, hidden_size))
+
+    @property
+    def parameters_count(self) -> int:
+        """r (V + d): what the learning rate is scaled by."""
+        return self.A.numel() + self.B.numel()
+
+    @torch.no_grad()
+    def set(self, A_VR: Tensor, B_RD: Tensor) -> None:
+        self.A.copy_(A_VR)
+        self.B.copy_(B_RD)
+
+
+class HeadBank(nn.Module):
+    """Heads keyed by (rank, learning rate, seed), all reading the same hidden states.
+
+    Heads share nothing but their input: the sum of their losses has for each head the gradient of its own loss alone,
+    so a head trained in a bank is the head trained by itself, bit for bit on a CPU.
+
+    Attributes:
+        keys: the heads' keys, in order.
+        diverged: [H] flags, 1.0 for heads whose gradient has been non-finite; on the device, saved with the heads.
+    """
+
+    def __init__(self, keys: list[HeadKey], vocab_size: int, hidden_size: int, loss_impl: str = "chunked"):
+        super().__init__()
+        names = [k.name for k in keys]
+        doubled = {n for n in names if names.count(n) > 1}
+        if doubled:
+            raise UserError(f"ranks, rates and seeds: the head {', '.join(sorted(doubled))} is there twice (rates count to 6 digits)")
+        self.keys, self.loss_impl = keys, loss_impl
+        self.heads = nn.ModuleDict({k.name: LowRankHead(vocab_size, k.rank, hidden_size) for k in keys})
+        self.register_buffer("diverged", torch.zeros(len(keys)))
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, key: HeadKey) -> LowRankHead:
+        return self.heads[key.name]  # type: ignore[return-value]
+
+    def losses(self, h_ND: Tensor, y_N: Tensor) -> Tensor:
+        """Summed cross-entropy of every head on the same tokens: [H], nats, float32."""
+        losses = [
+            linear_cross_entropy(h_ND, head.A, head.B, y_N, impl=self.loss_impl, reduction="sum")
+            for head in self.heads.values()
+        ]
+        return torch.stack(losses)

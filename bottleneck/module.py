@@ -1,0 +1,158 @@
+"""The LightningModule: one frozen forward, many heads. One training batch is one optimizer step."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Callable, Iterable, Optional
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from bottleneck.backbone import Backbone
+from bottleneck.config import OptimConfig
+from bottleneck.errors import check
+from bottleneck.heads import HeadBank
+from bottleneck.metrics import validate
+from bottleneck.optim import build_optimizer, clip_per_head, schedule
+
+
+class HeadSweep(pl.LightningModule):
+    """Trains the heads of a bank on the hidden states of a frozen backbone.
+
+    Args:
+        start: gives the bank its initial values, on the training device; called once, before step 0, never on a resume.
+        validation: (process, processes) -> that process's validation batches.
+        config: what is stored in checkpoints, as plain values.
+
+    Attributes:
+        initial, final: validation losses {head name: nats} at step 0 and after the last step.
+        reference: validation loss of the backbone's own head; validation_tokens: tokens they are means over.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        bank: HeadBank,
+        optim: OptimConfig,
+        steps: int,
+        micro_batch: int,
+        start: Callable[[HeadBank], None],
+        validation: Callable[[int, int], Iterable],
+        config: dict[str, Any],
+        log_every: int = 10,
+    ):
+        super().__init__()
+        self.automatic_optimization = False  # a step is several forward passes and one reduction of gradients
+        self.strict_loading = False  # checkpoints hold the heads only
+        self.backbone, self.bank = backbone, bank
+        # DDP neither broadcasts nor buckets what never changes
+        frozen = [*backbone.named_parameters(prefix="backbone"), *backbone.named_buffers(prefix="backbone")]
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in frozen]
+        self.optim, self.steps, self.micro_batch = optim, steps, micro_batch
+        self.start, self.validation, self.config = start, validation, config
+        self.log_every = log_every
+        self.initial: dict[str, float] = {}
+        self.final: dict[str, float] = {}
+        self.reference: Optional[float] = None
+        self.validation_tokens = 0
+        self.step_tokens = 0
+
+    def configure_optimizers(self) -> Any:
+        optimizer = build_optimizer(self.bank, self.optim)
+        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(self.optim, self.steps))]
+
+    def on_fit_start(self) -> None:
+        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        check(
+            world == self.trainer.world_size,
+            f"trainer.devices: {world} processes are running, {self.trainer.world_size} are configured",
+        )
+
+    def on_train_start(self) -> None:
+        if self.global_step == 0:
+            self.start(self.bank)
+            self.initial = self.validate()
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        """batch: token ids [N, T+1] of this process; gradients of its micro-batches add up, then one update."""
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        tokens = batch.shape[0] * (batch.shape[1] - 1)
+        micros = batch.split(self.micro_batch)
+        losses = torch.zeros(len(self.bank), device=batch.device)
+        optimizer.zero_grad()
+        for i, ids in enumerate(micros):
+            h_ND = self.backbone(ids[:, :-1]).flatten(0, 1)
+            sums = self.bank.losses(h_ND, ids[:, 1:].flatten())
+            with contextlib.nullcontext() if i == len(micros) - 1 else self._unsynced():
+                self.manual_backward(sums.sum() / tokens)
+            losses += sums.detach()
+        norms = clip_per_head(self.bank, self.optim.clip)
+        optimizer.step()
+        rates = scheduler.get_last_lr()
+        scheduler.step()
+        self.step_tokens = tokens * self.trainer.world_size
+        if self.global_step % self.log_every == 0 or self.global_step == self.steps:
+            self._log_step(losses / tokens, norms, rates)
+
+    def _unsynced(self) -> Any:
+        """DDP reduces gradients with a step's last micro-batch only."""
+        no_sync = getattr(self.trainer.model, "no_sync", None)
+        return no_sync() if no_sync is not None else contextlib.nullcontext()
+
+    def on_fit_end(self) -> None:
+        # runs also where a finished run is resumed, so its curve can be written again
+        self.final = self.validate()
+
+    def validate(self) -> dict[str, float]:
+        """Validate and log: {head name: loss}. All processes call it together."""
+        trainer = self.trainer
+        batches = self.validation(trainer.global_rank, trainer.world_size)
+        losses, self.reference, self.validation_tokens = validate(self.backbone, self.bank, batches)
+        named = {key.name: loss for key, loss in zip(self.bank.keys, losses)}
+        self._log({f"val/loss/{name}": loss for name, loss in named.items()} | {"val/loss/full": self.reference})
+        return named
+
+    def _log_step(self, losses: Tensor, norms: Tensor, rates: list[float]) -> None:
+        rows: dict[str, float] = {}
+        for key, loss, norm, lr in zip(self.bank.keys, losses.tolist(), norms.tolist(), rates):
+            rows |= {f"train/loss/{key.name}": loss, f"train/grad_norm/{key.name}": norm, f"train/lr/{key.name}": lr}
+        self._log(rows)
+
+    def _log(self, rows: dict[str, float]) -> None:
+        tokens = self.global_step * self.step_tokens
+        for logger in self.trainer.loggers:
+            logger.log_metrics({"tokens": tokens, **rows}, step=self.global_step)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["state_dict"]
+        for name in [n for n in state if n.startswith("backbone.")]:
+            del state[name]
+        checkpoint["bottleneck"] = {
+            "config": self.config,
+            "backbone": self.backbone.hash,
+            "heads": [key.name for key in self.bank.keys],
+            "initial": self.initial,
+            "step_tokens": self.step_tokens,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        mine = checkpoint.get("bottleneck", {})
+        check(
+            mine.get("backbone") == self.backbone.hash,
+            f"ckpt_path: its heads were trained on other backbone weights ({mine.get('backbone')}, "
+            f"here {self.backbone.hash}: {self.backbone.name})",
+        )
+        self.initial, self.step_tokens = mine["initial"], mine["step_tokens"]
+
+
+class ValidateEvery(pl.Callback):
+    """Validation on the way, every `every` steps. Stands before the callback that saves, so that a checkpoint of a step
+    is never without its validation."""
+
+    def __init__(self, every: int):
+        self.every = every
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
+        if trainer.global_step % self.every == 0 and trainer.global_step < module.steps:
+            module.validate()

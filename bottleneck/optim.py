@@ -1,0 +1,110 @@
+"""Learning rates from parameter counts, AdamW with one group a head, its schedule, and clipping per head."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Callable
+
+import torch
+from torch import Tensor
+
+from bottleneck.config import OptimConfig
+from bottleneck.heads import HeadBank, HeadKey
+
+# lr_ref (the full-rank head's rate) and gamma by head.init: measured, see launch/LOG.md
+POWER_DEFAULTS = {"fisher": (2e-3, 0.8), "svd": (2e-3, 0.8), "scaled": (8e-3, 0.6), "normal": (8e-3, 0.6)}
+
+
+def power_rate(c: OptimConfig, init: str, rank: int, hidden_size: int, vocab_size: int) -> float:
+    """lr = lr_ref · (n_ref / n)^γ with n = r (V + d) trainable parameters; 3 significant digits.
+
+    The paper searches a rate per rank because n changes with r (its Fig. 11); this is the rule through such a search.
+    """
+    default_ref, default_gamma = POWER_DEFAULTS[init]
+    lr_ref = default_ref if c.lr_ref is None else c.lr_ref
+    gamma = default_gamma if c.gamma is None else c.gamma
+    n_ref = hidden_size * (vocab_size + hidden_size) if c.n_ref is None else c.n_ref
+    return float(f"{lr_ref * (n_ref / (rank * (vocab_size + hidden_size))) ** gamma:.3g}")
+
+
+def rates(c: OptimConfig, init: str, rank: int, hidden_size: int, vocab_size: int) -> list[float]:
+    """The learning rates to train at one rank."""
+    if c.lr is not None:
+        return list(c.lr)
+    if c.lr_rule == "table":
+        return [float(c.table[rank])]
+    power = power_rate(c, init, rank, hidden_size, vocab_size)
+    if c.lr_rule == "power":
+        return [power]
+    return list(c.lrs) if c.lrs is not None else [float(f"{power * f:.3g}") for f in c.grid_factors]
+
+
+def bank_keys(c: OptimConfig, init: str, ranks: list[int], seeds: list[int], hidden_size: int, vocab_size: int) -> list[HeadKey]:
+    """The bank: ranks x rates x seeds."""
+    return [
+        HeadKey(rank, lr, seed)
+        for rank in ranks
+        for lr in rates(c, init, rank, hidden_size, vocab_size)
+        for seed in seeds
+    ]
+
+
+class HeadAdamW(torch.optim.AdamW):
+    """PyTorch's fused AdamW, with a flag per parameter group that skips the group's update.
+
+    The fused kernels already take such a flag (`found_inf`, made for loss scaling); here every group has its own, so a
+    diverged head stays as it is without the host ever asking the device.
+
+    Args: flags: [groups], 1.0 where a group is skipped; read at every step.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], flags: Tensor, **options: Any):
+        super().__init__(groups, fused=True, **options)
+        self.flags = flags
+
+    def _init_group(self, group: dict[str, Any], *args: Any) -> Any:
+        index = next(i for i, g in enumerate(self.param_groups) if g is group)
+        self.found_inf = self.flags[index]
+        return super()._init_group(group, *args)
+
+
+def build_optimizer(bank: HeadBank, c: OptimConfig) -> HeadAdamW:
+    """One parameter group a head, at its own rate."""
+    groups = [{"params": [bank[key].A, bank[key].B], "lr": key.lr, "name": key.name} for key in bank.keys]
+    return HeadAdamW(groups, bank.diverged, betas=tuple(c.betas), eps=c.eps, weight_decay=c.weight_decay)
+
+
+def schedule(c: OptimConfig, steps: int) -> Callable[[int], float]:
+    """Share of the peak rate at a step: linear warm-up, then cosine down to `lr_final` at the last step."""
+    warmup = max(1, round(c.warmup * steps))
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+        return c.lr_final + (1 - c.lr_final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return factor
+
+
+@torch.no_grad()
+def clip_per_head(bank: HeadBank, clip: float | None) -> Tensor:
+    """Scale each head's gradient to norm `clip` at most, each by itself; flag heads whose norm is not finite.
+
+    Clipping over all heads together (as Lightning's gradient_clip_val does) would make a head depend on its company.
+    A non-finite loss always has a non-finite gradient (softmax of an infinite logit is NaN), and gradients are already
+    equal on all processes here, so every process flags alike. Nothing waits for the device.
+
+    Returns: gradient norms before clipping, [H].
+    """
+    norms = []
+    for i, key in enumerate(bank.keys):
+        grads = [p.grad for p in bank[key].parameters()]
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads]))
+        if clip is not None:
+            scale = (clip / (norm + 1e-6)).clamp(max=1.0)
+            for g in grads:
+                g.mul_(scale)
+        bank.diverged[i].copy_(torch.maximum(bank.diverged[i], (~torch.isfinite(norm)).float()))
+        norms.append(norm)
+    return torch.stack(norms)

@@ -1,0 +1,85 @@
+"""Perplexity against rank, drawn as in Fig. 6 of Godey et al. 2024."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+PAPER_MARK = 1000  # "degrades visibly below r ≈ 1000, whatever the model's size" (Godey et al. 2024, Fig. 6)
+
+
+def labels(curves: list[dict[str, Any]]) -> list[str]:
+    """Names of the lines: the backbone, and whatever else tells them apart."""
+    parts = [[c["backbone"]] for c in curves]
+    for key in ("data", "tokens"):
+        if len({c[key] for c in curves}) > 1:
+            for part, c in zip(parts, curves):
+                part.append(f"{c[key]:,} tokens" if key == "tokens" else str(c[key]))
+    for key in sorted({k for c in curves for k in c["recipe"]}):
+        if len({str(c["recipe"].get(key)) for c in curves}) > 1:
+            for part, c in zip(parts, curves):
+                part.append(f"{key} {c['recipe'].get(key)}")
+    for key in ("backbone_hash", "data_hash"):  # the same name for different weights or text
+        for part, c in zip(parts, curves):
+            if sum(p == part for p in parts) > 1:
+                part.append(str(c[key])[:6])
+    return [", ".join(part) for part in parts]
+
+
+def draw(curves: list[dict[str, Any]], path: Path) -> None:
+    """One colour a line; dashed: the backbone's own head; dotted: before training; faint: heads that are not the best."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    figure, axes = plt.subplots(figsize=(7.2, 4.6), dpi=150, layout="constrained")
+    colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    ranks: set[int] = set()
+    values: list[float] = []
+    number = 0
+    for curve, label in zip(curves, labels(curves)):
+        inits = sorted({h["init"] for h in curve["heads"]})
+        first = colours[number % len(colours)]
+        for init in inits:
+            colour = colours[number % len(colours)]
+            number += 1
+            heads = [h for h in curve["heads"] if h["init"] == init and h["status"] == "ok" and h["perplexity"]]
+            best = [h for h in heads if h["best"]]
+            rest = [h for h in heads if not h["best"]]
+            ranks |= {h["rank"] for h in heads}
+            values += [h["perplexity"] for h in best]
+            name = f"{label}, {init}" if len(inits) > 1 else label
+            axes.plot([h["rank"] for h in best], [h["perplexity"] for h in best], "o-", color=colour, label=name, ms=5)
+            axes.plot([h["rank"] for h in rest], [h["perplexity"] for h in rest], "o", color=colour, alpha=0.25, ms=3)
+            if init == "fisher":
+                axes.plot([h["rank"] for h in best], [2.718281828459045 ** min(h["initial_loss"], 600) if h["initial_loss"] is not None else float("nan") for h in best],
+                          ":", color=colour, lw=1.2, label=f"{name}, closed form (no training)")  # fmt: skip
+        own = curve["reference"]["perplexity"]
+        if own:
+            values.append(own)
+            axes.axhline(own, color=first, ls="--", lw=1, label=f"{label}, own head ({own:.4g})")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    if ranks:
+        axes.xaxis.set_major_locator(FixedLocator(sorted(ranks)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
+        if len(ranks) > 8:
+            axes.tick_params(axis="x", rotation=45)
+        if min(ranks) <= PAPER_MARK <= max(ranks):
+            axes.axvline(PAPER_MARK, color="0.6", ls="-.", lw=1, label="r = 1000 (Godey et al. 2024)")
+    if values:  # an untrained start far above must not flatten the curve
+        low, high = min(values), max(values)
+        axes.set_ylim(low / (high / low) ** 0.08 / 1.02, high * (high / low) ** 0.15 * 1.02)
+        ticks = [m * 10**e for e in range(0, 7) for m in (1, 1.5, 2, 3, 4, 5, 7) if low / 1.3 <= m * 10**e <= high * 1.5]
+        axes.yaxis.set_major_locator(FixedLocator(ticks))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.set_xlabel("rank r of the head W = AB")
+    axes.set_ylabel("validation perplexity")
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, frameon=False)
+    figure.savefig(path, format="png")
+    plt.close(figure)

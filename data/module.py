@@ -1,0 +1,112 @@
+"""Prepared tokens as batches: one training batch is one optimizer step of one process.
+
+Which sequences a step holds depends on `data.seed` and the global batch alone, not on the number of processes or
+micro-batches. Dims: N sequences, T tokens predicted per sequence.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Optional
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from bottleneck.errors import check
+from data.prepare import Corpus
+
+IGNORE = -100  # target that does not count
+
+
+class StepBatches(Dataset):
+    """Item `step` is this process's share of that step's sequences, [N, T+1] ids: inputs and targets overlap."""
+
+    def __init__(self, corpus: Corpus, block: int, batch: int, steps: int, seed: int, bos: Optional[int], rank=0, world=1):
+        self.tokens, self.block, self.batch, self.steps, self.bos = corpus.train, block, batch, steps, bos
+        self.rank, self.share = rank, batch // world
+        blocks = (len(self.tokens) - 1) // block
+        self.order = np.random.default_rng(seed).permutation(blocks)
+        needed, have = steps * batch * block, blocks * block
+        check(needed <= have, f"tokens: {needed} are asked for, {corpus.name} has {have} training tokens in blocks of {block}")
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def blocks(self, indices: np.ndarray) -> Tensor:
+        """Token ids [len(indices), T+1] of some blocks of the stream."""
+        starts = indices[:, None] * self.block + np.arange(self.block + 1)
+        ids = torch.from_numpy(self.tokens[starts].astype(np.int64))
+        if self.bos is not None:
+            ids[:, 0] = self.bos
+        return ids
+
+    def __getitem__(self, step: int) -> Tensor:
+        first = step * self.batch + self.rank * self.share
+        return self.blocks(self.order[first : first + self.share])
+
+    def calibration(self, tokens: int) -> Tensor:
+        """The first sequences of the training order, at least `tokens` of them where there are as many: [N, T+1]."""
+        count = min(math.ceil(tokens / self.block), len(self.order))
+        return self.blocks(self.order[:count])
+
+
+class ValidationBlocks(Dataset):
+    """Every validation token is predicted exactly once, over all processes: item = (inputs [T], targets [T])."""
+
+    def __init__(self, corpus: Corpus, block: int, bos: Optional[int], rank=0, world=1):
+        self.tokens, self.block, self.bos = corpus.validation, block, bos
+        self.indices = range(rank, math.ceil((len(self.tokens) - 1) / block), world)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, item: int) -> tuple[Tensor, Tensor]:
+        start = self.indices[item] * self.block
+        ids = torch.from_numpy(self.tokens[start : start + self.block + 1].astype(np.int64))
+        inputs = torch.full((self.block,), int(ids[0]))
+        targets = torch.full((self.block,), IGNORE)
+        inputs[: len(ids) - 1], targets[: len(ids) - 1] = ids[:-1], ids[1:]
+        if self.bos is not None:
+            inputs[0] = self.bos
+        return inputs, targets
+
+
+def leading_bos(tokenizer: Any) -> Optional[int]:
+    """The id a tokenizer puts before every text (Llama, Gemma, OPT), or None (Pythia, GPT-2).
+
+    Backbones that were always given one (Gemma above all) need it, so every block then begins with it, as context only.
+    """
+    ids = tokenizer("a")["input_ids"]
+    return ids[0] if len(ids) > 1 and ids[0] == tokenizer.bos_token_id else None
+
+
+class TextData(pl.LightningDataModule):
+    """The batches of a run. Position is saved and restored by the stateful loader, exactly.
+
+    Raises: UserError where the training tokens are fewer than the budget.
+    """
+
+    def __init__(self, corpus: Corpus, block: int, batch: int, steps: int, micro_batch: int, seed: int, bos: Optional[int]):
+        super().__init__()
+        self.corpus, self.block, self.batch, self.steps = corpus, block, batch, steps
+        self.micro_batch, self.seed, self.bos = micro_batch, seed, bos
+        self._steps(0, 1)  # refuses a budget beyond the corpus now, before any weights are loaded
+
+    def _steps(self, rank: int, world: int) -> StepBatches:
+        return StepBatches(self.corpus, self.block, self.batch, self.steps, self.seed, self.bos, rank, world)
+
+    def calibration(self, tokens: int) -> Tensor:
+        return self._steps(0, 1).calibration(tokens)
+
+    def train_dataloader(self) -> StatefulDataLoader:
+        trainer = self.trainer
+        pin = trainer.strategy.root_device.type == "cuda"
+        return StatefulDataLoader(self._steps(trainer.global_rank, trainer.world_size), batch_size=None, pin_memory=pin)
+
+    def validation_batches(self, rank: int = 0, world: int = 1) -> DataLoader:
+        """Batches (inputs [N, T], targets [N, T]) of this process's share of the validation text."""
+        return DataLoader(ValidationBlocks(self.corpus, self.block, self.bos, rank, world), batch_size=self.micro_batch)

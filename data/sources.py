@@ -1,0 +1,168 @@
+"""Where documents come from: local text files or a Hub dataset, read as a stream through `datasets`."""
+
+from __future__ import annotations
+
+import glob
+import logging
+import re
+from pathlib import Path
+from typing import Any, Iterable, Iterator, Optional
+
+from bottleneck.config import DataConfig, as_list
+from bottleneck.errors import UserError, check
+
+log = logging.getLogger(__name__)
+READERS = {".txt": "text", ".text": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+PACKED = (".zst", ".gz", ".xz", ".bz2")
+SAMPLE_BY = {"file": "document", "paragraph": "paragraph", "line": "line"}  # our words for the text reader's
+HELD_OUT_NAMES = ("validation", "valid", "val", "dev")
+
+
+def reader_of(path: str) -> str:
+    """`datasets` reader for a file name. Raises UserError for an unknown ending."""
+    name = Path(path)
+    suffix = Path(name.stem).suffix if name.suffix in PACKED else name.suffix
+    known = ", ".join(READERS)
+    check(suffix.lower() in READERS, f"data.files: {path} has an unknown ending; known are {known} (also with {', '.join(PACKED)})")
+    return READERS[suffix.lower()]
+
+
+def expand(key: str, patterns: Any) -> list[str]:
+    """Folders, globs and files, as a sorted list of files. Raises UserError where nothing is there."""
+    found: list[str] = []
+    for pattern in map(str, as_list(patterns)):
+        path = Path(pattern).expanduser()
+        if path.is_dir():
+            hits = [str(p) for p in path.rglob("*") if p.is_file() and p.name.lower() != "readme.md" and _known(p)]
+            check(bool(hits), f"{key}={pattern}: the folder holds no text; known endings are {', '.join(READERS)}")
+        else:
+            hits = [p for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
+            check(bool(hits), f"{key}={pattern}: no such file; give a file, a folder or a glob such as 'texts/*.jsonl.zst'")
+        found += [h for h in hits if h not in found]
+    return sorted(found)
+
+
+def _known(path: Path) -> bool:
+    suffix = Path(path.stem).suffix if path.suffix in PACKED else path.suffix
+    return suffix.lower() in READERS
+
+
+class Source:
+    """The documents of one config: `train()` and, where the text has them apart, `validation()`."""
+
+    def __init__(self, cfg: DataConfig):
+        self.cfg = cfg
+        self.files: list[str] = []
+        self.validation_files: list[str] = []
+        if cfg.files is not None:
+            files = expand("data.files", cfg.files)
+            if cfg.validation_files is not None:
+                self.validation_files = expand("data.validation_files", cfg.validation_files)
+            elif len(as_list(cfg.files)) == 1 and Path(str(as_list(cfg.files)[0])).expanduser().is_dir():
+                # a folder with validation.* beside train.* says itself what is held out
+                self.validation_files = [f for f in files if Path(f).name.lower().split(".")[0] in HELD_OUT_NAMES]
+            self.files = [f for f in files if f not in self.validation_files]
+            check(bool(self.files), f"data.files={cfg.files}: only validation files there, nothing to train on")
+            for path in self.files + self.validation_files:
+                reader_of(path)
+
+    @property
+    def name(self) -> str:
+        """Label of the text in curves."""
+        if self.cfg.name:
+            return self.cfg.name
+        if self.cfg.dataset:
+            return "/".join(filter(None, (self.cfg.dataset.split("/")[-1], self.cfg.subset)))
+        return ",".join(Path(str(p)).name for p in as_list(self.cfg.files))
+
+    @property
+    def has_validation(self) -> bool:
+        return bool(self.validation_files) or bool(self.cfg.dataset and self.cfg.validation_split)
+
+    def describe(self) -> dict[str, Any]:
+        """What the prepared tokens depend on, for the cache key. Local files count by path, size and time."""
+        c = self.cfg
+
+        def stat(paths: Iterable[str]) -> list:
+            return [[str(Path(p).resolve()), Path(p).stat().st_size, Path(p).stat().st_mtime_ns] for p in paths]
+
+        hub = [c.dataset, c.subset, c.split, c.validation_split] if c.dataset else None
+        return {
+            "files": stat(self.files),
+            "validation_files": stat(self.validation_files),
+            "hub": hub,
+            "text": [c.text_field, c.text_unit, c.document_start],
+            "split": None if self.has_validation else [c.seed, c.validation_fraction],
+            "limits": [c.max_tokens, c.validation_tokens],
+        }
+
+    def train(self) -> Iterator[str]:
+        return self._documents(self.files, self.cfg.split)
+
+    def validation(self) -> Iterator[str]:
+        return self._documents(self.validation_files, self.cfg.validation_split)
+
+    def _documents(self, files: list[str], split: Optional[str]) -> Iterator[str]:
+        rows = self._hub_rows(split) if self.cfg.dataset else self._file_rows(files)
+        if self.cfg.document_start:
+            rows = join_rows(rows, self.cfg.document_start)
+        return (row for row in rows if row.strip())
+
+    def _file_rows(self, files: list[str]) -> Iterator[str]:
+        for reader in ("text", "json", "parquet"):
+            paths = [f for f in files if reader_of(f) == reader]
+            if not paths:
+                continue
+            options: dict[str, Any] = {}
+            field = self.cfg.text_field
+            if reader == "text":
+                unit = self.cfg.text_unit
+                if unit == "auto":  # one file alone is a corpus, of several each is a document
+                    unit = "paragraph" if len(paths) == 1 else "file"
+                    log.info("data.text_unit=auto: a document is a %s", unit)
+                options["sample_by"] = SAMPLE_BY[unit]
+                field = "text"
+            yield from self._rows(paths[0], field, reader, data_files=paths, split="train", streaming=True, **options)
+
+    def _hub_rows(self, split: Optional[str]) -> Iterator[str]:
+        c = self.cfg
+        options: dict[str, Any] = {"split": split, "streaming": c.streaming}
+        if c.subset:
+            options["name"] = c.subset
+        return self._rows(f"data.dataset={c.dataset}", c.text_field, c.dataset, **options)
+
+    @staticmethod
+    def _rows(where: str, field: str, path: str, **options: Any) -> Iterator[str]:
+        import datasets
+
+        try:
+            stream = datasets.load_dataset(path, **options)
+            for batch in stream.iter(batch_size=256):
+                if field not in batch:
+                    columns = ", ".join(map(str, batch)) or "none"
+                    raise UserError(f"data.text_field={field}: no such column in {where}; columns there: {columns}")
+                for text in batch[field]:
+                    if text is not None and not isinstance(text, str):
+                        raise UserError(f"data.text_field={field}: holds {type(text).__name__}, not text, in {where}")
+                    if text:
+                        yield text
+        except UserError:
+            raise
+        except Exception as error:  # datasets, pyarrow, zstandard and the network each raise their own kinds
+            raise UserError(f"{where}: cannot be read as {path}: {type(error).__name__}: {error}") from error
+
+
+def join_rows(rows: Iterable[str], pattern: str) -> Iterator[str]:
+    """Join rows into documents; a row that matches `pattern` begins the next one."""
+    try:
+        starts = re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"data.document_start={pattern}: not a regular expression: {error}") from error
+    document: list[str] = []
+    for row in rows:
+        if starts.match(row) and document:
+            yield "".join(document)
+            document = []
+        document.append(row if row.endswith("\n") else row + "\n")
+    if document:
+        yield "".join(document)

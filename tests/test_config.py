@@ -1,0 +1,146 @@
+"""Configs: every YAML composes, bad input is one line with exit code 2 and no traceback, --help is a page."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from bottleneck import cli
+from bottleneck.config import RANK_LADDER, SCHEMA_KEYS, BackboneConfig, check_config, check_shapes, total_steps
+from bottleneck.errors import UserError
+from conftest import ROOT, composed, shell
+
+CONF = ROOT / "conf"
+GROUPS = {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in CONF.iterdir() if p.is_dir() and p.name != "hydra"}
+NEEDED = {("data", "local"): ["data.files=x.txt"], ("backbone", "local"): ["backbone.path=x"]}
+
+
+@pytest.mark.parametrize("group, name", [(g, n) for g, names in GROUPS.items() for n in names])
+def test_every_choice_composes_and_passes_the_checks(group, name):
+    extra = NEEDED.get((group, name), [])
+    if (group, name) == ("optim", "table"):
+        extra = ["optim.table={8:0.1,64:0.2}"]
+    c = check_config(composed([f"{group}={name}", *extra]))
+    assert total_steps(c) >= 1
+    if group == "backbone":
+        assert isinstance(c.backbone, BackboneConfig) and c.backbone.path
+
+
+def test_the_backbones_that_are_promised_are_there():
+    sizes = {"gpt2": ["", "-medium", "-large", "-xl"], "pythia": [f"-{s}" for s in "14m 31m 70m 160m 410m 1b 1.4b 2.8b 6.9b 12b".split()]}
+    wanted = {f + s for f, ss in sizes.items() for s in ss} | {"tiny", "local", "smollm2_135m", "smollm2_135m_gguf", "llama-2-7b", "gemma-2b", "opt-125m"}
+    assert wanted <= set(GROUPS["backbone"])
+    assert composed(["backbone=pythia-70m", "backbone.revision=step3000"]).backbone.revision == "step3000"
+
+
+def test_figure6_is_the_papers_protocol():
+    c = check_config(composed(["experiment=figure6"]))
+    assert (c.backbone.path, c.tokens, c.batch_size, c.data.block_size) == ("EleutherAI/pythia-1b", 150_000_000, 256, 2048)
+    assert total_steps(c) == 286 and c.data.max_tokens == 150_000_000
+    assert (c.optim.betas, c.optim.eps, c.optim.weight_decay, c.optim.clip) == ([0.9, 0.95], 1e-8, 0.1, 1.0)
+    assert (c.optim.warmup, c.optim.lr_final) == (0.01, 0.1)
+    assert check_shapes(c, 2048, 2048)[-1] == 2048
+    small = check_config(composed(["experiment=figure6", "backbone=pythia-160m"]))
+    assert small.backbone.path == "EleutherAI/pythia-160m"
+    assert check_shapes(small, 768, 2048) == [8, 16, 32, 64, 128, 256, 512, 768]
+
+
+def test_counts_and_lists():
+    c = check_config(composed(["tokens=150e6", "data=local", "data.files=x", "ranks=8", "seed=[1,2]"]))
+    assert c.tokens == 150_000_000 and isinstance(c.tokens, int) and c.ranks == [8] and c.seed == [1, 2]
+    assert check_config(composed(["optim.lrs=[1e-3,1e-2]"])).optim.lr_rule == "grid"
+    assert list(RANK_LADDER) == sorted(RANK_LADDER)
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("ranks=0", "ranks=0: must be a whole number of at least 1"),
+        ("ranks=[8,8]", "ranks: 8 is listed twice"),
+        ("ranks=[]", "give at least one"),
+        ("ranks=2.5", "whole number"),
+        ("ranks=many", "rank, a list of ranks, or auto"),
+        ("seed=-1", "seed=-1"),
+        ("optim.lr=-1e-3", "optim.lr=-0.001: must be a number above 0"),
+        ("optim.lr=nan", "optim.lr"),
+        ("optim.lrs=[1e-3,0]", "optim.lrs=0"),
+        ("optim=table", "optim.table: empty"),
+        ("optim.warmup=1", "optim.warmup"),
+        ("tokens=100", "less than one step"),
+        ("tokens=1.5", "whole number"),
+        ("batch_size=0", "batch_size"),
+        ("trainer.devices=3", "multiple of the 3 processes"),
+        ("head.init=magic", "head.init=magic: must be one of fisher, svd, scaled, normal"),
+        ("optim.lr_rule=magic", "must be one of power, table, grid"),
+        ("data.files=null", "either data.files"),
+        ("data=local", "give either data.files (local) or"),
+        ("backbone.dtype=int8", "must be one of auto"),
+        ("data.validation_fraction=0", "between 0 and 1"),
+    ],
+)
+def test_impossible_values(override, words):
+    with pytest.raises(UserError, match=re.escape(words)) as caught:
+        check_config(composed([override]))
+    assert "\n" not in str(caught.value)
+
+
+def test_limits_of_the_backbone():
+    c = check_config(composed(["ranks=[8,300]"]))
+    with pytest.raises(UserError, match="300 is above the hidden size of the backbone; allowed are 1 to 256"):
+        check_shapes(c, 256, 512)
+    with pytest.raises(UserError, match="data.block_size=512: longer than the backbone's context; allowed are 2 to 128"):
+        check_shapes(check_config(composed([])), 256, 128)
+    table = check_config(composed(["optim=table", "optim.table={8:0.1}", "ranks=[8,16]"]))
+    with pytest.raises(UserError, match="no rate for rank 16"):
+        check_shapes(table, 256, 512)
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("rank=8", "rank: unknown key; did you mean ranks?"),
+        ("optim.learning_rate=1", "optim.learning_rate: unknown key"),
+        ("+data.fles=x", "data.fles: unknown key; did you mean data.files?"),
+        ("batch_size=many", "batch_size: "),
+        ("backbone=gpt5", "backbone=gpt5: no such choice; allowed are"),
+        ("ranks=8,16", "multirun"),
+        ("ranks=[8", "ranks=[8"),
+    ],
+)
+def test_composition_errors_become_one_line(override, words):
+    """The same errors that the command prints, from the exceptions themselves."""
+    with pytest.raises(Exception) as caught:
+        check_config(composed([override]))
+    line = cli.explain(caught.value)
+    assert words in line and "\n" not in line, line
+
+
+@pytest.mark.parametrize("override, words", [("rank=8", "did you mean ranks?"), ("ranks=[8,300]", "allowed are 1 to 256"), ("tokens=1e9", "tokens: ")])
+def test_the_command_ends_with_code_2_and_one_line(tmp_path, override, words):
+    done = shell(override, f"hydra.run.dir={tmp_path / 'run'}")
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ") and words in lines[0]
+    assert not list((tmp_path / "run").glob("c*")) if (tmp_path / "run").exists() else True
+
+
+def test_help_is_a_page_and_true():
+    """Every dotted key that --help names exists, and so does every choice."""
+    page = shell("--help").stdout
+    assert "perplexity against the rank" in page and len(page.splitlines()) < 60
+    known = set(SCHEMA_KEYS)
+    for key in re.findall(r"\b((?:backbone|data|head|optim|trainer)\.[a-z_]+)\b", page):
+        assert key in known or key in ("data.files",), key
+    for group, names in GROUPS.items():
+        assert f"{group}: {', '.join(names)}" in page
+
+
+def test_every_key_is_documented():
+    """A sentence a field: each key of the schema has a comment on its line or is plain from its YAML comment."""
+    source = (ROOT / "bottleneck" / "config.py").read_text()
+    assert set(k.split(".")[-1] for k in SCHEMA_KEYS) <= set(re.findall(r"^    (\w+): ", source, re.M))
+    default = OmegaConf.to_container(composed([]), resolve=True)
+    assert Path(default["backbone"]["path"]).is_dir()

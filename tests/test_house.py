@@ -1,0 +1,67 @@
+"""The house rules that a machine can read: imports go one way, files stay small, nothing points at one machine."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+
+from conftest import ROOT
+
+# A module imports only what stands above it.
+ORDER = [
+    "bottleneck.errors", "bottleneck.config", "bottleneck.cli",
+    "bottleneck.losses.reference", "bottleneck.losses.chunked", "bottleneck.losses.linear", "bottleneck.losses",
+    "bottleneck.backbone", "bottleneck.heads", "bottleneck.initial", "bottleneck.optim", "bottleneck.metrics",
+    "bottleneck.module", "bottleneck.checkpoint", "bottleneck.tracking", "bottleneck.progress",
+    "bottleneck.picture", "bottleneck.curve",
+    "data.sources", "data.prepare", "data.module", "data.debian_text", "data.debian", "data.make_sample", "data.pretrain",
+    "train",
+]  # fmt: skip
+
+
+def modules():
+    for path in [ROOT / "train.py", *(ROOT / "bottleneck").rglob("*.py"), *(ROOT / "data").rglob("*.py")]:
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        yield name, path
+
+
+def test_imports_go_one_way():
+    seen = set()
+    for name, path in modules():
+        if name in ("bottleneck", "data"):
+            continue
+        assert name in ORDER, f"{name} has no place in the order"
+        seen.add(name)
+        for node in ast.walk(ast.parse(path.read_text())):
+            targets = []
+            if isinstance(node, ast.Import):
+                targets = [a.name for a in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                targets = [f"{node.module}.{a.name}" for a in node.names] + [node.module]
+            for target in targets:
+                if target in ORDER and target != name:
+                    assert ORDER.index(target) < ORDER.index(name), f"{name} imports {target}, which stands below it"
+    assert seen == set(ORDER)
+
+
+def test_files_are_small():
+    for path in [*(p for _, p in modules()), *(ROOT / "tests").glob("*.py")]:
+        assert len(path.read_text().splitlines()) <= 320, path
+
+
+def test_nothing_points_at_one_machine_or_holds_a_secret():
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    secret = re.compile(r"hf_[A-Za-z0-9]{20,}|WANDB_API_KEY\s*=\s*\w|(^|[^\w.])/(root|home)/\w+/")
+    for name in files:
+        path = ROOT / name
+        if path.is_file() and path.suffix in (".py", ".yaml", ".md", ".toml", ".sh", ".txt", "") and "sample" not in name:
+            assert not secret.search(path.read_text(errors="ignore")), name
+
+
+def test_torch_load_is_limited_to_tensors():
+    for _, path in modules():
+        text = path.read_text()
+        assert "pickle" not in re.sub(r"#.*|\"\"\"[\s\S]*?\"\"\"", "", text), path
+        for call in re.findall(r"torch\.load\([^)]*\)", text):
+            assert "weights_only=True" in call, path

@@ -1,0 +1,134 @@
+"""The losses: every implementation against float64, gradients against autograd, masks, shapes, memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bottleneck.losses import IMPLS, linear_cross_entropy
+
+# N, D, R, V: odd sizes, one token, rank 1, a vocabulary that no chunk divides
+SHAPES = [(252, 123, 17, 507), (1, 8, 1, 11), (300, 16, 48, 1000), (64, 32, 32, 320), (1030, 4, 2, 9000)]
+
+
+def truth(h, A, B, y, reduction):
+    """float64, straight from the definition."""
+    h, A, B = (t.detach().double().requires_grad_() for t in (h, A, B))
+    log_p = torch.log_softmax(h @ (A @ B).T, dim=-1)
+    keep = y != -100
+    loss = -log_p[keep].gather(1, y[keep][:, None]).sum()
+    loss = loss / keep.sum() if reduction == "mean" else loss
+    loss.backward()
+    return loss.detach(), h.grad, A.grad, B.grad
+
+
+def problem(shape, masked=True, scale=1.0, seed=0):
+    N, D, R, V = shape
+    g = torch.Generator().manual_seed(seed)
+    h = torch.randn(N, D, generator=g)
+    A, B = scale * torch.randn(V, R, generator=g), torch.randn(R, D, generator=g) / D**0.5
+    y = torch.randint(0, V, (N,), generator=g)
+    if masked and N > 1:
+        y[::3] = -100
+    return h, A, B, y
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_loss_and_gradients_equal_float64(impl, reduction, shape):
+    h, A, B, y = problem(shape)
+    for t in (h, A, B):
+        t.requires_grad_()
+    loss = linear_cross_entropy(h, A, B, y, impl=impl, reduction=reduction)
+    loss.backward()
+    wanted = truth(h, A, B, y, reduction)
+    for got, want in zip((loss, h.grad, A.grad, B.grad), wanted):
+        assert torch.allclose(got.double(), want, rtol=1e-4, atol=1e-5 * float(want.abs().max())), impl
+
+
+def test_bfloat16_is_as_close_as_plain_pytorch():
+    """Three ways: chunked in bfloat16 is at most a little further from the truth than plain PyTorch in bfloat16."""
+    h, A, B, y = problem((500, 64, 32, 2000))
+    h = h.bfloat16()
+    wanted = truth(h, A, B, y, "mean")
+    errors = {}
+    for impl in IMPLS:
+        a, b = A.clone().requires_grad_(), B.clone().requires_grad_()
+        loss = linear_cross_entropy(h, a, b, y, impl=impl)
+        loss.backward()
+        errors[impl] = [((g.double() - w).norm() / w.norm()).item() for g, w in zip((loss.detach(), a.grad, b.grad), (wanted[0], *wanted[2:]))]
+        assert a.grad.dtype == torch.float32
+    for chunked, plain in zip(errors["chunked"], errors["reference"]):
+        assert chunked <= 1.05 * plain + 1e-4, errors
+
+
+def test_large_logits_stay_finite():
+    """The literal N(0,1) start has losses above 1,000; a confident head has losses near 0. Both to float accuracy."""
+    for scale, shift in ((300.0, 0), (40.0, 1)):
+        h, A, B, y = problem((50, 16, 16, 400), masked=False, scale=scale)
+        if shift:
+            y = (h @ B.T @ A.T).argmax(-1)
+        got = linear_cross_entropy(h, A, B, y, reduction="sum").double()
+        want = truth(h, A, B, y, "sum")[0]
+        assert torch.isclose(got, want, rtol=1e-5, atol=1e-4), (got, want)
+
+
+def test_masked_rows_count_for_nothing():
+    """Garbage in masked rows changes nothing: loss and gradients equal those of the kept rows alone."""
+    h, A, B, y = problem((90, 12, 6, 70))
+    keep = y != -100
+    h[~keep] = 1e4
+    out = []
+    for hh, yy in ((h, y), (h[keep], y[keep])):
+        a, b = A.clone().requires_grad_(), B.clone().requires_grad_()
+        loss = linear_cross_entropy(hh, a, b, yy, reduction="sum")
+        loss.backward()
+        out.append((loss.detach(), a.grad, b.grad))
+    for one, other in zip(*out):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_leading_dims_and_errors():
+    h, A, B, y = problem((60, 12, 6, 70))
+    flat = linear_cross_entropy(h, A, B, y)
+    assert torch.equal(flat, linear_cross_entropy(h.view(3, 20, 12), A, B, y.view(3, 20)))
+    for bad in (dict(impl="fast"), dict(reduction="none")):
+        with pytest.raises(ValueError, match="must be"):
+            linear_cross_entropy(h, A, B, y, **bad)
+    with pytest.raises(ValueError, match="shapes do not fit"):
+        linear_cross_entropy(h, A.T, B, y)
+
+
+def test_chunked_never_holds_all_logits(monkeypatch):
+    """Largest tensor made inside the chunked loss: one chunk of logits, however many tokens there are."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(t, torch.Tensor):
+                    largest = max(largest, t.numel())
+            return out
+
+    from bottleneck.losses.chunked import chunk_rows
+
+    h, A, B, y = problem((5000, 8, 4, 20_000), masked=False)
+    A.requires_grad_(), B.requires_grad_()
+    with Watch():
+        linear_cross_entropy(h, A, B, y).backward()
+    assert largest <= chunk_rows(20_000, "cpu") * 20_000 < 5000 * 20_000 / 10
+
+
+def test_rank_of_the_head():
+    """rank(A B) ≤ r: the softmax bottleneck itself."""
+    h, A, B, y = problem((10, 40, 5, 90))
+    assert torch.linalg.matrix_rank(A @ B) == 5
+    logits = h @ B.T @ A.T
+    assert torch.linalg.matrix_rank(logits - logits.mean(-1, keepdim=True)) <= 5
+    assert torch.isclose(F.cross_entropy(logits[:9], y[1:]), linear_cross_entropy(h[:9], A, B, y[1:]), rtol=1e-5)
