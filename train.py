@@ -21,7 +21,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 import bottleneck
-from bottleneck import checkpoint, cli, config, curve, initial
+from bottleneck import checkpoint, checks, cli, config, curve, initial
 from bottleneck.backbone import Backbone, load_shape, load_tokenizer
 from bottleneck.config import TrainConfig
 from bottleneck.errors import UserError, check
@@ -125,9 +125,9 @@ def train(cfg: DictConfig, run_dir: Path) -> Result:
 
     Raises: UserError for whatever the user can mend, before any weights are loaded wherever that is possible.
     """
-    c = config.check_config(cfg)
+    c = checks.check_config(cfg)
     stored = dataclasses.asdict(c)
-    steps = config.total_steps(c)
+    steps = checks.total_steps(c)
     resume = checkpoint.find_checkpoint(c.ckpt_path, run_dir)
     resume_step = None
     if resume is not None:
@@ -140,7 +140,7 @@ def train(cfg: DictConfig, run_dir: Path) -> Result:
         log.info("ckpt_path=last: no checkpoint in %s yet, starting at step 0", run_dir)
 
     hidden_size, context, vocab_size = load_shape(c.backbone)
-    ranks = config.check_shapes(c, hidden_size, context)
+    ranks = checks.check_shapes(c, hidden_size, context)
     run_dir.mkdir(parents=True, exist_ok=True)
     trainer = build_trainer(c, steps, run_dir, resume_step)
     tokenizer = load_tokenizer(c.backbone)

@@ -1,8 +1,7 @@
 """The typed schema of a training run. Every key of `conf/` is declared here, with what it means.
 
-Hydra merges the YAML files into these dataclasses, so an unknown key or a wrong type is refused at composition;
-`check_config` then refuses what types cannot express, before any weights are loaded. Limits that need the backbone's
-shape (a rank above the hidden size, a block beyond the context) are in `check_shapes`.
+Hydra merges the YAML files into these dataclasses, so an unknown key or a wrong type is refused at composition; what
+types cannot express is refused in `bottleneck.checks`.
 """
 
 from __future__ import annotations
@@ -10,25 +9,17 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.util
-import math
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import OmegaConf
 
-from bottleneck.errors import UserError, check
+from bottleneck.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-INITS = ("fisher", "svd", "scaled", "normal")
-LR_RULES = ("power", "table", "grid")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-LOSS_IMPLS = ("reference", "chunked")
-TEXT_UNITS = ("auto", "file", "paragraph", "line")
-# `ranks: auto`: powers of two, then the paper's half steps, up to and including the hidden size.
-RANK_LADDER = (8, 16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 
 
 @dataclass
@@ -172,167 +163,7 @@ def _schema_keys(node: type, prefix: str = "") -> list[str]:
 SCHEMA_KEYS = _schema_keys(TrainConfig)  # every key there is, dotted
 
 
-def _flat_keys(cfg: DictConfig, prefix: str = "") -> list[str]:
-    """Keys of a composed config. Hydra lets +group.key=… past the schema, so they are compared again."""
-    out: list[str] = []
-    for key in cfg:
-        node = None if OmegaConf.is_missing(cfg, key) or OmegaConf.is_interpolation(cfg, key) else cfg[key]
-        out += _flat_keys(node, f"{prefix}{key}.") if isinstance(node, DictConfig) else [f"{prefix}{key}"]
-    return out
-
-
 def unknown_key(key: str) -> str:
     """The one line for a key that the schema does not have."""
     near = difflib.get_close_matches(key, SCHEMA_KEYS, n=1, cutoff=0.5)
     return f"{key}: unknown key{f'; did you mean {near[0]}?' if near else ''} (python train.py --help lists them)"
-
-
-def as_list(value: Any) -> list:
-    """One value or a list, as a list."""
-    return list(value) if isinstance(value, (list, tuple, ListConfig)) else [value]
-
-
-def as_count(key: str, value: Any, minimum: int = 1) -> int:
-    """A whole number; 150e6 is accepted for 150000000. Raises UserError naming `key`."""
-    whole = not isinstance(value, bool) and (
-        isinstance(value, int) or (isinstance(value, float) and math.isfinite(value) and value == int(value))
-    )
-    check(whole and value >= minimum, f"{key}={value}: must be a whole number of at least {minimum}")
-    return int(value)
-
-
-def as_rate(key: str, value: Any) -> float:
-    """A positive, finite number. Raises UserError naming `key`."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    check(number and math.isfinite(value) and value > 0, f"{key}={value}: must be a number above 0")
-    return float(value)
-
-
-def _unique(key: str, values: list) -> list:
-    check(len(values) > 0, f"{key}=[]: give at least one value")
-    seen = set()
-    for v in values:
-        check(v not in seen, f"{key}: {v} is listed twice; every value may be there once")
-        seen.add(v)
-    return values
-
-
-def _one_of(key: str, value: str, allowed: tuple) -> None:
-    check(value in allowed, f"{key}={value}: must be one of {', '.join(allowed)}")
-
-
-def check_config(cfg: DictConfig) -> TrainConfig:
-    """Resolve the composed config, convert counts, refuse impossible values.
-
-    Returns: a `TrainConfig` whose `seed` is a list, whose `ranks` is a list or "auto", and whose counts are integers.
-    Raises: UserError with one line, also for values that are missing.
-    """
-    for key in _flat_keys(cfg):
-        check(key in SCHEMA_KEYS or key.startswith("optim.table."), unknown_key(key))
-    missing = sorted(OmegaConf.missing_keys(cfg))
-    check(not missing, f"{', '.join(missing)}: no value; give {missing[0] if missing else ''}=… on the command line")
-    c: TrainConfig = OmegaConf.to_object(cfg)  # type: ignore[assignment]
-
-    if c.ranks != "auto":
-        check(not isinstance(c.ranks, str), f"ranks={c.ranks}: must be a rank, a list of ranks, or auto")
-        c.ranks = _unique("ranks", [as_count("ranks", r) for r in as_list(c.ranks)])
-    c.seed = _unique("seed", [as_count("seed", s, 0) for s in as_list(c.seed)])
-    c.tokens = as_count("tokens", c.tokens)
-    as_count("batch_size", c.batch_size)
-
-    d = c.data
-    as_count("data.block_size", d.block_size, 2)
-    as_count("data.seed", d.seed, 0)
-    check((d.files is None) != (d.dataset is None), "data: give either data.files (local) or data.dataset (Hub name)")
-    check(0 < d.validation_fraction < 1, f"data.validation_fraction={d.validation_fraction}: must be between 0 and 1")
-    d.max_tokens = None if d.max_tokens is None else as_count("data.max_tokens", d.max_tokens)
-    d.validation_tokens = as_count("data.validation_tokens", d.validation_tokens)
-    _one_of("data.text_unit", d.text_unit, TEXT_UNITS)
-
-    _one_of("head.init", c.head.init, INITS)
-    _one_of("head.loss_impl", c.head.loss_impl, LOSS_IMPLS)
-    c.head.calibration_tokens = as_count("head.calibration_tokens", c.head.calibration_tokens)
-    _one_of("backbone.dtype", c.backbone.dtype, DTYPES)
-    _check_optim(c.optim)
-    _check_trainer(c)
-    return c
-
-
-def _check_optim(o: OptimConfig) -> None:
-    _one_of("optim.lr_rule", o.lr_rule, LR_RULES)
-    check(o.lr is None or o.lrs is None, "optim.lr and optim.lrs: give one; lr replaces the rule, lrs is the grid")
-    if o.lr is not None:
-        check(o.lr_rule != "table", "optim.lr and optim.lr_rule=table: give one of them")
-        o.lr = _unique("optim.lr", [as_rate("optim.lr", v) for v in as_list(o.lr)])
-    if o.lrs is not None:
-        check(o.lr_rule != "table", "optim.lrs and optim.lr_rule=table: give one of them")
-        o.lrs = _unique("optim.lrs", [as_rate("optim.lrs", v) for v in as_list(o.lrs)])
-        o.lr_rule = "grid"  # a list of rates to try means nothing else
-    if o.lr_rule == "table":
-        full = isinstance(o.table, dict) and len(o.table) > 0
-        check(full, "optim.table: empty; lr_rule=table needs a rate for each rank, such as optim.table={64:0.01}")
-        o.table = {as_count("optim.table", rank): as_rate(f"optim.table.{rank}", rate) for rank, rate in o.table.items()}
-    else:
-        check(o.table is None, f"optim.table: is there, but optim.lr_rule={o.lr_rule} does not use it; give optim=table")
-    _unique("optim.grid_factors", [as_rate("optim.grid_factors", v) for v in o.grid_factors])
-    if o.lr_ref is not None:
-        as_rate("optim.lr_ref", o.lr_ref)
-    if o.n_ref is not None:
-        o.n_ref = as_count("optim.n_ref", o.n_ref)
-    check(len(o.betas) == 2 and all(0 <= b < 1 for b in o.betas), f"optim.betas={list(o.betas)}: must be two numbers, at least 0 and below 1")
-    as_rate("optim.eps", o.eps)
-    check(o.weight_decay >= 0, f"optim.weight_decay={o.weight_decay}: must not be negative")
-    check(0 <= o.warmup < 1, f"optim.warmup={o.warmup}: the share of warm-up steps must be at least 0 and below 1")
-    check(0 <= o.lr_final <= 1, f"optim.lr_final={o.lr_final}: must be between 0 and 1")
-    if o.clip is not None:
-        as_rate("optim.clip", o.clip)
-
-
-def _check_trainer(c: TrainConfig) -> None:
-    t = c.trainer
-    _one_of("trainer.accelerator", t.accelerator, ("auto", "cpu", "gpu"))
-    for name in ("devices", "num_nodes", "micro_batch_size", "checkpoint_every", "log_every"):
-        as_count(f"trainer.{name}", getattr(t, name))
-    for name in ("threads", "val_every"):
-        if getattr(t, name) is not None:
-            as_count(f"trainer.{name}", getattr(t, name))
-    processes = t.devices * t.num_nodes
-    check(
-        c.batch_size % processes == 0,
-        f"batch_size={c.batch_size}: must be a multiple of the {processes} processes (trainer.devices x num_nodes)",
-    )
-    _one_of("logger.kind", c.logger.kind, ("csv", "wandb", "none"))
-    _one_of("logger.mode", c.logger.mode, ("online", "offline"))
-    step = c.batch_size * c.data.block_size
-    check(
-        c.tokens >= step,
-        f"tokens={c.tokens}: less than one step of batch_size x data.block_size = {step} tokens",
-    )
-
-
-def check_shapes(c: TrainConfig, hidden_size: int, context: Optional[int]) -> list[int]:
-    """Limits that need the backbone's shape. Returns the ranks as a list.
-
-    Args:
-        hidden_size: width of what the backbone's head receives.
-        context: longest sequence the backbone takes, or None where it has no limit.
-    """
-    if c.ranks == "auto":
-        ranks = [r for r in RANK_LADDER if r < hidden_size] + [hidden_size]
-    else:
-        ranks = list(c.ranks)
-    for r in ranks:
-        check(r <= hidden_size, f"ranks: {r} is above the hidden size of the backbone; allowed are 1 to {hidden_size}")
-    if c.optim.lr_rule == "table":
-        absent = [r for r in ranks if r not in c.optim.table]
-        check(not absent, f"optim.table: no rate for rank {', '.join(map(str, absent))}")
-    check(
-        context is None or c.data.block_size <= context,
-        f"data.block_size={c.data.block_size}: longer than the backbone's context; allowed are 2 to {context}",
-    )
-    return ranks
-
-
-def total_steps(c: TrainConfig) -> int:
-    """Optimizer steps that the token budget buys."""
-    return c.tokens // (c.batch_size * c.data.block_size)

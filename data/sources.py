@@ -8,14 +8,15 @@ import re
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Optional
 
-from bottleneck.config import DataConfig, as_list
+from bottleneck.checks import as_list
+from bottleneck.config import DataConfig
 from bottleneck.errors import UserError, check
 
 log = logging.getLogger(__name__)
 READERS = {".txt": "text", ".text": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 PACKED = (".zst", ".gz", ".xz", ".bz2")
 SAMPLE_BY = {"file": "document", "paragraph": "paragraph", "line": "line"}  # our words for the text reader's
-HELD_OUT_NAMES = ("validation", "valid", "val", "dev")
+HELD_OUT_NAMES = ("validation", "valid.", "valid-", "val.", "val-", "dev.", "dev-")
 
 
 def reader_of(path: str) -> str:
@@ -59,8 +60,10 @@ class Source:
             if cfg.validation_files is not None:
                 self.validation_files = expand("data.validation_files", cfg.validation_files)
             elif len(as_list(cfg.files)) == 1 and Path(str(as_list(cfg.files)[0])).expanduser().is_dir():
-                # a folder with validation.* beside train.* says itself what is held out
-                self.validation_files = [f for f in files if Path(f).name.lower().split(".")[0] in HELD_OUT_NAMES]
+                # a folder with train* and validation* files says itself what is what; other files there are not text
+                self.validation_files = [f for f in files if Path(f).name.lower().startswith(HELD_OUT_NAMES)]
+                named = [f for f in files if Path(f).name.lower().startswith("train")]
+                files = named or files
             self.files = [f for f in files if f not in self.validation_files]
             check(bool(self.files), f"data.files={cfg.files}: only validation files there, nothing to train on")
             for path in self.files + self.validation_files:

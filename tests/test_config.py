@@ -9,7 +9,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from bottleneck import cli
-from bottleneck.config import RANK_LADDER, SCHEMA_KEYS, BackboneConfig, check_config, check_shapes, total_steps
+from bottleneck.checks import RANK_LADDER, check_config, check_shapes, total_steps
+from bottleneck.config import SCHEMA_KEYS, BackboneConfig
 from bottleneck.errors import UserError
 from conftest import ROOT, composed, shell
 

@@ -77,6 +77,7 @@ def test_validation_files_and_folders(tmp_path, tokenizer):
     folder.mkdir()
     jsonl(folder / "train.jsonl", DOCS)
     jsonl(folder / "validation.jsonl", DOCS[:5])
+    (folder / "NOTICES.txt").write_text("not text to train on")
     by_folder = prepare(config(tmp_path, files=str(folder)), tokenizer)
     by_key = prepare(config(tmp_path, files=str(folder / "train.jsonl"), validation_files=str(folder / "validation.jsonl")), tokenizer)
     assert by_folder.fingerprint == by_key.fingerprint

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bottleneck.backbone import Backbone, load_shape, load_tokenizer
-from bottleneck.config import check_config
+from bottleneck.checks import check_config
 from bottleneck.metrics import full_head_loss
 from conftest import ROOT, composed, shell
 

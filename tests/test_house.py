@@ -10,12 +10,12 @@ from conftest import ROOT
 
 # A module imports only what stands above it.
 ORDER = [
-    "bottleneck.errors", "bottleneck.config", "bottleneck.cli",
+    "bottleneck.errors", "bottleneck.config", "bottleneck.checks", "bottleneck.cli",
     "bottleneck.losses.reference", "bottleneck.losses.chunked", "bottleneck.losses.linear", "bottleneck.losses",
     "bottleneck.backbone", "bottleneck.heads", "bottleneck.initial", "bottleneck.optim", "bottleneck.metrics",
     "bottleneck.module", "bottleneck.checkpoint", "bottleneck.tracking", "bottleneck.progress",
     "bottleneck.picture", "bottleneck.curve",
-    "data.sources", "data.prepare", "data.module", "data.debian_text", "data.debian", "data.make_sample", "data.pretrain",
+    "data.sources", "data.prepare", "data.module", "data.debian_text", "data.make_sample", "data.debian", "data.pretrain",
     "train",
 ]  # fmt: skip
 

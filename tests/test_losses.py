@@ -48,9 +48,11 @@ def test_loss_and_gradients_equal_float64(impl, reduction, shape):
         assert torch.allclose(got.double(), want, rtol=1e-4, atol=1e-5 * float(want.abs().max())), impl
 
 
-def test_bfloat16_is_as_close_as_plain_pytorch():
+@pytest.mark.parametrize("device", ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+@pytest.mark.parametrize("shape", [(500, 64, 32, 2000), (3000, 96, 48, 9001)])
+def test_bfloat16_is_as_close_as_plain_pytorch(device, shape):
     """Three ways: chunked in bfloat16 is at most a little further from the truth than plain PyTorch in bfloat16."""
-    h, A, B, y = problem((500, 64, 32, 2000))
+    h, A, B, y = (t.to(device) for t in problem(shape))
     h = h.bfloat16()
     wanted = truth(h, A, B, y, "mean")
     errors = {}

@@ -70,11 +70,12 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
         dA = torch.zeros(A_VR.shape, dtype=torch.float32, device=h_ND.device) if need_A else None
         dz_NR = torch.empty_like(z_NR) if need_z else None
         rows = chunk_rows(len(A), h_ND.device.type)
-        buffer = torch.empty(min(rows, len(y_N)), len(A), dtype=torch.float32, device=h_ND.device)
+        reuse = dtype == torch.float32 or not h_ND.is_cuda  # else the product allocates its own result
+        buffer = torch.empty(min(rows, len(y_N)), len(A), device=h_ND.device) if reuse else None
         for start in range(0, len(y_N), rows):
             part = slice(start, start + rows)
             z, y, keep = z_NR[part], target_N[part], keep_N[part]
-            loss, G = token_losses(matmul_f32(z, A.T, out=buffer[: len(y)]), y)
+            loss, G = token_losses(matmul_f32(z, A.T, out=None if buffer is None else buffer[: len(y)]), y)
             loss_N[part] = loss.masked_fill(~keep, 0.0)
             if not (need_A or need_z):
                 continue
