@@ -17,6 +17,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
@@ -66,9 +67,12 @@ def build_trainer(c: TrainConfig, steps: int, run_dir: Path, resume_step: Option
     callbacks: list[pl.Callback] = [TokenProgress()] if t.progress else []
     callbacks += [ValidateEvery(t.val_every)] if t.val_every else []
     callbacks.append(checkpoint.SaveLast(run_dir, t.checkpoint_every))
+    accelerator = t.accelerator
+    if accelerator == "auto":
+        accelerator = "gpu" if torch.cuda.is_available() else "cpu"
     try:
         return pl.Trainer(
-            accelerator=t.accelerator, devices=t.devices, num_nodes=t.num_nodes, strategy=strategy,
+            accelerator=accelerator, devices=t.devices, num_nodes=t.num_nodes, strategy=strategy,
             max_steps=steps, max_epochs=-1, limit_val_batches=0, num_sanity_val_steps=0,
             logger=build_loggers(c.logger, run_dir, dataclasses.asdict(c), resume_step),
             callbacks=callbacks,
@@ -145,23 +149,24 @@ def train(cfg: DictConfig, run_dir: Path) -> Result:
     trainer = build_trainer(c, steps, run_dir, resume_step)
     tokenizer = load_tokenizer(c.backbone)
     corpus = prepare(c.data, tokenizer)
+    top = max(int(corpus.train.max()), int(corpus.validation.max()))
+    check(top < vocab_size, f"backbone.tokenizer: makes id {top}, the backbone's vocabulary ends at {vocab_size - 1}")
     t = c.trainer
     data = TextData(corpus, c.data.block_size, c.batch_size, steps, t.micro_batch_size, c.data.seed, leading_bos(tokenizer))
 
     backbone = Backbone.load(c.backbone, trainer.strategy.root_device.type)
-    top = max(int(corpus.train.max()), int(corpus.validation.max()))
-    check(top < backbone.vocab_size, f"backbone.tokenizer: makes id {top}, the backbone's vocabulary ends at {backbone.vocab_size - 1}")
     keys = bank_keys(c.optim, c.head.init, ranks, c.seed, backbone.hidden_size, backbone.vocab_size)
     bank = HeadBank(keys, backbone.vocab_size, backbone.hidden_size, c.head.loss_impl)
     log.info("%s: d = %d, V = %d; %d heads, %d steps of %d tokens", backbone.name, backbone.hidden_size,
              backbone.vocab_size, len(bank), steps, c.batch_size * c.data.block_size)  # fmt: skip
     module = HeadSweep(
         backbone, bank, c.optim, steps, t.micro_batch_size, lambda b: start_heads(c, backbone, data, b),
-        data.validation_batches, stored, t.log_every,
+        data.validation_batches, stored, corpus.fingerprint, t.log_every,
     )  # fmt: skip
-    trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"trainer.micro_batch_size={t.micro_batch_size}: out of GPU memory; give a smaller one, or fewer heads: {error}") from error
 
     result = Result(build_curve(c, module, corpus), module, trainer, run_dir)
     if trainer.is_global_zero:
@@ -177,6 +182,8 @@ def train(cfg: DictConfig, run_dir: Path) -> Result:
 def main(cfg: DictConfig) -> None:
     for name in ("pytorch_lightning", "lightning", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    if rank_zero_only.rank:  # other processes of a DDP run speak up when something is wrong
+        logging.getLogger().setLevel(logging.WARNING)
     for message in QUIET:
         warnings.filterwarnings("ignore", message=message)
     cli.job(lambda: train(cfg, Path(HydraConfig.get().runtime.output_dir)))

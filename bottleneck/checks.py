@@ -69,7 +69,7 @@ def check_config(cfg: DictConfig) -> TrainConfig:
     Raises: UserError with one line, also for values that are missing.
     """
     for key in _flat_keys(cfg):
-        check(key in SCHEMA_KEYS or key.startswith("optim.table."), unknown_key(key))
+        check(key in SCHEMA_KEYS or key.startswith(("optim.table.", "optim.lr_ref.", "optim.gamma.")), unknown_key(key))
     missing = sorted(OmegaConf.missing_keys(cfg))
     check(not missing, f"{', '.join(missing)}: no value; give {missing[0] if missing else ''}=… on the command line")
     c: TrainConfig = OmegaConf.to_object(cfg)  # type: ignore[assignment]
@@ -116,8 +116,12 @@ def _check_optim(o: OptimConfig) -> None:
     else:
         check(o.table is None, f"optim.table: is there, but optim.lr_rule={o.lr_rule} does not use it; give optim=table")
     _unique("optim.grid_factors", [as_rate("optim.grid_factors", v) for v in o.grid_factors])
-    if o.lr_ref is not None:
-        as_rate("optim.lr_ref", o.lr_ref)
+    for name in ("lr_ref", "gamma"):
+        value = getattr(o, name)
+        for init, number in value.items() if isinstance(value, dict) else [("", value)]:
+            key = f"optim.{name}.{init}".rstrip(".")
+            check(not init or init in INITS, f"{key}: unknown start; allowed are {', '.join(INITS)}")
+            check(name == "gamma" and number == 0 or as_rate(key, number) > 0, key)
     if o.n_ref is not None:
         o.n_ref = as_count("optim.n_ref", o.n_ref)
     check(len(o.betas) == 2 and all(0 <= b < 1 for b in o.betas), f"optim.betas={list(o.betas)}: must be two numbers, at least 0 and below 1")

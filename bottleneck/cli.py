@@ -18,7 +18,6 @@ from bottleneck.errors import UserError
 SHOW = "HYDRA_FULL_ERROR"  # Hydra's switch for full tracebacks; set by the user it still shows them
 OURS = "BOTTLENECK_ONE_LINE"
 
-
 failures: list[str] = []  # one line for each job of this process that ended with a UserError
 
 
@@ -48,6 +47,11 @@ def one_line_errors(main: Callable[[], None]) -> int:
         if wanted_by_user:
             raise
         print(f"error: {error if isinstance(error, UserError) else explain(error)}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a folder that cannot be written, a full disk
+        if wanted_by_user or error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; go on with ckpt_path=last and the same hydra.run.dir", file=sys.stderr)

@@ -74,9 +74,10 @@ class OptimConfig:
 
     lr: Any = None  # rate or list of rates for every head, instead of the rule
     lr_rule: str = "power"  # power | table | grid
-    lr_ref: Optional[float] = None  # power: the rate at n_ref parameters; default: measured, by head.init
+    # power: lr = lr_ref * (n_ref / n) ** gamma; lr_ref and gamma are numbers, or one for each head.init (measured: launch/LOG.md)
+    lr_ref: Any = field(default_factory=lambda: {"fisher": 2e-3, "svd": 8e-3, "scaled": 8e-3, "normal": 8e-3})
+    gamma: Any = field(default_factory=lambda: {"fisher": 0.8, "svd": 0.6, "scaled": 0.6, "normal": 0.6})
     n_ref: Any = None  # power: parameters at which lr_ref holds; default: the full-rank head of this backbone
-    gamma: Optional[float] = None  # power: lr = lr_ref * (n_ref / n) ** gamma; default: measured, by head.init
     table: Any = None  # table: rate of each rank, {8:0.02,64:0.01}
     lrs: Any = None  # grid: rates tried at every rank; default: the power rule's rate times grid_factors
     grid_factors: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0, 2.0, 4.0])

@@ -23,7 +23,7 @@ class HeadSweep(pl.LightningModule):
     Args:
         start: gives the bank its initial values, on the training device; called once, before step 0, never on a resume.
         validation: (process, processes) -> that process's validation batches.
-        config: what is stored in checkpoints, as plain values.
+        config, data_hash: stored in checkpoints; a resumed run must have the same text.
 
     Attributes:
         initial, final: validation losses {head name: nats} at step 0 and after the last step.
@@ -40,6 +40,7 @@ class HeadSweep(pl.LightningModule):
         start: Callable[[HeadBank], None],
         validation: Callable[[int, int], Iterable],
         config: dict[str, Any],
+        data_hash: str,
         log_every: int = 10,
     ):
         super().__init__()
@@ -51,6 +52,7 @@ class HeadSweep(pl.LightningModule):
         self._ddp_params_and_buffers_to_ignore = [name for name, _ in frozen]
         self.optim, self.steps, self.micro_batch = optim, steps, micro_batch
         self.start, self.validation, self.config = start, validation, config
+        self.data_hash = data_hash
         self.log_every = log_every
         self.initial: dict[str, float] = {}
         self.final: dict[str, float] = {}
@@ -131,6 +133,7 @@ class HeadSweep(pl.LightningModule):
         checkpoint["bottleneck"] = {
             "config": self.config,
             "backbone": self.backbone.hash,
+            "data": self.data_hash,
             "heads": [key.name for key in self.bank.keys],
             "initial": self.initial,
             "step_tokens": self.step_tokens,
@@ -143,6 +146,7 @@ class HeadSweep(pl.LightningModule):
             f"ckpt_path: its heads were trained on other backbone weights ({mine.get('backbone')}, "
             f"here {self.backbone.hash}: {self.backbone.name})",
         )
+        check(mine.get("data") == self.data_hash, "ckpt_path: its heads were trained on other text than data.files has now")
         self.initial, self.step_tokens = mine["initial"], mine["step_tokens"]
 
 

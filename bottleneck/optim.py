@@ -11,18 +11,13 @@ from torch import Tensor
 from bottleneck.config import OptimConfig
 from bottleneck.heads import HeadBank, HeadKey
 
-# lr_ref (the full-rank head's rate) and gamma by head.init: measured, see launch/LOG.md
-POWER_DEFAULTS = {"fisher": (2e-3, 0.8), "svd": (2e-3, 0.8), "scaled": (8e-3, 0.6), "normal": (8e-3, 0.6)}
-
 
 def power_rate(c: OptimConfig, init: str, rank: int, hidden_size: int, vocab_size: int) -> float:
     """lr = lr_ref · (n_ref / n)^γ with n = r (V + d) trainable parameters; 3 significant digits.
 
     The paper searches a rate per rank because n changes with r (its Fig. 11); this is the rule through such a search.
     """
-    default_ref, default_gamma = POWER_DEFAULTS[init]
-    lr_ref = default_ref if c.lr_ref is None else c.lr_ref
-    gamma = default_gamma if c.gamma is None else c.gamma
+    lr_ref, gamma = (float(v[init] if isinstance(v, dict) else v) for v in (c.lr_ref, c.gamma))
     n_ref = hidden_size * (vocab_size + hidden_size) if c.n_ref is None else c.n_ref
     return float(f"{lr_ref * (n_ref / (rank * (vocab_size + hidden_size))) ** gamma:.3g}")
 

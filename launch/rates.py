@@ -3,7 +3,8 @@
     python launch/rates.py --out DIR [--inits fisher,scaled] [--rates 1e-4:3e-2:9] [OVERRIDES…]
 
 Trains a bank of every rank at every rate in one run for each init, and prints for each rank the best rate, its loss,
-and how much worse the rule's own rate is (in per cent of the loss, interpolated between the rates tried).
+and how much worse the rule's own rate is (in per cent of the loss, interpolated between the rates tried; nan outside).
+A star marks a best rate at the edge of those tried.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hydra import compose, initialize_config_dir
 
-from bottleneck import config
+from bottleneck import checks, config
 from bottleneck.optim import power_rate
 from train import train
 
@@ -34,8 +35,10 @@ def report(curve: dict, rule) -> None:
     for rank in sorted({h["rank"] for h in curve["heads"]}):
         heads = [h for h in curve["heads"] if h["rank"] == rank and h["status"] == "ok"]
         best = min(heads, key=lambda h: h["loss"])
-        at_rule = np.interp(np.log(rule(rank)), [np.log(h["lr"]) for h in heads], [h["loss"] for h in heads])
-        edge = "*" if best["lr"] in (heads[0]["lr"], heads[-1]["lr"]) else " "
+        lr = [h["lr"] for h in heads]
+        inside = lr[0] <= rule(rank) <= lr[-1]
+        at_rule = np.interp(np.log(rule(rank)), np.log(lr), [h["loss"] for h in heads]) if inside else float("nan")
+        edge = "*" if best["lr"] in (lr[0], lr[-1]) else " "
         print(f"{rank:5d} {best['lr']:9.2g}{edge} {best['loss']:8.4f} {best['initial_loss']:9.4f} | "
               f"{rule(rank):9.2g} {at_rule:8.4f} {100 * (at_rule / best['loss'] - 1):8.2f}%")  # fmt: skip
 
@@ -52,7 +55,7 @@ def main() -> None:
             grid = "optim.lrs=[" + ",".join(map(str, args.rates)) + "]"
             cfg = compose("train", overrides=[f"head.init={init}", "optim=grid", grid, "trainer.log_every=1000", *overrides])
         curve = train(cfg, args.out / init).curve
-        optim = config.OptimConfig(lr_ref=cfg.optim.lr_ref, gamma=cfg.optim.gamma)
+        optim = checks.check_config(cfg).optim
         print(f"\n{curve['backbone']}, {init}, {curve['tokens']:,} tokens, batch {curve['recipe']['batch_size']} x "
               f"{curve['recipe']['block_size']}, own head {curve['reference']['loss']:.4f}")  # fmt: skip
         report(curve, lambda rank: power_rate(optim, init, rank, curve["hidden_size"], curve["vocab_size"]))  # noqa: B023
