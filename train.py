@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
+# OpenMP threads that wait should sleep, not spin, where something else wants the cores: with one other busy process on two
+# cores a run is 2-3 times faster so (launch/LOG.md). Read once, when torch is first imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import dataclasses
 import logging
-import os
 import platform
 import sys
 import warnings
@@ -31,7 +36,7 @@ from bottleneck.metrics import derived, finite
 from bottleneck.module import HeadSweep, ValidateEvery
 from bottleneck.optim import bank_keys
 from bottleneck.progress import TokenProgress
-from bottleneck.tracking import build_loggers
+from bottleneck.tracking import build_loggers, close_loggers
 from data.module import TextData, leading_bos
 from data.prepare import Corpus, prepare
 
@@ -57,13 +62,23 @@ class Result:
     run_dir: Path
 
 
+def quiet() -> None:
+    """Leave on the terminal what concerns the user."""
+    for name in ("pytorch_lightning", "lightning", "httpx"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if rank_zero_only.rank:  # other processes of a DDP run speak up when something is wrong
+        logging.getLogger().setLevel(logging.WARNING)
+    for message in QUIET:
+        warnings.filterwarnings("ignore", message=message)
+
+
 def build_trainer(c: TrainConfig, steps: int, run_dir: Path, resume_step: Optional[int]) -> pl.Trainer:
     t = c.trainer
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(t.threads or max(1, cores // t.devices))
     strategy: Any = t.strategy
     if strategy == "ddp" or (strategy == "auto" and t.devices * t.num_nodes > 1):
-        strategy = DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+        strategy = DDPStrategy(gradient_as_bucket_view=True)
     callbacks: list[pl.Callback] = [TokenProgress()] if t.progress else []
     callbacks += [ValidateEvery(t.val_every)] if t.val_every else []
     callbacks.append(checkpoint.SaveLast(run_dir, t.checkpoint_every))
@@ -113,15 +128,15 @@ def build_curve(c: TrainConfig, module: HeadSweep, corpus: Corpus) -> dict[str, 
         "clip": o.clip, "calibration_tokens": c.head.calibration_tokens,
         "dtype": str(backbone.lm_head.weight.dtype).removeprefix("torch."),
     }  # fmt: skip
-    return {
+    return curve.finish({
         "schema": curve.SCHEMA, "backbone": backbone.name, "backbone_hash": backbone.hash,
         "hidden_size": backbone.hidden_size, "vocab_size": backbone.vocab_size,
         "tokens": module.steps * c.batch_size * c.data.block_size, "data": corpus.name, "data_hash": corpus.fingerprint,
         "validation_tokens": tokens, "recipe": recipe,
         "reference": derived(module.reference, tokens, corpus.validation_bytes),
-        "heads": curve.mark_best(heads),
+        "heads": heads,
         "versions": {"bottleneck": bottleneck.__version__, "torch": torch.__version__, "python": platform.python_version()},
-    }  # fmt: skip
+    })  # fmt: skip
 
 
 def train(cfg: DictConfig, run_dir: Path) -> Result:
@@ -129,6 +144,7 @@ def train(cfg: DictConfig, run_dir: Path) -> Result:
 
     Raises: UserError for whatever the user can mend, before any weights are loaded wherever that is possible.
     """
+    quiet()
     c = checks.check_config(cfg)
     stored = dataclasses.asdict(c)
     steps = checks.total_steps(c)
@@ -154,11 +170,14 @@ def train(cfg: DictConfig, run_dir: Path) -> Result:
     t = c.trainer
     data = TextData(corpus, c.data.block_size, c.batch_size, steps, t.micro_batch_size, c.data.seed, leading_bos(tokenizer))
 
+    keys = bank_keys(c.optim, c.head.init, ranks, c.seed, hidden_size, vocab_size)
+    bank = HeadBank(keys, vocab_size, hidden_size, c.head.loss_impl)
+
     backbone = Backbone.load(c.backbone, trainer.strategy.root_device.type)
-    keys = bank_keys(c.optim, c.head.init, ranks, c.seed, backbone.hidden_size, backbone.vocab_size)
-    bank = HeadBank(keys, backbone.vocab_size, backbone.hidden_size, c.head.loss_impl)
-    log.info("%s: d = %d, V = %d; %d heads, %d steps of %d tokens", backbone.name, backbone.hidden_size,
-             backbone.vocab_size, len(bank), steps, c.batch_size * c.data.block_size)  # fmt: skip
+    shape = (backbone.vocab_size, backbone.hidden_size)
+    check(shape == (vocab_size, hidden_size), f"backbone {backbone.name}: its head is {list(shape)}, its config says {[vocab_size, hidden_size]}")
+    log.info("%s: d = %d, V = %d; %d heads, %d steps of %d tokens", backbone.name, hidden_size, vocab_size, len(bank),
+             steps, c.batch_size * c.data.block_size)  # fmt: skip
     module = HeadSweep(
         backbone, bank, c.optim, steps, t.micro_batch_size, lambda b: start_heads(c, backbone, data, b),
         data.validation_batches, stored, corpus.fingerprint, t.log_every,
@@ -167,6 +186,12 @@ def train(cfg: DictConfig, run_dir: Path) -> Result:
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     except torch.OutOfMemoryError as error:
         raise UserError(f"trainer.micro_batch_size={t.micro_batch_size}: out of GPU memory; give a smaller one, or fewer heads: {error}") from error
+    except SystemExit:
+        if trainer.interrupted:  # Lightning's answer to Ctrl-C
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        close_loggers(c.logger)
 
     result = Result(build_curve(c, module, corpus), module, trainer, run_dir)
     if trainer.is_global_zero:
@@ -180,12 +205,6 @@ def train(cfg: DictConfig, run_dir: Path) -> Result:
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> None:
-    for name in ("pytorch_lightning", "lightning", "httpx"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    if rank_zero_only.rank:  # other processes of a DDP run speak up when something is wrong
-        logging.getLogger().setLevel(logging.WARNING)
-    for message in QUIET:
-        warnings.filterwarnings("ignore", message=message)
     cli.job(lambda: train(cfg, Path(HydraConfig.get().runtime.output_dir)))
 
 

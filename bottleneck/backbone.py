@@ -76,9 +76,9 @@ def _load(what: str, cfg: BackboneConfig, load):
         return load()
     except UserError:
         raise
-    except (OSError, ValueError, ImportError, KeyError) as error:  # what Transformers raises for bad names and files
+    except Exception as error:  # Transformers, safetensors and tokenizers raise many kinds for bad names and files
         where = cfg.path + (f" (revision {cfg.revision})" if cfg.revision else "")
-        raise UserError(f"backbone.path={where}: cannot load its {what}: {error}") from error
+        raise UserError(f"backbone.path={where}: cannot load its {what}: {type(error).__name__}: {error}") from error
 
 
 def load_tokenizer(cfg: BackboneConfig):
@@ -89,6 +89,9 @@ def load_tokenizer(cfg: BackboneConfig):
         tokenizer = _load("tokenizer", cfg, lambda: AutoTokenizer.from_pretrained(cfg.tokenizer, **kwargs))
     else:
         tokenizer = _load("tokenizer", cfg, lambda: AutoTokenizer.from_pretrained(cfg.path, **_source(cfg)))
+    # an empty tokenizer is what Transformers makes of a folder without tokenizer files
+    words = tokenizer("text in words", add_special_tokens=False)["input_ids"]
+    check(len(set(words)) > 1, f"backbone.tokenizer: the tokenizer of {cfg.tokenizer or cfg.path} turns words into nothing; are its files there?")
     check(tokenizer.eos_token_id is not None, f"backbone {label(cfg)}: its tokenizer has no end-of-text token to join documents")
     return tokenizer
 
@@ -139,11 +142,13 @@ class Backbone(nn.Module):
         """
         _check_path(cfg)
         name = cfg.dtype if cfg.dtype != "auto" else ("bfloat16" if device_type == "cuda" else "float32")
-        kwargs = {**_source(cfg), "dtype": DTYPES[name], "low_cpu_mem_usage": True}
+        kwargs = {**_source(cfg), "dtype": DTYPES[name], "output_loading_info": True}
         if cfg.attn_implementation:
             kwargs["attn_implementation"] = cfg.attn_implementation
         transformers.utils.logging.disable_progress_bar()
-        model = _load("weights", cfg, lambda: AutoModelForCausalLM.from_pretrained(cfg.path, **kwargs))
+        model, report = _load("weights", cfg, lambda: AutoModelForCausalLM.from_pretrained(cfg.path, **kwargs))
+        absent = sorted(map(str, report["missing_keys"])) + sorted(map(str, report["mismatched_keys"]))
+        check(not absent, f"backbone.path={cfg.path}: weights are missing or of another shape: {', '.join(absent[:5])}")
         return cls(model, label(cfg))
 
     @property
@@ -182,7 +187,7 @@ class Backbone(nn.Module):
         if got.shape == wanted.shape:
             error = ((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)).item()
             # both sides run the same product in the same dtype: what is allowed is another order of summation
-            if error < (1e-4 if wanted.dtype == self.lm_head.weight.dtype else 2e-2):
+            if error < (1e-4 if self.lm_head.weight.dtype == torch.float32 else 6e-3):
                 return
             detail = f"relative error {error:.2g}"
         else:
@@ -202,15 +207,12 @@ def _logit_scale(config: Any) -> float:
     return 1.0 if divisor is None else 1.0 / float(divisor)
 
 
-def _weights_hash(backbone: nn.Module, samples: int = 4096) -> str:
-    """Identity of the weights: names, shapes, and evenly spaced values of every tensor rounded to bfloat16.
-
-    Rounding makes it the same whatever dtype the weights are loaded in; sampling keeps it fast for billions of them.
-    """
+def _weights_hash(backbone: nn.Module) -> str:
+    """Identity of the weights: names, shapes, and every value rounded to bfloat16, so that it is the same whatever dtype
+    they are loaded in."""
     digest = hashlib.sha256()
     for name, p in sorted(backbone.named_parameters()):
-        flat = p.detach().reshape(-1)
-        picked = flat[:: max(1, flat.numel() // samples)]
         digest.update(f"{name}{list(p.shape)}".encode())
-        digest.update(picked.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
+        for part in p.detach().reshape(-1).split(1 << 24):
+            digest.update(part.to(torch.bfloat16).view(torch.int16).cpu().numpy())
     return digest.hexdigest()[:16]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 from pathlib import Path
 from typing import Any, Callable, Optional
@@ -9,7 +11,7 @@ from typing import Any, Callable, Optional
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from bottleneck.errors import UserError, check
 from bottleneck.heads import HeadBank
@@ -19,9 +21,11 @@ LAST = Path("checkpoints") / "last.ckpt"
 
 def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` make a file beside `path`, then rename it: `path` is never half-written. Raises UserError on a full disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for stale in path.parent.glob(f".{path.name}.*.part"):  # of a process that was killed
+            stale.unlink()
         write(part)
         with open(part, "rb+") as f:
             os.fsync(f.fileno())
@@ -29,7 +33,8 @@ def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         raise UserError(f"{path}: cannot be written: {error}") from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -51,7 +56,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # a damaged zip, a foreign pickle: torch raises many kinds
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"ckpt_path={path}: damaged or not a checkpoint: {first[:200]}") from error
-    check(isinstance(checkpoint, dict) and "bottleneck" in checkpoint, f"ckpt_path={path}: not a checkpoint of bottleneck")
+    about = checkpoint.get("bottleneck") if isinstance(checkpoint, dict) else None
+    ours = isinstance(about, dict) and isinstance(about.get("config"), dict) and isinstance(checkpoint.get("global_step"), int)
+    check(ours, f"ckpt_path={path}: not a checkpoint of bottleneck")
     return checkpoint
 
 
@@ -62,17 +69,19 @@ def find_checkpoint(ckpt_path: Optional[str], run_dir: Path) -> Optional[Path]:
     Raises UserError where a folder already holds a run that would be overwritten.
     """
     last = run_dir / LAST
-    if ckpt_path is None:
+    if ckpt_path not in (None, "last"):
+        check(Path(ckpt_path).is_file(), f"ckpt_path={ckpt_path}: no such file; give last or a checkpoint file")
+    if ckpt_path != "last" and (ckpt_path is None or Path(ckpt_path).resolve() != last.resolve()):
         check(not last.exists(), f"hydra.run.dir={run_dir}: holds a run already; give ckpt_path=last to go on with it, or another folder")
+    if ckpt_path is None:
         return None
     if ckpt_path == "last":
         return last if last.exists() else None
-    check(Path(ckpt_path).is_file(), f"ckpt_path={ckpt_path}: no such file; give last or a checkpoint file")
     return Path(ckpt_path)
 
 
-# What may change between a run and its resumption without changing the heads: where things are and who watches. That
-# weights and text are the same is checked by their hashes when the checkpoint is loaded.
+# What may change between a run and its resumption: where things are, what they run on, who watches. That weights and
+# text are the same is checked by their hashes when the checkpoint is loaded.
 FREE = ("trainer.", "logger.", "ckpt_path", "data.cache_dir", "data.files", "data.validation_files", "data.name",
         "backbone.path", "backbone.name", "backbone.tokenizer")  # fmt: skip
 
@@ -96,12 +105,14 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def save_heads(bank: HeadBank, folder: Path, metadata: dict[str, str]) -> None:
-    """Final heads as `<key>.safetensors` with tensors A [V, r] and B [r, d]."""
+    """Final heads as `<key>.safetensors` with tensors A [V, r] and B [r, d]; equal heads are equal files."""
     for key in bank.keys:
         head = bank[key]
         tensors = {"A": head.A.detach().cpu().contiguous(), "B": head.B.detach().cpu().contiguous()}
-        about = metadata | {"rank": str(key.rank), "lr": repr(key.lr), "seed": str(key.seed)}
-        write_atomic(folder / f"{key.name}.safetensors", lambda part: save_file(tensors, part, metadata=about))
+        about = metadata | {"rank": key.rank, "lr": key.lr, "seed": key.seed}
+        # one metadata entry: safetensors writes several in random order
+        content = save(tensors, metadata={"bottleneck": json.dumps(about, sort_keys=True)})
+        write_atomic(folder / f"{key.name}.safetensors", lambda part: part.write_bytes(content))
 
 
 class SaveLast(pl.Callback):

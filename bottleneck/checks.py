@@ -38,14 +38,15 @@ def as_count(key: str, value: Any, minimum: int = 1) -> int:
     whole = not isinstance(value, bool) and (
         isinstance(value, int) or (isinstance(value, float) and math.isfinite(value) and value == int(value))
     )
-    check(whole and value >= minimum, f"{key}={value}: must be a whole number of at least {minimum}")
+    check(whole and value >= minimum, f"{key}={value!r}: must be a whole number of at least {minimum}")
+    check(value < 2**63, f"{key}={value}: too large")
     return int(value)
 
 
 def as_rate(key: str, value: Any) -> float:
     """A positive, finite number. Raises UserError naming `key`."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    check(number and math.isfinite(value) and value > 0, f"{key}={value}: must be a number above 0")
+    check(number and math.isfinite(value) and value > 0, f"{key}={value!r}: must be a number above 0")
     return float(value)
 
 
@@ -85,12 +86,17 @@ def check_config(cfg: DictConfig) -> TrainConfig:
     as_count("data.block_size", d.block_size, 2)
     as_count("data.seed", d.seed, 0)
     check((d.files is None) != (d.dataset is None), "data: give either data.files (local) or data.dataset (Hub name)")
+    if d.files is not None:
+        hub_only = [k for k in ("subset", "validation_split") if getattr(d, k) is not None] + ["split"] * (d.split != "train")
+        check(not hub_only, f"data.{hub_only[0] if hub_only else ''}: is for a Hub dataset; local text has data.validation_files")
     check(0 < d.validation_fraction < 1, f"data.validation_fraction={d.validation_fraction}: must be between 0 and 1")
     d.max_tokens = None if d.max_tokens is None else as_count("data.max_tokens", d.max_tokens)
     d.validation_tokens = as_count("data.validation_tokens", d.validation_tokens)
     _one_of("data.text_unit", d.text_unit, TEXT_UNITS)
 
     _one_of("head.init", c.head.init, INITS)
+    random = c.head.init in ("scaled", "normal")
+    check(random or len(c.seed) == 1, f"seed: head.init={c.head.init} has nothing random, its heads would be equal; give one seed")
     _one_of("head.loss_impl", c.head.loss_impl, LOSS_IMPLS)
     c.head.calibration_tokens = as_count("head.calibration_tokens", c.head.calibration_tokens)
     _one_of("backbone.dtype", c.backbone.dtype, DTYPES)
@@ -111,7 +117,7 @@ def _check_optim(o: OptimConfig) -> None:
         o.lr_rule = "grid"  # a list of rates to try means nothing else
     if o.lr_rule == "table":
         full = isinstance(o.table, dict) and len(o.table) > 0
-        check(full, "optim.table: empty; lr_rule=table needs a rate for each rank, such as optim.table={64:0.01}")
+        check(full, "optim.table: lr_rule=table needs a rate for each rank, such as optim.table={64:0.01}")
         o.table = {as_count("optim.table", rank): as_rate(f"optim.table.{rank}", rate) for rank, rate in o.table.items()}
     else:
         check(o.table is None, f"optim.table: is there, but optim.lr_rule={o.lr_rule} does not use it; give optim=table")
@@ -121,12 +127,13 @@ def _check_optim(o: OptimConfig) -> None:
         for init, number in value.items() if isinstance(value, dict) else [("", value)]:
             key = f"optim.{name}.{init}".rstrip(".")
             check(not init or init in INITS, f"{key}: unknown start; allowed are {', '.join(INITS)}")
-            check(name == "gamma" and number == 0 or as_rate(key, number) > 0, key)
+            if not (name == "gamma" and number == 0):
+                as_rate(key, number)
     if o.n_ref is not None:
         o.n_ref = as_count("optim.n_ref", o.n_ref)
     check(len(o.betas) == 2 and all(0 <= b < 1 for b in o.betas), f"optim.betas={list(o.betas)}: must be two numbers, at least 0 and below 1")
     as_rate("optim.eps", o.eps)
-    check(o.weight_decay >= 0, f"optim.weight_decay={o.weight_decay}: must not be negative")
+    check(0 <= o.weight_decay < math.inf, f"optim.weight_decay={o.weight_decay}: must be a number of at least 0")
     check(0 <= o.warmup < 1, f"optim.warmup={o.warmup}: the share of warm-up steps must be at least 0 and below 1")
     check(0 <= o.lr_final <= 1, f"optim.lr_final={o.lr_final}: must be between 0 and 1")
     if o.clip is not None:
@@ -136,6 +143,7 @@ def _check_optim(o: OptimConfig) -> None:
 def _check_trainer(c: TrainConfig) -> None:
     t = c.trainer
     _one_of("trainer.accelerator", t.accelerator, ("auto", "cpu", "gpu"))
+    _one_of("trainer.strategy", t.strategy, ("auto", "ddp"))
     for name in ("devices", "num_nodes", "micro_batch_size", "checkpoint_every", "log_every"):
         as_count(f"trainer.{name}", getattr(t, name))
     for name in ("threads", "val_every"):

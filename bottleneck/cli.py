@@ -18,6 +18,7 @@ from bottleneck.errors import UserError
 SHOW = "HYDRA_FULL_ERROR"  # Hydra's switch for full tracebacks; set by the user it still shows them
 OURS = "BOTTLENECK_ONE_LINE"
 
+started: list[int] = []  # jobs of this process that were composed and begun
 failures: list[str] = []  # one line for each job of this process that ended with a UserError
 
 
@@ -27,6 +28,7 @@ def job(work: Callable[[], object]) -> None:
     Raised through Hydra it would be printed with a second line; on a cluster it is raised, so that the job counts as failed.
     """
     run = HydraConfig.get()
+    started.append(run.job.get("num", 0) if run.mode == RunMode.MULTIRUN else 0)
     try:
         work()
     except UserError as error:
@@ -48,6 +50,11 @@ def one_line_errors(main: Callable[[], None]) -> int:
             raise
         print(f"error: {error if isinstance(error, UserError) else explain(error)}", file=sys.stderr)
         return 2
+    except ValueError as error:  # how Hydra reports some overrides of groups, such as backbone=null
+        if wanted_by_user or started:
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     except OSError as error:  # a folder that cannot be written, a full disk
         if wanted_by_user or error.filename is None:
             raise
@@ -60,7 +67,11 @@ def one_line_errors(main: Callable[[], None]) -> int:
 
 
 def explain(error: BaseException) -> str:
-    """One line from the errors of Hydra and OmegaConf, the innermost cause first."""
+    """One line from the errors of Hydra and OmegaConf."""
+    return " ".join(_explain(error).split())
+
+
+def _explain(error: BaseException) -> str:
     if isinstance(error, OverrideParseException):
         return f"{error.override}: cannot be read as KEY=VALUE: {str(error).split('See https')[0].strip()}"
     chain: list[str] = []
@@ -86,4 +97,6 @@ def explain(error: BaseException) -> str:
         group, _, name = missing.group(1).rpartition("/")
         options = " ".join((missing.group(2) or "").split())
         return f"{group}={name}: no such choice; allowed are {options or 'the files in conf/' + group}"
-    return " ".join((chain[0] if isinstance(error, HydraException) else chain[-1]).split())
+    if not isinstance(error, HydraException):
+        return chain[-1]
+    return chain[0] if len(chain) == 1 or "merging override" not in chain[0] else f"{chain[0]}: {chain[-1].splitlines()[0]}"

@@ -74,16 +74,18 @@ class OptimConfig:
 
     lr: Any = None  # rate or list of rates for every head, instead of the rule
     lr_rule: str = "power"  # power | table | grid
-    # power: lr = lr_ref * (n_ref / n) ** gamma; lr_ref and gamma are numbers, or one for each head.init (measured: launch/LOG.md)
+    # power: lr = lr_ref * (n_ref / n) ** gamma; a number, or one for each head.init (measured: launch/LOG.md)
     lr_ref: Any = field(default_factory=lambda: {"fisher": 2e-3, "svd": 8e-3, "scaled": 8e-3, "normal": 8e-3})
+    # likewise a number, or one for each head.init
     gamma: Any = field(default_factory=lambda: {"fisher": 0.8, "svd": 0.6, "scaled": 0.6, "normal": 0.6})
     n_ref: Any = None  # power: parameters at which lr_ref holds; default: the full-rank head of this backbone
     table: Any = None  # table: rate of each rank, {8:0.02,64:0.01}
     lrs: Any = None  # grid: rates tried at every rank; default: the power rule's rate times grid_factors
+    # grid without lrs: multiples of the power rule's rate
     grid_factors: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0, 2.0, 4.0])
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    eps: float = 1e-8
-    weight_decay: float = 0.1
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # decay of AdamW's two moments
+    eps: float = 1e-8  # added to the root of the second moment
+    weight_decay: float = 0.1  # decoupled, on A and B
     warmup: float = 0.01  # share of the steps
     lr_final: float = 0.1  # cosine decays to this share of the peak rate
     clip: Optional[float] = 1.0  # largest gradient norm, each head by itself; null: no clipping
@@ -95,8 +97,8 @@ class TrainerConfig:
 
     accelerator: str = "auto"  # auto | cpu | gpu
     devices: int = 1  # processes on each node
-    num_nodes: int = 1
-    strategy: str = "auto"  # Lightning's: auto (ddp where there are several processes) | ddp | ...
+    num_nodes: int = 1  # machines
+    strategy: str = "auto"  # auto (ddp where there are several processes) | ddp
     micro_batch_size: int = 8  # sequences in one forward pass of one process
     threads: Optional[int] = None  # CPU threads of one process; default: the cores shared by the local processes
     val_every: Optional[int] = None  # validate every so many steps, besides the start and the end
@@ -111,11 +113,11 @@ class LoggerConfig:
 
     kind: str = "csv"  # csv (metrics.csv in the run's folder) | wandb | none
     project: str = "bottleneck"  # wandb only, as the rest
-    entity: Optional[str] = None
-    group: Optional[str] = None
-    name: Optional[str] = None
-    mode: str = "online"  # online | offline
-    tags: list[str] = field(default_factory=list)
+    entity: Optional[str] = None  # user or team
+    group: Optional[str] = None  # what the run is shown under
+    name: Optional[str] = None  # default: the run's folder
+    mode: str = "online"  # online | offline (needs no account)
+    tags: list[str] = field(default_factory=list)  # words to filter runs by
 
 
 @dataclass

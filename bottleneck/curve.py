@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import sys
 from pathlib import Path
@@ -25,6 +26,10 @@ SCHEMA = 1
 # A line of the picture: everything that must be equal for two heads to be comparable.
 IDENTITY = ("backbone_hash", "data_hash", "tokens", "recipe")
 HEAD_COLUMNS = ("rank", "lr", "seed", "init", "parameters", "loss", "perplexity", "bits_per_byte", "initial_loss", "status", "best")
+
+
+NUMBERS = {"loss", "perplexity", "bits_per_byte"}
+TOP = {"schema", "backbone", "data", "hidden_size", "vocab_size", "reference", "heads", *IDENTITY}
 
 
 def mark_best(heads: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -54,7 +59,38 @@ def merge(curves: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
                 line["heads"].append(dict(h))
                 continue
             check(twin["loss"] == h["loss"], f"curve.json: rank {h['rank']}, lr {h['lr']}, seed {h['seed']} has two results, {twin['loss']} and {h['loss']}; merge one run of it")
-    return [{**line, "heads": mark_best(line["heads"])} for line in lines.values()]
+    return [finish({**line, "heads": line["heads"]}) for line in lines.values()]
+
+
+def finish(c: dict[str, Any]) -> dict[str, Any]:
+    """Mark the best heads and name the second reference: the best trained head of full rank, r = d, where there is one.
+
+    On text unlike the pretraining it beats the backbone's own head, so it is what low ranks are fairly compared with.
+    """
+    heads = mark_best(c["heads"])
+    full = [h for h in heads if h["rank"] == c["hidden_size"] and h["best"]]
+    best = min(full, key=lambda h: h["loss"], default=None)
+    return {**c, "heads": heads, "trained_reference": best and {k: best[k] for k in sorted(NUMBERS)}}
+
+
+def fault(c: Any) -> str | None:
+    """What keeps a parsed curve.json from being one, or None."""
+    if not isinstance(c, dict):
+        return "not an object"
+    if "schema" in c and c["schema"] != SCHEMA:
+        return f"schema {c['schema']}, this version reads {SCHEMA}"
+    if TOP - c.keys():
+        return f"it lacks {', '.join(sorted(TOP - c.keys()))}"
+    if not isinstance(c["recipe"], dict) or not isinstance(c["heads"], list) or not c["heads"]:
+        return "its recipe or heads are empty or of the wrong kind"
+    if not isinstance(c["reference"], dict) or NUMBERS - c["reference"].keys():
+        return "its reference lacks numbers"
+    for h in c["heads"]:
+        if not isinstance(h, dict) or set(HEAD_COLUMNS) - h.keys():
+            return "a head lacks " + (", ".join(sorted(set(HEAD_COLUMNS) - h.keys())) if isinstance(h, dict) else "everything")
+        if h["status"] == "ok" and not isinstance(h["loss"], float):
+            return f"its head of rank {h['rank']} is ok but has no loss"
+    return None
 
 
 def read(paths: Iterable[Path], skip: Path) -> list[dict[str, Any]]:
@@ -67,12 +103,12 @@ def read(paths: Iterable[Path], skip: Path) -> list[dict[str, Any]]:
         for file in files:
             try:
                 content = json.loads(file.read_text())
-                found = content.get("curves", [content])
-                bad = [k for c in found for k in (*IDENTITY, "heads", "reference", "schema") if k not in c]
-                check(not bad, f"{file}: not a curve of bottleneck, it lacks {', '.join(bad)}")
-                check(all(c["schema"] == SCHEMA for c in found), f"{file}: schema {found[0]['schema']}, this version reads {SCHEMA}")
-            except (ValueError, AttributeError, TypeError) as error:
+            except (OSError, ValueError) as error:
                 raise UserError(f"{file}: not a curve of bottleneck: {error}") from error
+            found = content.get("curves", [content]) if isinstance(content, dict) else [content]
+            faults = [fault(c) for c in found] if isinstance(found, list) and found else ["it holds no curve"]
+            for wrong in filter(None, faults):
+                raise UserError(f"{file}: not a curve of bottleneck: {wrong}")
             curves += found
     return curves
 
@@ -80,19 +116,20 @@ def read(paths: Iterable[Path], skip: Path) -> list[dict[str, Any]]:
 def write(curves: list[dict[str, Any]], out: Path) -> None:
     """curve.json (one curve as it is, several under "curves"), curve.csv and curve.png into `out`."""
     content = curves[0] if len(curves) == 1 else {"schema": SCHEMA, "curves": curves}
-    text = json.dumps(content, indent=1, allow_nan=False)
-
-    def rows(part: Path) -> None:
-        with open(part, "w", newline="") as f:
-            writer = csv.writer(f)
-            writer.writerow(("backbone", "data", "tokens", *HEAD_COLUMNS))
-            for c in curves:
-                for h in c["heads"]:
-                    writer.writerow((c["backbone"], c["data"], c["tokens"], *(h[k] for k in HEAD_COLUMNS)))
-
-    write_atomic(out / "curve.json", lambda part: part.write_text(text + "\n"))
-    write_atomic(out / "curve.csv", rows)
-    write_atomic(out / "curve.png", lambda part: draw(curves, part))
+    table, picture = io.StringIO(newline=""), io.BytesIO()
+    writer = csv.writer(table)
+    writer.writerow(("backbone", "data", "tokens", *HEAD_COLUMNS))
+    for c in curves:
+        for h in c["heads"]:
+            writer.writerow((c["backbone"], c["data"], c["tokens"], *(h[k] for k in HEAD_COLUMNS)))
+    draw(curves, picture)
+    parts = {
+        "curve.json": (json.dumps(content, indent=1, allow_nan=False) + "\n").encode(),
+        "curve.csv": table.getvalue().encode(),
+        "curve.png": picture.getvalue(),
+    }
+    for name, raw in parts.items():  # all three are made before the first is written
+        write_atomic(out / name, lambda part, raw=raw: part.write_bytes(raw))
 
 
 def show(curves: list[dict[str, Any]], console: Console) -> None:
@@ -126,12 +163,17 @@ def _cell(value: Any, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message} (python -m bottleneck.curve --help)")
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bottleneck.curve", description="Merge runs into one curve.")
+    parser = _Parser(prog="python -m bottleneck.curve", description="Merge runs into one curve.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="folder of a run or a multirun")
     parser.add_argument("--out", required=True, type=Path, help="folder for curve.json, curve.csv, curve.png")
-    args = parser.parse_args(argv)
     try:
+        args = parser.parse_args(argv)
         for run in args.runs:
             check(run.exists(), f"{run}: no such folder")
         curves = merge(read(args.runs, skip=args.out))

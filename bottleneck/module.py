@@ -74,6 +74,9 @@ class HeadSweep(pl.LightningModule):
     def on_train_start(self) -> None:
         if self.global_step == 0:
             self.start(self.bank)
+            if torch.distributed.is_initialized():  # one start for all, whatever their arithmetic
+                for p in self.bank.parameters():
+                    torch.distributed.broadcast(p.data, 0)
             self.initial = self.validate()
 
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
@@ -89,13 +92,17 @@ class HeadSweep(pl.LightningModule):
             with contextlib.nullcontext() if i == len(micros) - 1 else self._unsynced():
                 self.manual_backward(sums.sum() / tokens)
             losses += sums.detach()
-        norms = clip_per_head(self.bank, self.optim.clip)
+        losses /= tokens
+        if torch.distributed.is_initialized():  # a few numbers a step: what is logged and flagged is alike everywhere
+            torch.distributed.all_reduce(losses)
+            losses /= self.trainer.world_size
+        norms = clip_per_head(self.bank, self.optim.clip, losses)
         optimizer.step()
         rates = scheduler.get_last_lr()
         scheduler.step()
         self.step_tokens = tokens * self.trainer.world_size
         if self.global_step % self.log_every == 0 or self.global_step == self.steps:
-            self._log_step(losses / tokens, norms, rates)
+            self._log_step(losses, norms, rates)
 
     def _unsynced(self) -> Any:
         """DDP reduces gradients with a step's last micro-batch only."""

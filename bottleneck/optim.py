@@ -70,7 +70,7 @@ def build_optimizer(bank: HeadBank, c: OptimConfig) -> HeadAdamW:
 
 
 def schedule(c: OptimConfig, steps: int) -> Callable[[int], float]:
-    """Share of the peak rate at a step: linear warm-up, then cosine down to `lr_final` at the last step."""
+    """Share of the peak rate at a step: linear warm-up, then cosine, `lr_final` when the last step is done."""
     warmup = max(1, round(c.warmup * steps))
 
     def factor(step: int) -> float:
@@ -83,12 +83,11 @@ def schedule(c: OptimConfig, steps: int) -> Callable[[int], float]:
 
 
 @torch.no_grad()
-def clip_per_head(bank: HeadBank, clip: float | None) -> Tensor:
-    """Scale each head's gradient to norm `clip` at most, each by itself; flag heads whose norm is not finite.
+def clip_per_head(bank: HeadBank, clip: float | None, losses: Tensor) -> Tensor:
+    """Scale each head's gradient to norm `clip` at most, each by itself; flag heads whose loss or norm is not finite.
 
     Clipping over all heads together (as Lightning's gradient_clip_val does) would make a head depend on its company.
-    A non-finite loss always has a non-finite gradient (softmax of an infinite logit is NaN), and gradients are already
-    equal on all processes here, so every process flags alike. Nothing waits for the device.
+    Losses and gradients are equal on all processes here, so every process flags alike. Nothing waits for the device.
 
     Returns: gradient norms before clipping, [H].
     """
@@ -100,6 +99,7 @@ def clip_per_head(bank: HeadBank, clip: float | None) -> Tensor:
             scale = (clip / (norm + 1e-6)).clamp(max=1.0)
             for g in grads:
                 g.mul_(scale)
-        bank.diverged[i].copy_(torch.maximum(bank.diverged[i], (~torch.isfinite(norm)).float()))
+        sick = ~(torch.isfinite(norm) & torch.isfinite(losses[i]))
+        bank.diverged[i].copy_(torch.maximum(bank.diverged[i], sick.float()))
         norms.append(norm)
     return torch.stack(norms)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+import math
+from typing import Any, BinaryIO
 
 PAPER_MARK = 1000  # "degrades visibly below r ≈ 1000, whatever the model's size" (Godey et al. 2024, Fig. 6)
 
@@ -26,7 +26,7 @@ def labels(curves: list[dict[str, Any]]) -> list[str]:
     return [", ".join(part) for part in parts]
 
 
-def draw(curves: list[dict[str, Any]], path: Path) -> None:
+def draw(curves: list[dict[str, Any]], file: BinaryIO) -> None:
     """One colour a line; dashed: the backbone's own head; dotted: before training; faint: heads that are not the best."""
     import matplotlib
 
@@ -54,8 +54,9 @@ def draw(curves: list[dict[str, Any]], path: Path) -> None:
             axes.plot([h["rank"] for h in best], [h["perplexity"] for h in best], "o-", color=colour, label=name, ms=5)
             axes.plot([h["rank"] for h in rest], [h["perplexity"] for h in rest], "o", color=colour, alpha=0.25, ms=3)
             if init == "fisher":
-                axes.plot([h["rank"] for h in best], [2.718281828459045 ** min(h["initial_loss"], 600) if h["initial_loss"] is not None else float("nan") for h in best],
-                          ":", color=colour, lw=1.2, label=f"{name}, closed form (no training)")  # fmt: skip
+                known = [h for h in best if h["initial_loss"] is not None and h["initial_loss"] < 600]
+                closed = [math.exp(h["initial_loss"]) for h in known]
+                axes.plot([h["rank"] for h in known], closed, ":", color=colour, lw=1.2, label=f"{name}, closed form (no training)")
         own = curve["reference"]["perplexity"]
         if own:
             values.append(own)
@@ -81,5 +82,5 @@ def draw(curves: list[dict[str, Any]], path: Path) -> None:
     axes.set_ylabel("validation perplexity")
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, frameon=False)
-    figure.savefig(path, format="png")
+    figure.savefig(file, format="png")
     plt.close(figure)

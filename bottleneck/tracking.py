@@ -10,7 +10,9 @@ from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
+from bottleneck.checkpoint import write_atomic
 from bottleneck.config import LoggerConfig
+from bottleneck.errors import UserError
 
 COLUMNS = ("step", "tokens", "metric", "head", "value")
 
@@ -53,9 +55,22 @@ class MetricsCSV(Logger):
             with open(self.path, newline="") as f:
                 whole = [r for r in csv.reader(f) if len(r) == len(COLUMNS) and r[0].isdigit()]
             rows = [r for r in whole if int(r[0]) <= self.resume_step]
-        with open(self.path, "w", newline="") as f:
-            csv.writer(f).writerows([COLUMNS, *rows])
+
+        def write(part: Path) -> None:
+            with open(part, "w", newline="") as f:
+                csv.writer(f).writerows([COLUMNS, *rows])
+
+        write_atomic(self.path, write)
         return {(r[0], r[2], r[3]) for r in rows}
+
+
+@rank_zero_only
+def close_loggers(c: LoggerConfig) -> None:
+    """End the W&B run of this job, so that the next job of a multirun has one of its own."""
+    if c.kind == "wandb":
+        import wandb
+
+        wandb.finish()
 
 
 def build_loggers(c: LoggerConfig, run_dir: Path, config: dict[str, Any], resume_step: Optional[int]) -> list[Logger]:
@@ -67,5 +82,9 @@ def build_loggers(c: LoggerConfig, run_dir: Path, config: dict[str, Any], resume
             project=c.project, entity=c.entity, group=c.group, name=c.name or run_dir.name, tags=list(c.tags),
             offline=c.mode == "offline", save_dir=str(run_dir), config=config,
         )  # fmt: skip
+        try:
+            _ = logger.experiment  # begins the run now: an account that is missing shows before weights load
+        except Exception as error:  # wandb's own kinds, and the network's
+            raise UserError(f"logger=wandb: {error}; logger.mode=offline needs no account") from error
         return [logger]
     return []

@@ -140,6 +140,7 @@ class _Split:
         stream = iter(documents)
         first = [d for d, _ in zip(stream, range(FIRST_DOCUMENTS))]
         hashes = {document_hash(d, self.seed) for d in first}
+        check(len(hashes) > 0, "data: there is no document in the text, or only empty ones")
         check(len(hashes) > 1, "data: the text is a single document, so none can be held out for validation; give data.validation_files, or data.text_unit=paragraph for plain text")
         forced = min(hashes)  # a text of few documents still has one for validation
 
@@ -217,6 +218,8 @@ def _build(cfg: DataConfig, source: Source, tokenizer: Any, folder: Path) -> Non
             for d in source.validation():
                 held.add(document_hash(d, 0))
                 validation.add(d)
+                if validation.full:  # what is beyond the limit is not validated on, so need not be read
+                    break
             # a training document that is also a validation document is not trained on
             dealt: Iterable[tuple[bool, str]] = ((False, d) for d in source.train() if document_hash(d, 0) not in held)
         else:

@@ -31,13 +31,14 @@ def reader_of(path: str) -> str:
 def expand(key: str, patterns: Any) -> list[str]:
     """Folders, globs and files, as a sorted list of files. Raises UserError where nothing is there."""
     found: list[str] = []
+    check(len(as_list(patterns)) > 0, f"{key}=[]: give a file, a folder or a glob")
     for pattern in map(str, as_list(patterns)):
         path = Path(pattern).expanduser()
         if path.is_dir():
-            hits = [str(p) for p in path.rglob("*") if p.is_file() and p.name.lower() != "readme.md" and _known(p)]
+            hits = [str(p) for p in path.rglob("*") if p.is_file() and p.name[0] != "." and p.name.lower() != "readme.md" and _known(p)]
             check(bool(hits), f"{key}={pattern}: the folder holds no text; known endings are {', '.join(READERS)}")
         else:
-            hits = [p for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
+            hits = [str(path)] if path.is_file() else [p for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
             check(bool(hits), f"{key}={pattern}: no such file; give a file, a folder or a glob such as 'texts/*.jsonl.zst'")
         found += [h for h in hits if h not in found]
     return sorted(found)
@@ -125,19 +126,21 @@ class Source:
                     log.info("data.text_unit=auto: a document is a %s", unit)
                 options["sample_by"] = SAMPLE_BY[unit]
                 field = "text"
-            yield from self._rows(paths[0], field, reader, data_files=paths, split="train", streaming=True, **options)
+            files_of = [glob.escape(p) for p in paths]
+            yield from self._rows(paths, field, reader, data_files=files_of, split="train", streaming=True, **options)
 
     def _hub_rows(self, split: Optional[str]) -> Iterator[str]:
         c = self.cfg
         options: dict[str, Any] = {"split": split, "streaming": c.streaming}
         if c.subset:
             options["name"] = c.subset
-        return self._rows(f"data.dataset={c.dataset}", c.text_field, c.dataset, **options)
+        return self._rows([f"data.dataset={c.dataset}"], c.text_field, c.dataset, **options)
 
     @staticmethod
-    def _rows(where: str, field: str, path: str, **options: Any) -> Iterator[str]:
+    def _rows(sources: list[str], field: str, path: str, **options: Any) -> Iterator[str]:
         import datasets
 
+        where = sources[0] if len(sources) == 1 else f"one of {len(sources)} files from {sources[0]} on"
         try:
             stream = datasets.load_dataset(path, **options)
             for batch in stream.iter(batch_size=256):
@@ -151,6 +154,8 @@ class Source:
                         yield text
         except UserError:
             raise
+        except StopIteration:  # datasets' way to say that the files are empty
+            return
         except Exception as error:  # datasets, pyarrow, zstandard and the network each raise their own kinds
             raise UserError(f"{where}: cannot be read as {path}: {type(error).__name__}: {error}") from error
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as train.py does
+
+import json
 import random
 import subprocess
 import sys

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 import transformers as T
@@ -62,9 +64,11 @@ def test_frozen_also_after_train():
     assert not any(p.requires_grad for p in backbone.parameters()) and not first.requires_grad
 
 
-def test_parity_names_the_family():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parity_names_the_family(dtype):
     """A model that does something between hidden state and logits is refused, not silently trained on."""
-    model = model_of("llama")
+    model = model_of("llama").to(dtype)
+    Backbone(model, "unchanged")
     plain = model.forward
     model.forward = lambda **kw: (out := plain(**kw), setattr(out, "logits", out.logits * 1.01), out)[-1]
     with pytest.raises(UserError, match="family llama is not supported"):
@@ -86,9 +90,29 @@ def test_hash_ignores_dtype_and_sees_weights(toy_backbone):
     b = Backbone.load(BackboneConfig(path=str(toy_backbone), dtype="bfloat16"))
     assert a.hash == b.hash and b.lm_head.weight.dtype == torch.bfloat16
     model = T.AutoModelForCausalLM.from_pretrained(toy_backbone)
+    assert Backbone(model, "x").hash == a.hash
     with torch.no_grad():
-        model.get_output_embeddings().weight[0, 0] += 1
+        model.get_output_embeddings().weight[123, 17] += 1
     assert Backbone(model, "x").hash != a.hash
+
+
+def test_missing_weights_are_not_made_up(toy_backbone, tmp_path):
+    """Transformers fills weights that a file lacks with random numbers; a backbone with a random head is refused."""
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(toy_backbone, tmp_path / "nohead")
+    weights = load_file(folder / "model.safetensors")
+    head = next(n for n in weights if "embed_out" in n or "lm_head" in n)
+    save_file({n: w for n, w in weights.items() if n != head}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="weights are missing or of another shape"):
+        Backbone.load(BackboneConfig(path=str(folder)))
+    (folder / "model.safetensors").write_bytes(b"junk")
+    with pytest.raises(UserError, match="cannot load its weights"):
+        Backbone.load(BackboneConfig(path=str(folder)))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    with pytest.raises(UserError, match="backbone"):
+        load_tokenizer(BackboneConfig(path=str(folder)))
 
 
 def test_labels():

@@ -23,9 +23,9 @@ def made(losses: dict[int, float], **changes) -> dict:
     base = {
         "schema": 1, "backbone": "toy", "backbone_hash": "b", "hidden_size": 64, "vocab_size": 100, "tokens": 1000,
         "data": "text", "data_hash": "d", "validation_tokens": 10, "recipe": {"batch_size": 8},
-        "reference": {"loss": 2.0, "perplexity": math.exp(2.0), "bits_per_byte": 0.7}, "heads": curve.mark_best(heads),
+        "reference": {"loss": 2.0, "perplexity": math.exp(2.0), "bits_per_byte": 0.7}, "heads": heads,
     }  # fmt: skip
-    return {**base, **changes}
+    return curve.finish({**base, **changes})
 
 
 def save(folder, content):
@@ -81,7 +81,10 @@ def test_two_results_for_one_head_are_refused():
 
 @pytest.mark.parametrize(
     "content, words",
-    [(None, "no curve.json there"), ("{", "not a curve"), ("[]", "not a curve"), ('{"schema": 1}', "it lacks"),
+    [(None, "no curve.json there"), ("{", "not a curve"), ("[]", "not a curve"), ('{"schema": 1}', "it lacks"), ("3", "not a curve"),
+     ('{"curves": []}', "no curve"), ('{"curves": 3}', "no curve"), (json.dumps(made({8: 2.5}, recipe=None)), "recipe"),
+     (json.dumps({**made({8: 2.5}), "heads": [{"rank": 8}]}), "a head lacks"),
+     (json.dumps({**made({8: 2.5}), "heads": [3]}), "a head lacks"), (json.dumps({**made({8: 2.5}), "heads": []}), "empty"),
      (json.dumps(made({8: 2.5}, schema=9)), "schema 9, this version reads 1")],
 )  # fmt: skip
 def test_bad_folders_are_one_line(tmp_path, capsys, content, words):
@@ -91,3 +94,16 @@ def test_bad_folders_are_one_line(tmp_path, capsys, content, words):
     error = capsys.readouterr().err
     assert words in error and len(error.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
     assert curve.main([str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]) == 2
+    assert curve.main([str(tmp_path)]) == 2
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    save(tmp_path / "run", made({8: 2.5}))
+    (tmp_path / "file").write_text("in the way")
+    assert curve.main([str(tmp_path / "run"), "--out", str(tmp_path / "file")]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1 and (tmp_path / "file").read_text() == "in the way"
+
+
+def test_the_second_reference_is_the_trained_head_of_full_rank():
+    assert made({8: 2.5})["trained_reference"] is None
+    assert made({8: 2.5, 64: 1.9})["trained_reference"]["loss"] == 1.9

@@ -90,6 +90,11 @@ def test_limits(tmp_path, tokenizer):
     assert 400 < len(corpus.train) < 900 and 100 < len(corpus.validation) < 400
 
 
+def test_names_with_brackets(tmp_path, tokenizer):
+    corpus = prepare(config(tmp_path, files=jsonl(tmp_path / "br[1].jsonl", DOCS)), tokenizer)
+    assert len(documents(corpus.train, tokenizer)) + len(documents(corpus.validation, tokenizer)) == len(DOCS)
+
+
 def test_wikitext_rows_become_articles():
     rows = [" = A = \n", "one\n", " = = part = = \n", "two", " = B = \n", "three\n"]
     assert list(join_rows(rows, r"^ = [^=]+ = $")) == [" = A = \none\n = = part = = \ntwo\n", " = B = \nthree\n"]
@@ -199,6 +204,8 @@ def test_bos_leads_every_block_where_the_tokenizer_wants_one(corpus, tokenizer):
         (dict(files="{tmp}/empty"), "holds no text"),
         (dict(files="{tmp}/a.jsonl", text_field="body"), "data.text_field=body: no such column.*columns there: text"),
         (dict(files="{tmp}/one.jsonl"), "single document"),
+        (dict(files="{tmp}/nothing.jsonl"), "no document"),
+        (dict(files=[]), "data.files"),
         (dict(files="{tmp}/a.jsonl", validation_files="{tmp}/none.jsonl"), "data.validation_files"),
         (dict(files="{tmp}/rows.jsonl"), "not text"),
         (dict(files="{tmp}/a.jsonl", document_start="("), "not a regular expression"),
@@ -209,6 +216,7 @@ def test_bad_input_is_one_line(tmp_path, tokenizer, kw, words):
     jsonl(tmp_path / "one.jsonl", DOCS[:1])
     (tmp_path / "rows.jsonl").write_text('{"text": 3}\n{"text": 4}\n')
     (tmp_path / "a.pdf").write_text("x")
+    (tmp_path / "nothing.jsonl").write_text("")
     (tmp_path / "empty").mkdir()
     kw = {k: v.format(tmp=tmp_path) if isinstance(v, str) else v for k, v in kw.items()}
     with pytest.raises(UserError, match=words) as caught:

@@ -10,7 +10,7 @@ import torch
 from bottleneck.backbone import Backbone, load_shape, load_tokenizer
 from bottleneck.checks import check_config
 from bottleneck.metrics import full_head_loss
-from conftest import ROOT, composed, shell
+from conftest import composed, shell
 
 TEXT = (
     "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a wife. "
@@ -51,4 +51,3 @@ def test_a_small_sweep_on_the_cpu(tmp_path):
     low, high = c["heads"]
     assert c["hidden_size"] == 576 and low["loss"] > high["loss"] > c["reference"]["loss"]
     assert high["loss"] < high["initial_loss"]
-    assert ROOT

@@ -15,6 +15,7 @@ from bottleneck.initial import Calibration, calibrate, starts
 from bottleneck.optim import bank_keys, build_optimizer, clip_per_head, power_rate, rates, schedule
 
 V, D, N = 60, 12, 4000
+FINE = torch.ones(2)  # losses of two healthy heads
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +153,7 @@ def test_clipping_is_per_head():
     """Each head is clipped as PyTorch would clip it alone, whatever the others' norms are."""
     bank, alone = bank_with_gradients(10.0), bank_with_gradients(10.0)
     bank[bank.keys[1]].A.grad.mul_(1e6)
-    norms = clip_per_head(bank, 1.0)
+    norms = clip_per_head(bank, 1.0, FINE)
     first = alone[alone.keys[0]]
     want = torch.nn.utils.clip_grad_norm_(first.parameters(), 1.0)
     assert torch.isclose(norms[0], want) and norms[1] > 1e5
@@ -160,7 +161,7 @@ def test_clipping_is_per_head():
         assert torch.allclose(p.grad, q.grad)
     small = bank_with_gradients(1e-3)
     before = small[small.keys[0]].A.grad.clone()
-    clip_per_head(small, 1.0)
+    clip_per_head(small, 1.0, FINE)
     assert torch.equal(small[small.keys[0]].A.grad, before)
 
 
@@ -171,7 +172,7 @@ def test_optimizer_is_adamw_and_skips_diverged_heads():
     ours = build_optimizer(bank, o)
     theirs = torch.optim.AdamW(twin.parameters(), lr=0.1, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
     for _ in range(3):
-        clip_per_head(bank, o.clip)
+        clip_per_head(bank, o.clip, FINE)
         ours.step(), theirs.step()
     for p, q in zip(bank.parameters(), twin.parameters()):
         assert torch.allclose(p, q, atol=1e-6)
@@ -179,13 +180,15 @@ def test_optimizer_is_adamw_and_skips_diverged_heads():
     frozen, moving = sick.B.clone(), well.B.clone()
     good = sick.A.grad.clone()
     sick.A.grad[0, 0] = float("nan")
-    clip_per_head(bank, 1.0)
+    clip_per_head(bank, 1.0, FINE)
     ours.step()
     sick.A.grad.copy_(good), sick.B.grad.zero_()
-    clip_per_head(bank, 1.0)
+    clip_per_head(bank, 1.0, FINE)
     ours.step()
     assert bank.diverged.tolist() == [0.0, 1.0]
     assert torch.equal(sick.B, frozen) and torch.isfinite(sick.A).all() and not torch.equal(well.B, moving)
+    clip_per_head(twin, None, torch.tensor([1.0, float("inf")]))  # a loss alone is enough
+    assert twin.diverged.tolist() == [0.0, 1.0]
     copy = build_optimizer(bank, o)
     copy.load_state_dict(ours.state_dict())
     copy.step()

@@ -127,6 +127,21 @@ def test_chunked_never_holds_all_logits(monkeypatch):
     assert largest <= chunk_rows(20_000, "cpu") * 20_000 < 5000 * 20_000 / 10
 
 
+def test_without_gradients_none_are_computed(monkeypatch):
+    """Validation pays for one product, not three."""
+    import bottleneck.losses.chunked as chunked
+
+    h, A, B, y = problem((60, 12, 6, 70))
+    A.requires_grad_()
+    calls = []
+    plain = chunked.matmul_f32
+    monkeypatch.setattr(chunked, "matmul_f32", lambda *a, **k: calls.append(1) or plain(*a, **k))
+    with torch.no_grad():
+        quiet = linear_cross_entropy(h, A, B, y)
+    assert len(calls) == 1
+    assert torch.equal(quiet, linear_cross_entropy(h, A, B, y).detach())
+
+
 def test_rank_of_the_head():
     """rank(A B) ≤ r: the softmax bottleneck itself."""
     h, A, B, y = problem((10, 40, 5, 90))

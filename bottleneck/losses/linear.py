@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from bottleneck.losses.chunked import ChunkedLinearCrossEntropy
@@ -39,6 +40,8 @@ def linear_cross_entropy(
         shapes = ", ".join(f"{n} {list(t.shape)}" for n, t in (("h", h), ("A", A), ("B", B), ("y", y)))
         raise ValueError(f"shapes do not fit: {shapes}; wanted h [..., D], A [V, R], B [R, D], y [...]")
     h, y = h.reshape(-1, h.shape[-1]), y.reshape(-1)
+    if not torch.is_grad_enabled():  # the chunked loss takes gradients on the way: not here
+        h, A, B = h.detach(), A.detach(), B.detach()
     if impl == "reference":
         return reference(h, A, B, y, reduction, ignore_index)
     total = ChunkedLinearCrossEntropy.apply(h, A, B, y, ignore_index)
