@@ -66,6 +66,7 @@ def quiet() -> None:
     """Leave on the terminal what concerns the user."""
     for name in ("pytorch_lightning", "lightning", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub").propagate = False  # it prints its retries itself
     if rank_zero_only.rank:  # other processes of a DDP run speak up when something is wrong
         logging.getLogger().setLevel(logging.WARNING)
     for message in QUIET:
