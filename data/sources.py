@@ -140,7 +140,7 @@ class Source:
     def _rows(sources: list[str], field: str, path: str, **options: Any) -> Iterator[str]:
         import datasets
 
-        where = sources[0] if len(sources) == 1 else f"one of {len(sources)} files from {sources[0]} on"
+        where = sources[0] if len(sources) == 1 else f"{len(sources)} files from {sources[0]} on"
         try:
             stream = datasets.load_dataset(path, **options)
             for batch in stream.iter(batch_size=256):
@@ -157,6 +157,9 @@ class Source:
         except StopIteration:  # datasets' way to say that the files are empty
             return
         except Exception as error:  # datasets, pyarrow, zstandard and the network each raise their own kinds
+            for source in sources if len(sources) > 1 else []:  # which file it is, they seldom say: read each by itself
+                for _ in Source._rows([source], field, path, **options | {"data_files": [glob.escape(source)]}):
+                    pass
             raise UserError(f"{where}: cannot be read as {path}: {type(error).__name__}: {error}") from error
 
 

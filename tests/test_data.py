@@ -139,6 +139,14 @@ def test_a_failed_preparation_leaves_nothing(tmp_path, tokenizer):
     assert [p.suffix for p in (tmp_path / "cache").iterdir()] in ([".lock"], [])
 
 
+def test_the_broken_file_of_several_is_named(tmp_path, tokenizer):
+    for name in ("a", "b", "d"):
+        jsonl(tmp_path / f"{name}.jsonl", DOCS)
+    (tmp_path / "c.jsonl").write_text('{"text": "fine"}\n{broken\n')
+    with pytest.raises(UserError, match="c.jsonl: cannot be read as json"):
+        prepare(config(tmp_path, files=str(tmp_path / "*.jsonl")), tokenizer)
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory, tokenizer):
     tmp = tmp_path_factory.mktemp("c")
