@@ -102,6 +102,8 @@ def build_trainer(c: TrainConfig, steps: int, run_dir: Path, resume_step: Option
 def start_heads(c: TrainConfig, backbone: Backbone, data: TextData, bank: HeadBank) -> None:
     """Give every head its start, from the first sequences of the training order."""
     log.info("starting heads: %s, %d calibration tokens", c.head.init, c.head.calibration_tokens)
+    if len(c.seed) > 1 and c.head.init in ("fisher", "svd"):
+        log.warning("seed=%s: head.init=%s has nothing random, heads of different seeds will be equal", c.seed, c.head.init)
     ids = data.calibration(c.head.calibration_tokens).to(backbone.lm_head.weight.device)
     hidden = (backbone(part[:, :-1]) for part in ids.split(c.trainer.micro_batch_size))
     start = initial.starts(c.head.init, backbone.head, initial.calibrate(hidden, backbone.head))

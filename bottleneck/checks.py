@@ -95,8 +95,6 @@ def check_config(cfg: DictConfig) -> TrainConfig:
     _one_of("data.text_unit", d.text_unit, TEXT_UNITS)
 
     _one_of("head.init", c.head.init, INITS)
-    random = c.head.init in ("scaled", "normal")
-    check(random or len(c.seed) == 1, f"seed: head.init={c.head.init} has nothing random, its heads would be equal; give one seed")
     _one_of("head.loss_impl", c.head.loss_impl, LOSS_IMPLS)
     c.head.calibration_tokens = as_count("head.calibration_tokens", c.head.calibration_tokens)
     _one_of("backbone.dtype", c.backbone.dtype, DTYPES)

@@ -109,7 +109,9 @@ def command(*overrides: str, script: str = "train.py") -> list[str]:
 
 def shell(*overrides: str, cwd: Path | None = None, timeout: float = 300, **env: str) -> subprocess.CompletedProcess:
     """`python train.py OVERRIDES` in a process of its own."""
-    full = {**os.environ, "PYTHONUNBUFFERED": "1", **env}
+    # an earlier test's W&B session in this process is not handed on
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+    full = {**inherited, "PYTHONUNBUFFERED": "1", **env}
     return subprocess.run(command(*overrides), cwd=cwd or ROOT, env=full, capture_output=True, text=True, timeout=timeout)
 
 

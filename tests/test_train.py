@@ -107,9 +107,12 @@ def test_a_diverged_head_harms_nobody(run, tmp_path):
     assert json.loads((tmp_path / "bank" / "curve.json").read_text())  # NaN is not JSON
 
 
-def test_order_of_the_data_depends_on_data_seed_alone(run, tmp_path):
+def test_order_of_the_data_depends_on_data_seed_alone(run, tmp_path, caplog):
     a = run("seed=0", run_dir=tmp_path / "a")
     b = run("seed=1", run_dir=tmp_path / "b")
+    assert "nothing random" not in caplog.text
+    run("seed=[1,2]", "tokens=1024", run_dir=tmp_path / "both")
+    assert "nothing random" in caplog.text  # allowed, and said
     c = run("data.seed=1", run_dir=tmp_path / "c")
     assert_same_heads(*[{n[:-1]: t for n, t in heads_of(tmp_path / d).items()} for d in "ab"])  # fisher has no randomness
     assert a.curve["heads"][0]["loss"] != c.curve["heads"][0]["loss"] and b.curve["data_hash"] == a.curve["data_hash"]
