@@ -59,7 +59,7 @@ def merge(curves: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
                 line["heads"].append(dict(h))
                 continue
             check(twin["loss"] == h["loss"], f"curve.json: rank {h['rank']}, lr {h['lr']}, seed {h['seed']} has two results, {twin['loss']} and {h['loss']}; merge one run of it")
-    return [finish({**line, "heads": line["heads"]}) for line in lines.values()]
+    return [finish(line) for line in lines.values()]
 
 
 def finish(c: dict[str, Any]) -> dict[str, Any]:
