@@ -12,6 +12,7 @@ import dataclasses
 import logging
 import platform
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any, Optional
@@ -36,6 +37,7 @@ from bottleneck.metrics import derived, finite
 from bottleneck.module import HeadSweep, ValidateEvery
 from bottleneck.optim import bank_keys
 from bottleneck.progress import TokenProgress
+from bottleneck.refine import refine
 from bottleneck.tracking import build_loggers, close_loggers
 from data.module import TextData, leading_bos
 from data.prepare import Corpus, prepare
@@ -102,13 +104,26 @@ def build_trainer(c: TrainConfig, steps: int, run_dir: Path, resume_step: Option
 def start_heads(c: TrainConfig, backbone: Backbone, data: TextData, bank: HeadBank) -> None:
     """Give every head its start, from the first sequences of the training order."""
     log.info("starting heads: %s, %d calibration tokens", c.head.init, c.head.calibration_tokens)
-    if len(c.seed) > 1 and c.head.init in ("fisher", "svd"):
+    if len(c.seed) > 1 and c.head.init in ("fisher", "refined", "svd"):
         log.warning("seed=%s: head.init=%s has nothing random, heads of different seeds will be equal", c.seed, c.head.init)
     ids = data.calibration(c.head.calibration_tokens).to(backbone.lm_head.weight.device)
-    hidden = (backbone(part[:, :-1]) for part in ids.split(c.trainer.micro_batch_size))
-    start = initial.starts(c.head.init, backbone.head, initial.calibrate(hidden, backbone.head))
+    hidden: Any = (backbone(part[:, :-1]) for part in ids.split(c.trainer.micro_batch_size))
+    if c.head.init == "refined":
+        hidden = list(hidden)  # read once a pass
+    moments = initial.calibrate(hidden, backbone.head)
+    start = initial.starts("fisher" if c.head.init == "refined" else c.head.init, backbone.head, moments)
+    if c.head.init != "refined":
+        for key in bank.keys:
+            bank[key].set(*start(key))
+        return
+    # heads that differ in their rate alone start alike
+    alike = {(key.rank, key.seed): key for key in bank.keys}
+    log.info("refining %d starts: %d passes", len(alike), c.head.passes)
+    began = time.monotonic()
+    taught = refine([start(key) for key in alike.values()], hidden, backbone.head, moments, c.head.passes)
+    log.info("refined in %.1f s", time.monotonic() - began)
     for key in bank.keys:
-        bank[key].set(*start(key))
+        bank[key].set(*taught[list(alike).index((key.rank, key.seed))])
 
 
 def build_curve(c: TrainConfig, module: HeadSweep, corpus: Corpus) -> dict[str, Any]:
@@ -131,6 +146,8 @@ def build_curve(c: TrainConfig, module: HeadSweep, corpus: Corpus) -> dict[str, 
         "clip": o.clip, "calibration_tokens": c.head.calibration_tokens,
         "dtype": str(backbone.lm_head.weight.dtype).removeprefix("torch."),
     }  # fmt: skip
+    if c.head.init == "refined":
+        recipe["passes"] = c.head.passes
     return curve.finish({
         "schema": curve.SCHEMA, "backbone": backbone.name, "backbone_hash": backbone.hash,
         "hidden_size": backbone.hidden_size, "vocab_size": backbone.vocab_size,
@@ -166,6 +183,8 @@ def train(cfg: DictConfig, run_dir: Path) -> Result:
     ranks = checks.check_shapes(c, hidden_size, context)
     run_dir.mkdir(parents=True, exist_ok=True)
     trainer = build_trainer(c, steps, run_dir, resume_step)
+    device_type = trainer.strategy.root_device.type
+    checks.check_device(c, device_type)
     tokenizer = load_tokenizer(c.backbone)
     corpus = prepare(c.data, tokenizer)
     top = max(int(corpus.train.max()), int(corpus.validation.max()))
@@ -174,13 +193,16 @@ def train(cfg: DictConfig, run_dir: Path) -> Result:
     data = TextData(corpus, c.data.block_size, c.batch_size, steps, t.micro_batch_size, c.data.seed, leading_bos(tokenizer))
 
     keys = bank_keys(c.optim, c.head.init, ranks, c.seed, hidden_size, vocab_size)
-    bank = HeadBank(keys, vocab_size, hidden_size, c.head.loss_impl)
+    bank = HeadBank(keys, vocab_size, hidden_size, c.head.loss_impl, t.micro_batch_size * c.data.block_size)
 
-    backbone = Backbone.load(c.backbone, trainer.strategy.root_device.type)
+    backbone = Backbone.load(c.backbone, device_type)
     shape = (backbone.vocab_size, backbone.hidden_size)
     check(shape == (vocab_size, hidden_size), f"backbone {backbone.name}: its head is {list(shape)}, its config says {[vocab_size, hidden_size]}")
     log.info("%s: d = %d, V = %d; %d heads, %d steps of %d tokens", backbone.name, hidden_size, vocab_size, len(bank),
              steps, c.batch_size * c.data.block_size)  # fmt: skip
+    if checks.compiles(c, device_type):
+        compiled = backbone.compile_layers((t.micro_batch_size, c.data.block_size))
+        log.info("backbone: %s", "layers are compiled" if compiled else f"family {backbone.family} does not name its layers, not compiled")
     module = HeadSweep(
         backbone, bank, c.optim, steps, t.micro_batch_size, lambda b: start_heads(c, backbone, data, b),
         data.validation_batches, stored, corpus.fingerprint, t.log_every,

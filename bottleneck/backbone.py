@@ -5,6 +5,7 @@ Dims: N sequences, T sequence length, D hidden size (width of what the head rece
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 from dataclasses import dataclass
@@ -129,6 +130,7 @@ class Backbone(nn.Module):
         config = model.config.get_text_config()
         self._scale = _logit_scale(config)
         self._softcap = getattr(config, "final_logit_softcapping", None)
+        self._compiled_for: Optional[tuple[int, int]] = None
         self._parity(model)
         self.hash = _weights_hash(self)
 
@@ -156,6 +158,11 @@ class Backbone(nn.Module):
         return FullHead(self.lm_head.weight, getattr(self.lm_head, "bias", None), self._scale, self._softcap)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights and the hidden states."""
+        return self.lm_head.weight.dtype
+
+    @property
     def hidden_size(self) -> int:
         return self.lm_head.weight.shape[1]
 
@@ -171,7 +178,22 @@ class Backbone(nn.Module):
     @torch.no_grad()
     def forward(self, ids_NT: Tensor) -> Tensor:
         """Token ids [N, T] to hidden states [N, T, D] after the final norm."""
-        return self.body(input_ids=ids_NT, use_cache=False).last_hidden_state
+        odd = self._compiled_for is not None and tuple(ids_NT.shape) != self._compiled_for
+        with torch.compiler.set_stance("force_eager") if odd else contextlib.nullcontext():
+            return self.body(input_ids=ids_NT, use_cache=False).last_hidden_state
+
+    def compile_layers(self, shape: tuple[int, int]) -> bool:
+        """Compile the body's repeated layers for batches [N, T] of one shape; batches of other shapes run as they are.
+
+        One layer is compiled for all, which takes seconds where compiling the whole body takes a minute.
+        Returns: False, and nothing is done, where the family does not name its layers.
+        """
+        names = set(getattr(self.body, "_no_split_modules", None) or ())
+        layers = [m for m in self.body.modules() if type(m).__name__ in names]
+        for layer in layers:
+            layer.compile(dynamic=False)
+        self._compiled_for = shape if layers else None
+        return bool(layers)
 
     @torch.no_grad()
     def _parity(self, model: nn.Module) -> None:

@@ -82,7 +82,7 @@ def find_checkpoint(ckpt_path: Optional[str], run_dir: Path) -> Optional[Path]:
 
 # What may change between a run and its resumption: where things are, what they run on, who watches. That weights and
 # text are the same is checked by their hashes when the checkpoint is loaded.
-FREE = ("trainer.", "logger.", "ckpt_path", "data.cache_dir", "data.files", "data.validation_files", "data.name",
+FREE = ("trainer.", "logger.", "ckpt_path", "data.cache_dir", "data.files", "data.validation_files", "data.prepared", "data.name",
         "backbone.path", "backbone.name", "backbone.tokenizer")  # fmt: skip
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
 from typing import Any, Optional
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from bottleneck.config import SCHEMA_KEYS, OptimConfig, TrainConfig, unknown_key
+from bottleneck.config import SCHEMA_KEYS, DataConfig, OptimConfig, TrainConfig, unknown_key
 from bottleneck.errors import check
+from bottleneck.losses import IMPLS
 
-INITS = ("fisher", "svd", "scaled", "normal")
+INITS = ("fisher", "refined", "svd", "scaled", "normal")
 LR_RULES = ("power", "table", "grid")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-LOSS_IMPLS = ("reference", "chunked")
 TEXT_UNITS = ("auto", "file", "paragraph", "line")
 # `ranks: auto`: powers of two, then the paper's half steps, up to and including the hidden size.
 RANK_LADDER = (8, 16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
@@ -85,7 +87,7 @@ def check_config(cfg: DictConfig) -> TrainConfig:
     d = c.data
     as_count("data.block_size", d.block_size, 2)
     as_count("data.seed", d.seed, 0)
-    check((d.files is None) != (d.dataset is None), "data: give either data.files (local) or data.dataset (Hub name)")
+    _check_source(d)
     if d.files is not None:
         hub_only = [k for k in ("subset", "validation_split") if getattr(d, k) is not None] + ["split"] * (d.split != "train")
         check(not hub_only, f"data.{hub_only[0] if hub_only else ''}: is for a Hub dataset; local text has data.validation_files")
@@ -95,12 +97,24 @@ def check_config(cfg: DictConfig) -> TrainConfig:
     _one_of("data.text_unit", d.text_unit, TEXT_UNITS)
 
     _one_of("head.init", c.head.init, INITS)
-    _one_of("head.loss_impl", c.head.loss_impl, LOSS_IMPLS)
+    _one_of("head.loss_impl", c.head.loss_impl, IMPLS)
     c.head.calibration_tokens = as_count("head.calibration_tokens", c.head.calibration_tokens)
+    c.head.passes = as_count("head.passes", c.head.passes)
     _one_of("backbone.dtype", c.backbone.dtype, DTYPES)
+    _one_of("backbone.compile", str(c.backbone.compile).lower(), ("auto", "true", "false"))
     _check_optim(c.optim)
     _check_trainer(c)
     return c
+
+
+def _check_source(d: DataConfig) -> None:
+    """Exactly one source of text, and only keys that it has."""
+    given = [name for name in ("files", "dataset", "prepared") if getattr(d, name) is not None]
+    either = "either data.files (local) or data.dataset (Hub name) or data.prepared (folder of prepared tokens)"
+    check(len(given) == 1, f"data: give {either}{'; here are ' + ' and '.join(given) if given else ''}")
+    if d.prepared is not None:  # these would change nothing any more
+        lost = [k for k in ("validation_files", "subset", "validation_split", "document_start", "max_tokens") if getattr(d, k) is not None]
+        check(not lost, f"data.{lost[0] if lost else ''}: was decided when data.prepared={d.prepared} was made; leave it out")
 
 
 def _check_optim(o: OptimConfig) -> None:
@@ -182,6 +196,23 @@ def check_shapes(c: TrainConfig, hidden_size: int, context: Optional[int]) -> li
         f"data.block_size={c.data.block_size}: longer than the backbone's context; allowed are 2 to {context}",
     )
     return ranks
+
+
+COMPILE_FROM = 20_000_000  # tokens from which compiling a backbone's layers pays for itself (launch/LOG.md)
+
+
+def check_device(c: TrainConfig, device_type: str) -> None:
+    """What needs a GPU is refused without one."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    usable = c.head.loss_impl != "fused" or device_type == "cuda" or interpreted
+    check(usable, f"head.loss_impl=fused: needs a CUDA GPU, this run is on {device_type}; allowed here are auto, chunked, reference")
+
+
+def compiles(c: TrainConfig, device_type: str) -> bool:
+    """Whether the backbone's layers are compiled."""
+    if str(c.backbone.compile).lower() != "auto":
+        return str(c.backbone.compile).lower() == "true"
+    return device_type == "cuda" and c.tokens >= COMPILE_FROM and importlib.util.find_spec("triton") is not None
 
 
 def total_steps(c: TrainConfig) -> int:

@@ -7,12 +7,14 @@ import re
 import sys
 from typing import Callable
 
+from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from bottleneck.config import unknown_key
+from bottleneck.config import ROOT, register, unknown_key
 from bottleneck.errors import UserError
 
 SHOW = "HYDRA_FULL_ERROR"  # Hydra's switch for full tracebacks; set by the user it still shows them
@@ -39,8 +41,18 @@ def job(work: Callable[[], object]) -> None:
         print(f"error: {failures[-1]}", file=sys.stderr)
 
 
-def one_line_errors(main: Callable[[], None]) -> int:
-    """Run a Hydra main function; returns the exit code."""
+def composed(overrides: list[str]) -> DictConfig:
+    """The config that `python train.py OVERRIDES` sees, for commands beside it. Raises Hydra's errors."""
+    register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("train", overrides=overrides)
+
+
+RESUME = "go on with ckpt_path=last and the same hydra.run.dir"
+
+
+def one_line_errors(main: Callable[[], object], after_interrupt: str = RESUME) -> int:
+    """Run a command's main function; returns the exit code."""
     wanted_by_user = os.environ.get(SHOW) == "1" and OURS not in os.environ
     os.environ[SHOW] = os.environ[OURS] = "1"  # else Hydra prints several lines of its own and exits with 1
     try:
@@ -61,7 +73,7 @@ def one_line_errors(main: Callable[[], None]) -> int:
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; go on with ckpt_path=last and the same hydra.run.dir", file=sys.stderr)
+        print(f"interrupted; {after_interrupt}", file=sys.stderr)
         return 130
     return 2 if failures else 0
 

@@ -33,6 +33,7 @@ class BackboneConfig:
     dtype: str = "auto"  # auto (bfloat16 on GPU, float32 on CPU) | float32 | bfloat16 | float16
     tokenizer: Optional[str] = None  # Hub name or folder of the tokenizer, where it is not the backbone's own
     attn_implementation: Optional[str] = None  # Transformers' attention; default: its own choice (sdpa where it can)
+    compile: Any = "auto"  # compile its layers: true | false | auto (on a GPU, from 20M tokens: it costs seconds first)
     trust_remote_code: bool = False  # run the model's own code from the Hub: only where you trust it
 
 
@@ -43,6 +44,8 @@ class DataConfig:
     files: Any = None  # local text: a folder, a glob, or a list of them (txt, jsonl, parquet; .zst/.gz too)
     validation_files: Any = None  # the same for validation; default: split off `files` by document
     dataset: Optional[str] = None  # Hub dataset instead of files
+    # folder that python -m data.prepare made, perhaps elsewhere, instead of files or dataset: its tokens are all used as they are
+    prepared: Optional[str] = None
     subset: Optional[str] = None  # its configuration name (wikitext-103-raw-v1)
     split: str = "train"  # its training split
     validation_split: Optional[str] = None  # its validation split; default: split off by document
@@ -63,9 +66,12 @@ class DataConfig:
 class HeadConfig:
     """How a head starts and what its loss runs on."""
 
-    init: str = "fisher"  # fisher (closed form) | svd (of the backbone's head) | scaled (unit logits) | normal (N(0,1))
-    calibration_tokens: Any = 16_384  # training tokens that measure the hidden states for fisher, svd and scaled
-    loss_impl: str = "chunked"  # chunked (never holds N x V logits) | reference (readable, for checking)
+    # fisher (closed form) | refined (fisher, taught by the full head) | svd (of it) | scaled (unit logits) | normal (N(0,1))
+    init: str = "fisher"
+    calibration_tokens: Any = 16_384  # training tokens that measure the hidden states, for every start but normal
+    passes: Any = 2  # refined: over the calibration tokens, of which it wants 65,536 or more (head=refined)
+    # auto (the fastest here) | fused (Triton, GPU) | chunked (any device) | reference (logits in full, for checking)
+    loss_impl: str = "auto"
 
 
 @dataclass
@@ -75,9 +81,9 @@ class OptimConfig:
     lr: Any = None  # rate or list of rates for every head, instead of the rule
     lr_rule: str = "power"  # power | table | grid
     # power: lr = lr_ref * (n_ref / n) ** gamma; a number, or one for each head.init (measured: launch/LOG.md)
-    lr_ref: Any = field(default_factory=lambda: {"fisher": 2e-3, "svd": 8e-3, "scaled": 8e-3, "normal": 8e-3})
+    lr_ref: Any = field(default_factory=lambda: {"fisher": 2e-3, "refined": 4e-4, "svd": 8e-3, "scaled": 8e-3, "normal": 8e-3})
     # likewise a number, or one for each head.init
-    gamma: Any = field(default_factory=lambda: {"fisher": 0.8, "svd": 0.6, "scaled": 0.6, "normal": 0.6})
+    gamma: Any = field(default_factory=lambda: {"fisher": 0.8, "refined": 0.8, "svd": 0.6, "scaled": 0.6, "normal": 0.6})
     n_ref: Any = None  # power: parameters at which lr_ref holds; default: the full-rank head of this backbone
     table: Any = None  # table: rate of each rank, {8:0.02,64:0.01}
     lrs: Any = None  # grid: rates tried at every rank; default: the power rule's rate times grid_factors

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bottleneck.errors import UserError
-from bottleneck.losses import linear_cross_entropy
+from bottleneck.losses import Weights, choose, step, targets, weights
 
 
 @dataclass(frozen=True)
@@ -55,18 +56,22 @@ class HeadBank(nn.Module):
     Heads share nothing but their input: the sum of their losses has for each head the gradient of its own loss alone,
     so a head trained in a bank is the head trained by itself, bit for bit on a CPU.
 
+    Args:
+        loss_impl: see `losses.linear_cross_entropy`; "auto" picks for each rank.
+        tokens: tokens of one micro-batch, which "auto" picks by.
+
     Attributes:
         keys: the heads' keys, in order.
         diverged: [H] flags, 1.0 for heads whose gradient has been non-finite; on the device, saved with the heads.
     """
 
-    def __init__(self, keys: list[HeadKey], vocab_size: int, hidden_size: int, loss_impl: str = "chunked"):
+    def __init__(self, keys: list[HeadKey], vocab_size: int, hidden_size: int, loss_impl: str = "auto", tokens: int = 4096):
         super().__init__()
         names = [k.name for k in keys]
         doubled = {n for n in names if names.count(n) > 1}
         if doubled:
             raise UserError(f"ranks, rates and seeds: the head {', '.join(sorted(doubled))} is there twice (rates count to 6 digits)")
-        self.keys, self.loss_impl = keys, loss_impl
+        self.keys, self.loss_impl, self.tokens = keys, loss_impl, tokens
         self.heads = nn.ModuleDict({k.name: LowRankHead(vocab_size, k.rank, hidden_size) for k in keys})
         self.register_buffer("diverged", torch.zeros(len(keys)))
 
@@ -76,10 +81,38 @@ class HeadBank(nn.Module):
     def __getitem__(self, key: HeadKey) -> LowRankHead:
         return self.heads[key.name]  # type: ignore[return-value]
 
-    def losses(self, h_ND: Tensor, y_N: Tensor) -> Tensor:
-        """Summed cross-entropy of every head on the same tokens: [H], nats, float32."""
-        losses = [
-            linear_cross_entropy(h_ND, head.A, head.B, y_N, impl=self.loss_impl, reduction="sum")
-            for head in self.heads.values()
-        ]
-        return torch.stack(losses)
+    def impl(self, key: HeadKey, dtype: torch.dtype) -> str:
+        """The implementation of the loss that a head runs on for hidden states of a dtype: never "auto"."""
+        A = self[key].A
+        return choose(A.device, dtype, self.tokens, *A.shape) if self.loss_impl == "auto" else self.loss_impl
+
+    def cast(self, dtype: torch.dtype) -> list[Weights]:
+        """All heads as the products read them, for `accumulate` and `losses`; good until the parameters change."""
+        return [weights(self[key].A, self[key].B, dtype, self.impl(key, dtype)) for key in self.keys]
+
+    def zero_gradients(self) -> None:
+        """Gradients of zeros, in place where there are some: `accumulate` adds to them."""
+        for p in self.parameters():
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        torch._foreach_zero_([p.grad for p in self.parameters()])
+
+    @torch.no_grad()
+    def accumulate(self, h_ND: Tensor, y_N: Tensor, cast: list[Weights], scale: float) -> Tensor:
+        """Add scale · gradient of every head's summed loss to its .grad, without autograd and without a copy.
+
+        Returns: summed losses of the heads, [H], nats, float64.
+        """
+        t = targets(y_N)
+        heads = [self[key] for key in self.keys]
+        return _sums(step(h_ND, w, t, head.A.grad, head.B.grad, scale) for head, w in zip(heads, cast))
+
+    @torch.no_grad()
+    def losses(self, h_ND: Tensor, y_N: Tensor, cast: list[Weights]) -> Tensor:
+        """Summed cross-entropy of every head on the same tokens: [H], nats, float64."""
+        t = targets(y_N)
+        return _sums(step(h_ND, w, t) for w in cast)
+
+
+def _sums(losses: Any) -> Tensor:
+    return torch.stack([loss_N.sum(dtype=torch.float64) for loss_N in losses])

@@ -63,8 +63,8 @@ def calibrate(hidden: Iterable[Tensor], head: FullHead) -> Calibration:
     return Calibration(cov / tokens, mean / tokens, (mean - square) / tokens)
 
 
-def _roots(cov_DD: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric square root and inverse square root of a covariance, with a small ridge."""
+def roots(cov_DD: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric square root and inverse square root [D, D] of a covariance, with a small ridge."""
     cov = cov_DD + RIDGE * cov_DD.diagonal().mean() * torch.eye(len(cov_DD), dtype=cov_DD.dtype, device=cov_DD.device)
     values, vectors = torch.linalg.eigh(cov)
     root = values.clamp(min=RIDGE * values.max()).sqrt()
@@ -83,7 +83,7 @@ def fisher_basis(W_VD: Tensor, c: Calibration) -> tuple[Tensor, Tensor]:
     """
     W = W_VD.double()
     centred = W - c.mean_V @ W
-    root, inverse = _roots(c.cov_DD)
+    root, inverse = roots(c.cov_DD)
     X = centred @ root
     gram = X.T @ (c.fisher_V[:, None] * X)
     vectors = torch.linalg.eigh((gram + gram.T) / 2).eigenvectors.flip(1)

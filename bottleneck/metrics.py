@@ -14,14 +14,21 @@ from torch import Tensor
 
 from bottleneck.backbone import Backbone, FullHead
 from bottleneck.heads import HeadBank
+from bottleneck.losses import choose, logit_step, targets
 from bottleneck.losses.chunked import chunk_rows, token_losses
 
 
 @torch.no_grad()
 def full_head_loss(h_ND: Tensor, head: FullHead, y_N: Tensor, ignore_index: int = -100) -> Tensor:
     """Summed cross-entropy of the backbone's own head (bias, scale and cap included): float64 scalar, nats."""
+    W = head.W_VD
+    if head.plain:
+        impl = choose(h_ND.device, h_ND.dtype, len(h_ND), *W.shape)
+        # the kernels want few-dimensional heads padded; no real backbone is that small
+        impl = "chunked" if impl == "fused" and W.shape[1] <= 256 else impl
+        return logit_step(h_ND, W, targets(y_N, ignore_index), impl)[0].sum(dtype=torch.float64)
     total = torch.zeros((), dtype=torch.float64, device=h_ND.device)
-    rows = chunk_rows(len(head.W_VD), h_ND.device.type)
+    rows = chunk_rows(len(W), h_ND.device.type)
     for h, y in zip(h_ND.split(rows), y_N.split(rows)):
         keep = y != ignore_index
         loss, _ = token_losses(head.logits(h).float(), y.masked_fill(~keep, 0))
@@ -40,11 +47,12 @@ def validate(
     Returns: losses of the heads (NaN or inf where a head diverged), loss of the full head, tokens counted; nats.
     """
     device = backbone.lm_head.weight.device
+    cast = bank.cast(backbone.lm_head.weight.dtype)
     sums = torch.zeros(len(bank) + 2, dtype=torch.float64, device=device)
     for inputs, targets in batches:
         h = backbone(inputs.to(device, non_blocking=True)).flatten(0, 1)
         y = targets.to(device, non_blocking=True).flatten()
-        sums[:-2] += bank.losses(h, y)
+        sums[:-2] += bank.losses(h, y, cast)
         sums[-2] += full_head_loss(h, backbone.head, y, ignore_index)
         sums[-1] += (y != ignore_index).sum()
     if dist.is_available() and dist.is_initialized():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
+import time
 from typing import Any, Callable, Iterable, Optional
 
 import pytorch_lightning as pl
@@ -15,6 +16,21 @@ from bottleneck.errors import check
 from bottleneck.heads import HeadBank
 from bottleneck.metrics import validate
 from bottleneck.optim import build_optimizer, clip_per_head, schedule
+
+log = logging.getLogger(__name__)
+
+
+class HandOver(torch.autograd.Function):
+    """A zero whose backward adds zeros to gradients that are there already: autograd's hooks, and so DDP, see them ready."""
+
+    @staticmethod
+    def forward(ctx: Any, *parameters: Tensor) -> Tensor:
+        ctx.shapes = [p.shape for p in parameters]
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return tuple(grad.new_zeros(()).expand(shape) for shape in ctx.shapes)
 
 
 class HeadSweep(pl.LightningModule):
@@ -59,6 +75,7 @@ class HeadSweep(pl.LightningModule):
         self.reference: Optional[float] = None
         self.validation_tokens = 0
         self.step_tokens = 0
+        self._clock: Optional[tuple[float, int]] = None  # of the last logged row: time, step
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.bank, self.optim)
@@ -70,6 +87,11 @@ class HeadSweep(pl.LightningModule):
             world == self.trainer.world_size,
             f"trainer.devices: {world} processes are running, {self.trainer.world_size} are configured",
         )
+
+        chosen: dict[str, set[int]] = {}
+        for key in self.bank.keys:
+            chosen.setdefault(self.bank.impl(key, self.backbone.dtype), set()).add(key.rank)
+        log.info("loss: %s", "; ".join(f"{impl} for rank {', '.join(map(str, sorted(ranks)))}" for impl, ranks in chosen.items()))
 
     def on_train_start(self) -> None:
         if self.global_step == 0:
@@ -83,31 +105,25 @@ class HeadSweep(pl.LightningModule):
         """batch: token ids [N, T+1] of this process; gradients of its micro-batches add up, then one update."""
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         tokens = batch.shape[0] * (batch.shape[1] - 1)
-        micros = batch.split(self.micro_batch)
-        losses = torch.zeros(len(self.bank), device=batch.device)
-        optimizer.zero_grad()
-        for i, ids in enumerate(micros):
+        losses = torch.zeros(len(self.bank), dtype=torch.float64, device=batch.device)
+        cast = self.bank.cast(self.backbone.dtype)
+        self.bank.zero_gradients()
+        for ids in batch.split(self.micro_batch):
             h_ND = self.backbone(ids[:, :-1]).flatten(0, 1)
-            sums = self.bank.losses(h_ND, ids[:, 1:].flatten())
-            with contextlib.nullcontext() if i == len(micros) - 1 else self._unsynced():
-                self.manual_backward(sums.sum() / tokens)
-            losses += sums.detach()
+            losses += self.bank.accumulate(h_ND, ids[:, 1:].flatten(), cast, 1 / tokens)
         losses /= tokens
-        if torch.distributed.is_initialized():  # a few numbers a step: what is logged and flagged is alike everywhere
+        if torch.distributed.is_initialized():
+            self.manual_backward(HandOver.apply(*self.bank.parameters()))  # DDP reduces the gradients, once a step
+            # a few numbers a step: what is logged and flagged is alike everywhere
             torch.distributed.all_reduce(losses)
             losses /= self.trainer.world_size
-        norms = clip_per_head(self.bank, self.optim.clip, losses)
+        norms, optimizer.optimizer.divisors = clip_per_head(self.bank, self.optim.clip, losses)
         optimizer.step()
         rates = scheduler.get_last_lr()
         scheduler.step()
         self.step_tokens = tokens * self.trainer.world_size
         if self.global_step % self.log_every == 0 or self.global_step == self.steps:
             self._log_step(losses, norms, rates)
-
-    def _unsynced(self) -> Any:
-        """DDP reduces gradients with a step's last micro-batch only."""
-        no_sync = getattr(self.trainer.model, "no_sync", None)
-        return no_sync() if no_sync is not None else contextlib.nullcontext()
 
     def on_fit_end(self) -> None:
         # runs also where a finished run is resumed, so its curve can be written again
@@ -119,12 +135,19 @@ class HeadSweep(pl.LightningModule):
         batches = self.validation(trainer.global_rank, trainer.world_size)
         losses, self.reference, self.validation_tokens = validate(self.backbone, self.bank, batches)
         named = {key.name: loss for key, loss in zip(self.bank.keys, losses)}
+        self._clock = None  # validation is not training time
         self._log({f"val/loss/{name}": loss for name, loss in named.items()} | {"val/loss/full": self.reference})
         return named
 
     def _log_step(self, losses: Tensor, norms: Tensor, rates: list[float]) -> None:
         rows: dict[str, float] = {}
-        for key, loss, norm, lr in zip(self.bank.keys, losses.tolist(), norms.tolist(), rates):
+        losses, norms = losses.tolist(), norms.tolist()  # waits for the device: the time is that of finished steps
+        now, step = time.perf_counter(), self.global_step
+        if self._clock is not None:
+            began, at = self._clock
+            rows["train/tokens_per_second/all"] = (step - at) * self.step_tokens / (now - began)
+        self._clock = now, step
+        for key, loss, norm, lr in zip(self.bank.keys, losses, norms, rates):
             rows |= {f"train/loss/{key.name}": loss, f"train/grad_norm/{key.name}": norm, f"train/lr/{key.name}": lr}
         self._log(rows)
 

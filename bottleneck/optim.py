@@ -45,21 +45,22 @@ def bank_keys(c: OptimConfig, init: str, ranks: list[int], seeds: list[int], hid
 
 
 class HeadAdamW(torch.optim.AdamW):
-    """PyTorch's fused AdamW, with a flag per parameter group that skips the group's update.
+    """PyTorch's fused AdamW, with a divisor of the gradient and a flag that skips the update for each parameter group.
 
-    The fused kernels already take such a flag (`found_inf`, made for loss scaling); here every group has its own, so a
-    diverged head stays as it is without the host ever asking the device.
+    The fused kernels already take both (`grad_scale` and `found_inf`, made for loss scaling); here every group has its own, so
+    clipping costs no pass over the gradients, and a diverged head stays as it is without the host ever asking the device.
 
     Args: flags: [groups], 1.0 where a group is skipped; read at every step.
+    Attributes: divisors: [groups], what gradients are divided by in the next step; from `clip_per_head`.
     """
 
     def __init__(self, groups: list[dict[str, Any]], flags: Tensor, **options: Any):
         super().__init__(groups, fused=True, **options)
-        self.flags = flags
+        self.flags, self.divisors = flags, torch.ones_like(flags)
 
     def _init_group(self, group: dict[str, Any], *args: Any) -> Any:
         index = next(i for i, g in enumerate(self.param_groups) if g is group)
-        self.found_inf = self.flags[index]
+        self.found_inf, self.grad_scale = self.flags[index], self.divisors[index]
         return super()._init_group(group, *args)
 
 
@@ -83,23 +84,18 @@ def schedule(c: OptimConfig, steps: int) -> Callable[[int], float]:
 
 
 @torch.no_grad()
-def clip_per_head(bank: HeadBank, clip: float | None, losses: Tensor) -> Tensor:
-    """Scale each head's gradient to norm `clip` at most, each by itself; flag heads whose loss or norm is not finite.
+def clip_per_head(bank: HeadBank, clip: float | None, losses: Tensor) -> tuple[Tensor, Tensor]:
+    """What scales each head's gradient to norm `clip` at most, each by itself; flag heads whose loss or norm is not finite.
 
     Clipping over all heads together (as Lightning's gradient_clip_val does) would make a head depend on its company.
     Losses and gradients are equal on all processes here, so every process flags alike. Nothing waits for the device.
 
-    Returns: gradient norms before clipping, [H].
+    Args: losses: [H]; only asked whether they are finite.
+    Returns: gradient norms [H], and what to divide the gradients by [H] (`HeadAdamW.divisors`).
     """
-    norms = []
-    for i, key in enumerate(bank.keys):
-        grads = [p.grad for p in bank[key].parameters()]
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads]))
-        if clip is not None:
-            scale = (clip / (norm + 1e-6)).clamp(max=1.0)
-            for g in grads:
-                g.mul_(scale)
-        sick = ~(torch.isfinite(norm) & torch.isfinite(losses[i]))
-        bank.diverged[i].copy_(torch.maximum(bank.diverged[i], sick.float()))
-        norms.append(norm)
-    return torch.stack(norms)
+    parts = torch._foreach_norm([p.grad for key in bank.keys for p in (bank[key].A, bank[key].B)])
+    norms = torch.linalg.vector_norm(torch.stack(parts).view(-1, 2), dim=1)
+    sick = ~(torch.isfinite(norms) & torch.isfinite(losses))
+    bank.diverged.copy_(torch.maximum(bank.diverged, sick.float()))
+    divisors = torch.ones_like(norms) if clip is None else ((norms + 1e-6) / clip).clamp(min=1.0)
+    return norms, divisors

@@ -15,6 +15,7 @@ from bottleneck.errors import UserError, check
 log = logging.getLogger(__name__)
 READERS = {".txt": "text", ".text": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 PACKED = (".zst", ".gz", ".xz", ".bz2")
+ROWS = 32  # read at once: few, since a row may be a whole book
 SAMPLE_BY = {"file": "document", "paragraph": "paragraph", "line": "line"}  # our words for the text reader's
 HELD_OUT_NAMES = ("validation", "valid.", "valid-", "val.", "val-", "dev.", "dev-")
 
@@ -112,20 +113,23 @@ class Source:
             rows = join_rows(rows, self.cfg.document_start)
         return (row for row in rows if row.strip())
 
-    def _file_rows(self, files: list[str]) -> Iterator[str]:
+    def readers(self, files: list[str]) -> Iterator[tuple[str, list[str], dict[str, Any]]]:
+        """What `datasets.load_dataset` is called with for some files: (reader, its files, its options)."""
         for reader in ("text", "json", "parquet"):
             paths = [f for f in files if reader_of(f) == reader]
-            if not paths:
-                continue
             options: dict[str, Any] = {}
-            field = self.cfg.text_field
-            if reader == "text":
+            if paths and reader == "text":
                 unit = self.cfg.text_unit
                 if unit == "auto":  # one file alone is a corpus, of several each is a document
                     unit = "paragraph" if len(paths) == 1 else "file"
                     log.info("data.text_unit=auto: a document is a %s", unit)
                 options["sample_by"] = SAMPLE_BY[unit]
-                field = "text"
+            if paths:
+                yield reader, paths, options
+
+    def _file_rows(self, files: list[str]) -> Iterator[str]:
+        for reader, paths, options in self.readers(files):
+            field = "text" if reader == "text" else self.cfg.text_field
             files_of = [glob.escape(p) for p in paths]
             yield from self._rows(paths, field, reader, data_files=files_of, split="train", streaming=True, **options)
 
@@ -143,11 +147,12 @@ class Source:
         where = sources[0] if len(sources) == 1 else f"{len(sources)} files from {sources[0]} on"
         try:
             stream = datasets.load_dataset(path, **options)
-            for batch in stream.iter(batch_size=256):
-                if field not in batch:
-                    columns = ", ".join(map(str, batch)) or "none"
+            # Arrow tables: of their columns only the text is made into Python objects; files that are documents come singly
+            for table in stream.with_format("arrow").iter(batch_size=1 if options.get("sample_by") == "document" else ROWS):
+                if field not in table.column_names:
+                    columns = ", ".join(table.column_names) or "none"
                     raise UserError(f"data.text_field={field}: no such column in {where}; columns there: {columns}")
-                for text in batch[field]:
+                for text in table.column(field).to_pylist():
                     if text is not None and not isinstance(text, str):
                         raise UserError(f"data.text_field={field}: holds {type(text).__name__}, not text, in {where}")
                     if text:

@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # the Triton kernels then run in its interpreter; read when they are first imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 import transformers
 from hydra import compose, initialize_config_dir
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -16,7 +16,7 @@ from conftest import ROOT, composed, shell
 
 CONF = ROOT / "conf"
 GROUPS = {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in CONF.iterdir() if p.is_dir() and p.name != "hydra"}
-NEEDED = {("data", "local"): ["data.files=x.txt"], ("backbone", "local"): ["backbone.path=x"]}
+NEEDED = {("data", "local"): ["data.files=x.txt"], ("data", "prepared"): ["data.prepared=x"], ("backbone", "local"): ["backbone.path=x"]}
 
 
 @pytest.mark.parametrize("group, name", [(g, n) for g, names in GROUPS.items() for n in names])
@@ -79,7 +79,7 @@ def test_counts_and_lists():
         ("tokens=1.5", "whole number"),
         ("batch_size=0", "batch_size"),
         ("trainer.devices=3", "multiple of the 3 processes"),
-        ("head.init=magic", "head.init=magic: must be one of fisher, svd, scaled, normal"),
+        ("head.init=magic", "head.init=magic: must be one of fisher, refined, svd, scaled, normal"),
         ("optim.lr_rule=magic", "must be one of power, table, grid"),
         ("data.files=null", "either data.files"),
         ("data=local", "give either data.files (local) or"),

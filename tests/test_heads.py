@@ -153,26 +153,27 @@ def test_clipping_is_per_head():
     """Each head is clipped as PyTorch would clip it alone, whatever the others' norms are."""
     bank, alone = bank_with_gradients(10.0), bank_with_gradients(10.0)
     bank[bank.keys[1]].A.grad.mul_(1e6)
-    norms = clip_per_head(bank, 1.0, FINE)
+    norms, divisors = clip_per_head(bank, 1.0, FINE)
     first = alone[alone.keys[0]]
+    before = [p.grad.clone() for p in first.parameters()]
     want = torch.nn.utils.clip_grad_norm_(first.parameters(), 1.0)
     assert torch.isclose(norms[0], want) and norms[1] > 1e5
-    for p, q in zip(bank[bank.keys[0]].parameters(), first.parameters()):
-        assert torch.allclose(p.grad, q.grad)
-    small = bank_with_gradients(1e-3)
-    before = small[small.keys[0]].A.grad.clone()
-    clip_per_head(small, 1.0, FINE)
-    assert torch.equal(small[small.keys[0]].A.grad, before)
+    for p, g in zip(first.parameters(), before):
+        assert torch.allclose(g / divisors[0], p.grad)
+    assert clip_per_head(bank_with_gradients(1e-3), 1.0, FINE)[1].tolist() == [1.0, 1.0]
+    assert clip_per_head(bank, None, FINE)[1].tolist() == [1.0, 1.0]
 
 
 def test_optimizer_is_adamw_and_skips_diverged_heads():
     """Equal to PyTorch's own AdamW; a head with a non-finite gradient stays bit for bit, momentum included, for good."""
     bank, twin = bank_with_gradients(1.0), bank_with_gradients(1.0)
-    o = OptimConfig(clip=None)
+    o = OptimConfig(clip=0.5)
     ours = build_optimizer(bank, o)
     theirs = torch.optim.AdamW(twin.parameters(), lr=0.1, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
     for _ in range(3):
-        clip_per_head(bank, o.clip, FINE)
+        _, ours.divisors = clip_per_head(bank, o.clip, FINE)
+        for key in twin.keys:
+            torch.nn.utils.clip_grad_norm_(twin[key].parameters(), o.clip)
         ours.step(), theirs.step()
     for p, q in zip(bank.parameters(), twin.parameters()):
         assert torch.allclose(p, q, atol=1e-6)
@@ -180,10 +181,10 @@ def test_optimizer_is_adamw_and_skips_diverged_heads():
     frozen, moving = sick.B.clone(), well.B.clone()
     good = sick.A.grad.clone()
     sick.A.grad[0, 0] = float("nan")
-    clip_per_head(bank, 1.0, FINE)
+    _, ours.divisors = clip_per_head(bank, 1.0, FINE)
     ours.step()
     sick.A.grad.copy_(good), sick.B.grad.zero_()
-    clip_per_head(bank, 1.0, FINE)
+    _, ours.divisors = clip_per_head(bank, 1.0, FINE)
     ours.step()
     assert bank.diverged.tolist() == [0.0, 1.0]
     assert torch.equal(sick.B, frozen) and torch.isfinite(sick.A).all() and not torch.equal(well.B, moving)

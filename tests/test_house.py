@@ -10,12 +10,16 @@ from conftest import ROOT
 
 # A module imports only what stands above it.
 ORDER = [
-    "bottleneck.errors", "bottleneck.config", "bottleneck.checks", "bottleneck.cli",
-    "bottleneck.losses.reference", "bottleneck.losses.chunked", "bottleneck.losses.linear", "bottleneck.losses",
-    "bottleneck.backbone", "bottleneck.heads", "bottleneck.initial", "bottleneck.optim", "bottleneck.metrics",
+    "bottleneck.errors", "bottleneck.config",
+    "bottleneck.losses.products", "bottleneck.losses.reference", "bottleneck.losses.chunked", "bottleneck.losses.kernels",
+    "bottleneck.losses.fused", "bottleneck.losses.choice", "bottleneck.losses.linear", "bottleneck.losses",
+    "bottleneck.checks", "bottleneck.cli",
+    "bottleneck.backbone", "bottleneck.heads", "bottleneck.initial", "bottleneck.refine", "bottleneck.optim", "bottleneck.metrics",
     "bottleneck.module", "bottleneck.checkpoint", "bottleneck.tracking", "bottleneck.progress",
     "bottleneck.picture", "bottleneck.curve",
-    "data.sources", "data.prepare", "data.module", "data.debian_text", "data.make_sample", "data.debian", "data.pretrain",
+    "data.sources", "data.cache", "data.words", "data.encode", "data.prepare", "data.module", "data.debian_text", "data.make_sample", "data.debian", "data.pretrain",
+    "bottleneck.benchmark", "bottleneck.benchmark.table", "bottleneck.benchmark.clock", "bottleneck.benchmark.shapes", "bottleneck.benchmark.stock", "bottleneck.benchmark.heads",
+    "bottleneck.benchmark.sweep", "bottleneck.benchmark.forward", "bottleneck.benchmark.data", "bottleneck.benchmark.__main__",
     "train",
 ]  # fmt: skip
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from bottleneck.losses import IMPLS, linear_cross_entropy
 
 # N, D, R, V: odd sizes, one token, rank 1, a vocabulary that no chunk divides
-SHAPES = [(252, 123, 17, 507), (1, 8, 1, 11), (300, 16, 48, 1000), (64, 32, 32, 320), (1030, 4, 2, 9000)]
+SHAPES = [(252, 123, 17, 507), (1, 8, 1, 11), (300, 16, 48, 1000), (64, 32, 32, 320), (1030, 4, 2, 3000)]
 
 
 def truth(h, A, B, y, reduction):
@@ -48,36 +48,47 @@ def test_loss_and_gradients_equal_float64(impl, reduction, shape):
         assert torch.allclose(got.double(), want, rtol=1e-4, atol=1e-5 * float(want.abs().max())), impl
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
-@pytest.mark.parametrize("shape", [(500, 64, 32, 2000), (3000, 96, 48, 9001)])
-def test_bfloat16_is_as_close_as_plain_pytorch(device, shape):
-    """Three ways: chunked in bfloat16 is at most a little further from the truth than plain PyTorch in bfloat16."""
-    h, A, B, y = (t.to(device) for t in problem(shape))
-    h = h.bfloat16()
+# Triton's interpreter is wrong in bfloat16, so without a GPU the kernels are tested in float16
+SIXTEEN = [("cpu", "chunked", torch.bfloat16), ("cpu", "fused", torch.float16)]
+if torch.cuda.is_available():
+    SIXTEEN = [("cuda", impl, dtype) for impl in ("chunked", "fused") for dtype in (torch.bfloat16, torch.float16)]
+
+
+@pytest.mark.parametrize("device, impl, dtype", SIXTEEN)
+@pytest.mark.parametrize("shape", [(500, 64, 32, 2000), (252, 123, 100, 507), (300, 96, 48, 9001), (150, 320, 300, 1300)])
+@pytest.mark.parametrize("scale", [0.2, 1.0])
+def test_sixteen_bits_are_as_close_as_plain_pytorch(device, impl, dtype, shape, scale):
+    """Three ways: against float64 truth, the error is at most that of plain PyTorch in the same dtype."""
+    h, A, B, y = (t.to(device) for t in problem(shape, scale=scale))
+    h, A, B = (t.to(dtype).float() for t in (h, A, B))  # what both see is exact in 16 bits
     wanted = truth(h, A, B, y, "mean")
     errors = {}
-    for impl in IMPLS:
+    for name in (impl, "reference"):
         a, b = A.clone().requires_grad_(), B.clone().requires_grad_()
-        loss = linear_cross_entropy(h, a, b, y, impl=impl)
+        loss = linear_cross_entropy(h.to(dtype), a, b, y, impl=name)
         loss.backward()
-        errors[impl] = [((g.double() - w).norm() / w.norm()).item() for g, w in zip((loss.detach(), a.grad, b.grad), (wanted[0], *wanted[2:]))]
+        errors[name] = [((g.double() - w).norm() / w.norm()).item() for g, w in zip((loss.detach(), a.grad, b.grad), (wanted[0], *wanted[2:]))]
         assert a.grad.dtype == torch.float32
-    for chunked, plain in zip(errors["chunked"], errors["reference"]):
-        assert chunked <= 1.05 * plain + 1e-4, errors
+    floor = [1e-4, 1e-5, 1e-5]  # the loss is a mean: its rounding errors may cancel by luck
+    for ours, plain, least in zip(errors[impl], errors["reference"], floor):
+        assert ours <= 1.05 * plain + least, errors
 
 
-def test_large_logits_stay_finite():
+@pytest.mark.parametrize("impl", ["chunked", "fused"])
+def test_large_logits_stay_finite(impl):
     """The literal N(0,1) start has losses above 1,000; a confident head has losses near 0. Both to float accuracy."""
     for scale, shift in ((300.0, 0), (40.0, 1)):
         h, A, B, y = problem((50, 16, 16, 400), masked=False, scale=scale)
         if shift:
             y = (h @ B.T @ A.T).argmax(-1)
-        got = linear_cross_entropy(h, A, B, y, reduction="sum").double()
+        got = linear_cross_entropy(h, A, B, y, impl=impl, reduction="sum").double()
         want = truth(h, A, B, y, "sum")[0]
-        assert torch.isclose(got, want, rtol=1e-5, atol=1e-4), (got, want)
+        # float32 logits of size 500 are good to 3e-5 each
+        assert torch.isclose(got, want, rtol=1e-5, atol=1e-3), (got, want)
 
 
-def test_masked_rows_count_for_nothing():
+@pytest.mark.parametrize("impl", ["chunked", "fused"])
+def test_masked_rows_count_for_nothing(impl):
     """Garbage in masked rows changes nothing: loss and gradients equal those of the kept rows alone."""
     h, A, B, y = problem((90, 12, 6, 70))
     keep = y != -100
@@ -85,7 +96,7 @@ def test_masked_rows_count_for_nothing():
     out = []
     for hh, yy in ((h, y), (h[keep], y[keep])):
         a, b = A.clone().requires_grad_(), B.clone().requires_grad_()
-        loss = linear_cross_entropy(hh, a, b, yy, reduction="sum")
+        loss = linear_cross_entropy(hh, a, b, yy, impl=impl, reduction="sum")
         loss.backward()
         out.append((loss.detach(), a.grad, b.grad))
     for one, other in zip(*out):
@@ -123,7 +134,7 @@ def test_chunked_never_holds_all_logits(monkeypatch):
     h, A, B, y = problem((5000, 8, 4, 20_000), masked=False)
     A.requires_grad_(), B.requires_grad_()
     with Watch():
-        linear_cross_entropy(h, A, B, y).backward()
+        linear_cross_entropy(h, A, B, y, impl="chunked").backward()
     assert largest <= chunk_rows(20_000, "cpu") * 20_000 < 5000 * 20_000 / 10
 
 
@@ -137,9 +148,9 @@ def test_without_gradients_none_are_computed(monkeypatch):
     plain = chunked.matmul_f32
     monkeypatch.setattr(chunked, "matmul_f32", lambda *a, **k: calls.append(1) or plain(*a, **k))
     with torch.no_grad():
-        quiet = linear_cross_entropy(h, A, B, y)
+        quiet = linear_cross_entropy(h, A, B, y, impl="chunked")
     assert len(calls) == 1
-    assert torch.equal(quiet, linear_cross_entropy(h, A, B, y).detach())
+    assert torch.equal(quiet, linear_cross_entropy(h, A, B, y, impl="chunked").detach())
 
 
 def test_rank_of_the_head():

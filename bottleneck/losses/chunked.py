@@ -6,15 +6,19 @@ For a chunk of n tokens with z = h Bᵀ and softmax p:
     dA += Gᵀ z         dz = G A        then once:   dB = dzᵀ h,  dh = dz B
 
 so a step costs three products of 2·n·V·R operations, and memory holds one chunk of logits, whatever N is.
-Products run in the dtype of `h` (bfloat16 on a GPU), sums and softmax in float32. Any device.
+Products run in the dtype of z (bfloat16 on a GPU), sums and softmax in float32. Any device.
 
-Dims: N tokens, D hidden size, R rank, V vocabulary.
+Dims: N tokens, R rank, V vocabulary.
 """
 
 from __future__ import annotations
 
+from typing import Optional
+
 import torch
 from torch import Tensor
+
+from bottleneck.losses.products import add_product, matmul_f32
 
 # Bytes of float32 logits in one chunk. On a CPU a chunk stays near the caches, but not under ROWS tokens: below that the
 # sum into dA costs more than the products (measured: launch/LOG.md). On a GPU it bounds memory: logits and their softmax
@@ -26,18 +30,6 @@ ROWS = {"cpu": 256, "cuda": 16}
 def chunk_rows(vocab: int, device_type: str) -> int:
     """Tokens in one chunk: depends on the vocabulary and device alone, so that a head's bits do not depend on company."""
     return max(ROWS.get(device_type, 16), CHUNK_BYTES.get(device_type, 96 << 20) // (4 * vocab))
-
-
-def matmul_f32(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """a @ b with a float32 result, also for 16-bit inputs (accumulated in float32, not rounded in between).
-
-    Args: out: a float32 buffer that may be used for the result; saves a CPU the page faults of fresh memory.
-    """
-    if a.dtype == torch.float32:
-        return torch.mm(a, b, out=out)
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a.float(), b.float(), out=out)
 
 
 def token_losses(logits_nV: Tensor, y_n: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,44 +46,25 @@ def token_losses(logits_nV: Tensor, y_n: Tensor) -> tuple[Tensor, Tensor]:
     return (top_n - p_nV.amax(dim=-1).log()) - picked_n, p_nV
 
 
-class ChunkedLinearCrossEntropy(torch.autograd.Function):
-    """Summed loss over the tokens that are not masked. See the module's docstring."""
-
-    @staticmethod
-    def forward(ctx, h_ND: Tensor, A_VR: Tensor, B_RD: Tensor, y_N: Tensor, ignore_index: int) -> Tensor:
-        dtype = h_ND.dtype
-        A, B = A_VR.to(dtype), B_RD.to(dtype)
-        need_h, need_A, need_B = ctx.needs_input_grad[:3]
-        need_z = need_h or need_B
-        z_NR = h_ND @ B.T
-        keep_N = y_N != ignore_index
-        target_N = y_N.clamp(min=0) if ignore_index < 0 else y_N.masked_fill(~keep_N, 0)
-        loss_N = torch.empty(len(y_N), dtype=torch.float32, device=h_ND.device)
-        dA = torch.zeros(A_VR.shape, dtype=torch.float32, device=h_ND.device) if need_A else None
-        dz_NR = torch.empty_like(z_NR) if need_z else None
-        rows = chunk_rows(len(A), h_ND.device.type)
-        reuse = dtype == torch.float32 or not h_ND.is_cuda  # else the product allocates its own result
-        buffer = torch.empty(min(rows, len(y_N)), len(A), device=h_ND.device) if reuse else None
-        for start in range(0, len(y_N), rows):
-            part = slice(start, start + rows)
-            z, y, keep = z_NR[part], target_N[part], keep_N[part]
-            loss, G = token_losses(matmul_f32(z, A.T, out=None if buffer is None else buffer[: len(y)]), y)
-            loss_N[part] = loss.masked_fill(~keep, 0.0)
-            if not (need_A or need_z):
-                continue
-            G.scatter_add_(1, y[:, None], G.new_full((len(y), 1), -1.0))
-            G = G.to(dtype)
-            if dA is not None:  # masked rows are zeroed in z and dz: they are R wide, G is V wide
-                z = z * keep[:, None]
-                dA.addmm_(G.T, z) if dtype == torch.float32 else dA.add_(matmul_f32(G.T, z))
-            if dz_NR is not None:
-                dz_NR[part] = (G @ A) * keep[:, None]
-        dB = matmul_f32(dz_NR.T, h_ND).to(B_RD.dtype) if need_B else None
-        dh = dz_NR @ B if need_h else None
-        ctx.save_for_backward(dh, None if dA is None else dA.to(A_VR.dtype), dB)
-        # a double-precision sum: the value does not depend on how N was cut into calls
-        return loss_N.sum(dtype=torch.float64).float()
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return *(None if g is None else g * grad for g in ctx.saved_tensors), None, None
+def step(z_NR: Tensor, A_VR: Tensor, y_N: Tensor, dA_VR: Optional[Tensor], scale: float) -> tuple[Tensor, Optional[Tensor]]:
+    """See `linear.logit_step`."""
+    N, V = len(z_NR), len(A_VR)
+    keep_N, target_N = y_N >= 0, y_N.clamp(min=0).long()
+    loss_N = torch.empty(N, dtype=torch.float32, device=z_NR.device)
+    dz_NR = torch.empty_like(z_NR) if dA_VR is not None else None
+    rows = chunk_rows(V, z_NR.device.type)
+    reuse = z_NR.dtype == torch.float32 or not z_NR.is_cuda  # else the product allocates its own result
+    buffer = torch.empty(min(rows, N), V, device=z_NR.device) if reuse else None
+    for start in range(0, N, rows):
+        part = slice(start, start + rows)
+        z, y, keep = z_NR[part], target_N[part], keep_N[part]
+        loss, G = token_losses(matmul_f32(z, A_VR.T, out=None if buffer is None else buffer[: len(y)]), y)
+        loss_N[part] = loss.masked_fill(~keep, 0.0)
+        if dA_VR is None:
+            continue
+        G.scatter_add_(1, y[:, None], G.new_full((len(y), 1), -1.0))
+        G = G.to(z.dtype)
+        # masked rows are zeroed in z and dz: they are R wide, G is V wide
+        add_product(dA_VR, G.T, z * keep[:, None], scale)
+        dz_NR[part] = (G @ A_VR) * keep[:, None]
+    return loss_N, dz_NR

@@ -1,14 +1,98 @@
-"""The one entry to the losses: `linear_cross_entropy(h, A, B, y, impl=…)`."""
+"""The one entry to the losses: `linear_cross_entropy(h, A, B, y, impl=…)`, and `step`, which a bank of heads calls.
+
+Dims: N tokens, D hidden size, R rank, V vocabulary.
+"""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
-from bottleneck.losses.chunked import ChunkedLinearCrossEntropy
-from bottleneck.losses.reference import reference
+import bottleneck.losses.chunked as chunked
+import bottleneck.losses.reference as reference
+from bottleneck.losses.choice import IMPLS, choose, fused
+from bottleneck.losses.products import add_product
 
-IMPLS = ("reference", "chunked")
+
+class Weights(NamedTuple):
+    """A head as the products read it: A [V, R'] and B [R', D] in the dtype of the hidden states.
+
+    R' is the rank, padded with zeros where the implementation asks for it.
+    """
+
+    A: Tensor
+    B: Tensor
+    rank: int
+    impl: str  # reference | chunked | fused
+
+
+def weights(A_VR: Tensor, B_RD: Tensor, dtype: torch.dtype, impl: str) -> Weights:
+    """Cast and pad a head for `step`; no copy where nothing is to be done."""
+    A, B = A_VR.detach().to(dtype), B_RD.detach().to(dtype)
+    rank = A.shape[1]
+    extra = fused().padded_rank(rank) - rank if impl == "fused" else 0
+    if extra:
+        A, B = torch.nn.functional.pad(A, (0, extra)), torch.nn.functional.pad(B, (0, 0, 0, extra))
+    return Weights(A.contiguous(), B.contiguous(), rank, impl)
+
+
+def targets(y_N: Tensor, ignore_index: int = -100) -> Tensor:
+    """Targets as `step` reads them: int32, -1 where a token does not count."""
+    return y_N.masked_fill(y_N == ignore_index, -1).int()
+
+
+def logit_step(z_NR: Tensor, A_VR: Tensor, y_N: Tensor, impl: str, dA_VR: Optional[Tensor] = None, scale: float = 1.0):
+    """Loss [N] of the logits z Aᵀ, and d loss / d z [N, R] (None without dA, to which scale · its gradient is added).
+
+    z and A have as many columns as `weights` gives them. With dA, z may be overwritten.
+    """
+    module = {"reference": reference, "chunked": chunked}.get(impl) or fused()
+    return module.step(z_NR, A_VR, y_N, dA_VR, scale)
+
+
+def step(h_ND: Tensor, w: Weights, y_N: Tensor, dA_VR: Optional[Tensor] = None, dB_RD: Optional[Tensor] = None, scale: float = 1.0) -> Tensor:
+    """Loss of every token under one head; its gradient is added to dA and dB where they are given. No autograd.
+
+    Args:
+        y_N: from `targets`.
+        dA_VR, dB_RD: float32, contiguous, both or none: += scale · gradient of the summed loss.
+    Returns: loss [N] in nats, float32, 0 where a token does not count.
+    """
+    loss_N, dz_NR = logit_step(h_ND @ w.B.T, w.A, y_N, w.impl, dA_VR, scale)
+    if dB_RD is not None:
+        add_product(dB_RD, dz_NR[:, : w.rank].T, h_ND, scale)
+    return loss_N
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Summed loss with the gradients taken in the forward pass, while logits are at hand."""
+
+    @staticmethod
+    def forward(ctx: Any, h_ND: Tensor, A_VR: Tensor, B_RD: Tensor, y_N: Tensor, impl: str, ignore_index: int) -> Tensor:
+        w, y = weights(A_VR, B_RD, h_ND.dtype, impl), targets(y_N, ignore_index)
+        if not any(ctx.needs_input_grad[:3]):
+            return step(h_ND, w, y).sum(dtype=torch.float64).float()
+        dA, dB = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (A_VR, B_RD))
+        loss_N, dz = logit_step(h_ND @ w.B.T, w.A, y, impl, dA)
+        add_product(dB, dz[:, : w.rank].T, h_ND, 1.0)
+        need_h, need_A, need_B = ctx.needs_input_grad[:3]
+        ctx.gradients = (
+            dz @ w.B if need_h else None,
+            dA.to(A_VR.dtype) if need_A else None,
+            dB.to(B_RD.dtype) if need_B else None,
+        )
+        # a double-precision sum: the value does not depend on how N was cut into calls
+        return loss_N.sum(dtype=torch.float64).float()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor):
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("linear_cross_entropy: its gradients were handed out by an earlier backward(); call the loss again")
+        # in place: a gradient of A is as large as A, and nothing else holds it
+        return *(None if g is None else g.mul_(grad) for g in gradients), None, None, None
 
 
 def linear_cross_entropy(
@@ -16,7 +100,7 @@ def linear_cross_entropy(
     A: Tensor,
     B: Tensor,
     y: Tensor,
-    impl: str = "chunked",
+    impl: str = "auto",
     reduction: str = "mean",
     ignore_index: int = -100,
 ) -> Tensor:
@@ -24,13 +108,14 @@ def linear_cross_entropy(
 
     Args:
         h: hidden states [..., D]; products run in its dtype.
-        A: [V, R]; B: [R, D]; kept in float32, cast to the dtype of `h` for the products.
+        A: [V, R]; B: [R, D]; in float32 (cast to the dtype of `h` for the products) or the dtype of `h`.
         y: targets [...], the shape of `h` without its last dim; entries equal to `ignore_index` do not count.
-        impl: "reference" (logits in full) or "chunked" (never holds N x V logits).
+        impl: "reference" (logits in full), "chunked" (one chunk of logits at a time, any device), "fused" (Triton, no
+            logits in memory up to rank 256; a GPU), or "auto": the fastest in the measured table, see `choice.choose`.
         reduction: "mean" over the counted tokens or "sum"; in nats.
 
-    Returns: a float32 scalar. Gradients flow to A, B and, where it asks for them, h.
-    Raises: ValueError for an unknown impl or reduction, or shapes that do not fit.
+    Returns: a float32 scalar. Gradients flow to A, B and, where it asks for them, h; once (no retain_graph).
+    Raises: ValueError for an unknown impl or reduction, shapes that do not fit, or "fused" where there is no GPU.
     """
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r}: must be one of {', '.join(IMPLS)}")
@@ -40,9 +125,13 @@ def linear_cross_entropy(
         shapes = ", ".join(f"{n} {list(t.shape)}" for n, t in (("h", h), ("A", A), ("B", B), ("y", y)))
         raise ValueError(f"shapes do not fit: {shapes}; wanted h [..., D], A [V, R], B [R, D], y [...]")
     h, y = h.reshape(-1, h.shape[-1]), y.reshape(-1)
-    if not torch.is_grad_enabled():  # the chunked loss takes gradients on the way: not here
-        h, A, B = h.detach(), A.detach(), B.detach()
+    if impl == "auto":
+        impl = choose(h.device, h.dtype, len(h), *A.shape)
+    if impl == "fused" and not (h.is_cuda or fused().INTERPRETED):
+        raise ValueError("impl='fused': needs a CUDA GPU (or, for tests, TRITON_INTERPRET=1 in the environment)")
     if impl == "reference":
-        return reference(h, A, B, y, reduction, ignore_index)
-    total = ChunkedLinearCrossEntropy.apply(h, A, B, y, ignore_index)
+        return reference.reference(h, A, B, y, reduction, ignore_index)
+    if not torch.is_grad_enabled():  # gradients are taken on the way: not here
+        h, A, B = h.detach(), A.detach(), B.detach()
+    total = LinearCrossEntropy.apply(h, A, B, y, impl, ignore_index)
     return total / (y != ignore_index).sum() if reduction == "mean" else total

@@ -1,0 +1,58 @@
+"""Speed measured against peers: python -m bottleneck.benchmark NAME [--csv FILE]
+
+A benchmark is a module of this package with `NAME`, `add_arguments(parser)` and `run(args) -> list[Row]`; it is imported
+only when it is asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+from pathlib import Path
+from typing import Optional
+
+from rich.console import Console
+
+from bottleneck import cli
+from bottleneck.benchmark import table
+from bottleneck.errors import check
+
+WIDTH = 130  # of the table at least, also where the output is a file
+BENCHMARKS = {
+    "heads": "one head step against PyTorch, Liger and cut-cross-entropy: time, memory, error",
+    "sweep": "one pass that trains all ranks against one ordinary Lightning run a rank",
+    "data": "preparing tokens against datasets.map, and loading prepared tokens",
+    "forward": "the frozen backbone's hidden states a second, as it is and compiled",
+}
+
+
+def command(argv: list[str]) -> list[table.Row]:
+    names = ", ".join(BENCHMARKS)
+    check(bool(argv), f"benchmark: give one of {names}")
+    if argv[0] in ("-h", "--help"):
+        print("\n".join([__doc__.strip(), "", *(f"  {name:10s} {about}" for name, about in BENCHMARKS.items())]))
+        return []
+    check(argv[0] in BENCHMARKS, f"benchmark {argv[0]}: there is no such one; allowed are {names}")
+    module = importlib.import_module(f"bottleneck.benchmark.{argv[0]}")
+    parser = argparse.ArgumentParser(prog=f"python -m bottleneck.benchmark {module.NAME}", description=BENCHMARKS[module.NAME])
+    parser.add_argument("--csv", type=Path, help="write the rows there as well")
+    module.add_arguments(parser)
+    args = parser.parse_intermixed_args(argv[1:])
+    rows = module.run(args)
+    table.show(rows, Console(width=max(Console().width, WIDTH)))
+    if args.csv is not None:
+        table.write_csv(rows, args.csv)
+    return rows
+
+
+def main(argv: Optional[list[str]] = None) -> int:
+    """Returns the exit code: 2 for bad input, told in one line."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    work = sys.argv[1:] if argv is None else argv
+    return cli.one_line_errors(lambda: command(work), after_interrupt="no rows are written")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""Text to tokens against plain `datasets.map` with the same tokenizer, and prepared tokens to batches.
+
+Every measurement runs in a fresh process; the implementations take turns, so that what else runs on the machine meets all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+import tempfile
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+import datasets
+import transformers
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from bottleneck.backbone import label, load_tokenizer
+from bottleneck.benchmark.table import Row, row, timed
+from bottleneck.checks import as_count, check_config
+from bottleneck.cli import composed
+from bottleneck.config import ROOT, BackboneConfig, DataConfig
+from data.encode import cores
+from data.module import TextData
+from data.prepare import prepare
+from data.sources import Source
+
+NAME = "data"
+SHAPES = ((512, 16), (512, 256), (2048, 16), (2048, 256))  # tokens in a sequence, sequences in a step
+LOADED = 20_000_000  # most tokens of one timed pass of the loader
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the backbone, whose tokenizer is used: backbone=pythia-160m")
+    parser.add_argument("--files", nargs="+", default=[str(ROOT / "data/sample")], help="text: folders, globs or files (default: the embedded sample)")
+    parser.add_argument("--repeats", type=int, default=3, help="measurements of each implementation (default: 3)")
+
+
+def run(args: argparse.Namespace) -> list[Row]:
+    """Rows of `prepare`, `datasets.map` and the loader. Raises UserError for an unknown backbone or missing files."""
+    as_count("--repeats", args.repeats)
+    backbone = check_config(composed(args.overrides)).backbone
+    files = args.files if len(args.files) > 1 else args.files[0]
+    cfg = DataConfig(files=files, validation_tokens=10**15)  # all text is tokenised on both sides
+    name = f"{Source(cfg).name}, {label(backbone)}"
+    load_tokenizer(backbone)  # what is wrong with it is told before anything is measured
+    found: dict[str, list[tuple[float, int, float]]] = {}
+    for _ in range(args.repeats):
+        for measure in (_prepare, _map):
+            for implementation, seconds, tokens, peak in _apart(measure, cfg, backbone):
+                found.setdefault(implementation, []).append((seconds, tokens, peak))
+    rows = []
+    for implementation, runs in found.items():
+        seconds, tokens, peaks = zip(*runs)
+        rows.append(row("prepare", name, implementation, list(seconds), tokens[0], "tokens", peak_mib=max(peaks)))
+    return rows + _apart(_load, cfg, backbone, args.repeats)
+
+
+def _apart(measure: Callable, *args: Any) -> list:
+    """Call in a fresh process: memory is counted from nothing, nothing is warm."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_quiet) as pool:
+        return pool.submit(measure, *args).result()
+
+
+def _quiet() -> None:
+    """No progress bars, and no warnings about what is meant to be so."""
+    datasets.disable_progress_bars()
+    transformers.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", message=".*'set_vital' is deprecated.*")
+
+
+def _peak_mib(children: int = 0) -> float:
+    """Peak memory of this process and of its ended children, which are taken to be as large as the largest of them."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + children * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return most / 1024
+
+
+def _prepare(cfg: DataConfig, backbone: BackboneConfig) -> list[tuple[str, float, int, float]]:
+    tokenizer = load_tokenizer(backbone)
+    with tempfile.TemporaryDirectory() as folder:
+        seconds, corpus = timed(lambda: prepare(replace(cfg, cache_dir=folder), tokenizer))
+        return [("prepare", seconds, len(corpus.train) + len(corpus.validation), _peak_mib())]
+
+
+def _map(cfg: DataConfig, backbone: BackboneConfig) -> list[tuple[str, float, int, float]]:
+    """`load_dataset(…).map(…)` on all cores, as it stands in tutorials; with and without the time of reading the files."""
+    tokenizer = load_tokenizer(backbone)
+    source = Source(cfg)
+    reading = mapping = 0.0
+    tokens = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for reader, files, options in source.readers(source.files + source.validation_files):
+            seconds, rows = timed(lambda: datasets.load_dataset(reader, data_files=files, split="train", cache_dir=folder, **options))
+            reading += seconds
+            seconds, mapped = timed(lambda: rows.map(lambda batch: tokenizer(batch[cfg.text_field]), batched=True, num_proc=cores()))
+            mapping += seconds
+            lengths = (len(ids) for table in mapped.with_format("arrow").iter(1000) for ids in table.column("input_ids"))
+            tokens += sum(lengths)
+            del rows, mapped  # open files in the folder
+    peak = _peak_mib(cores())
+    return [("datasets.map", mapping, tokens, peak), ("load_dataset + map", reading + mapping, tokens, peak)]
+
+
+def _load(cfg: DataConfig, backbone: BackboneConfig, repeats: int) -> list[Row]:
+    """The training loader over prepared tokens, for each shape that the text has enough tokens for."""
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = prepare(replace(cfg, cache_dir=folder), load_tokenizer(backbone))
+        return list(_loader_rows(corpus, repeats))
+
+
+def _loader_rows(corpus, repeats: int) -> Iterator[Row]:
+    for block, batch in SHAPES:
+        steps = min(LOADED, len(corpus.train) - 1) // block // batch
+        if steps == 0:
+            continue
+        data = TextData(corpus, block, batch, steps, 1, 0, None)
+
+        def once() -> None:
+            for _ in StatefulDataLoader(data._steps(0, 1), batch_size=None):
+                pass
+
+        seconds = [timed(once)[0] for _ in range(repeats)]
+        yield row("load", f"{batch} x {block}, {steps} steps", "StatefulDataLoader", seconds, steps * batch * block, "tokens", peak_mib=_peak_mib())

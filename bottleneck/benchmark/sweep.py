@@ -1,0 +1,95 @@
+"""One pass that trains every rank against one ordinary Lightning run a rank: same tokens, same batch, same machine.
+
+Ours is `python train.py` as it stands, in a process of its own; its speed is the one it logs. The backbone has random weights
+and the tokens are random, since speed depends on shapes alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import logging
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from bottleneck.benchmark import shapes, stock
+from bottleneck.benchmark.table import Row, row
+from bottleneck.checks import as_count
+from bottleneck.config import ROOT
+from bottleneck.errors import UserError, check
+
+NAME = "sweep"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of train.py, for our run: backbone.compile=true")
+    parser.add_argument("--shape", default="pythia-160m", help=f"one of {', '.join(shapes.PYTHIA)} (default: pythia-160m)")
+    parser.add_argument("--ranks", help="default: those of ranks=auto for the shape")
+    parser.add_argument("--rates", type=int, default=1, help="learning rates, and so heads, at every rank (default: 1)")
+    parser.add_argument("--steps", type=int, default=9, help="optimizer steps of our run; the first is warm-up (default: 9)")
+    parser.add_argument("--stock-steps", type=int, default=4, help="of each stock run, likewise; 0: none (default: 4)")
+    parser.add_argument("--batch", type=int, default=64, help="sequences in an optimizer step (default: 64)")
+    parser.add_argument("--micro-batch", type=int, default=8, help="sequences in a forward pass (default: 8)")
+    parser.add_argument("--block", type=int, default=2048, help="tokens in a sequence (default: 2048)")
+
+
+def run(args: argparse.Namespace) -> list[Row]:
+    for name in ("rates", "steps", "batch", "micro_batch", "block"):
+        as_count("--" + name.replace("_", "-"), getattr(args, name))
+    check(args.steps > 1 and args.stock_steps != 1, "--steps, --stock-steps: the first step is warm-up, give 2 or more")
+    check(args.batch % args.micro_batch == 0, f"--batch {args.batch}: must be a multiple of --micro-batch {args.micro_batch}")
+    ranks = [as_count("--ranks", int(r)) for r in args.ranks.split(",")] if args.ranks else shapes.ranks(args.shape)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    said = Console(stderr=True)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shapes.backbone_folder(args.shape, folder / "backbone", device)
+        if device == "cuda":
+            torch.cuda.empty_cache()
+        tokens = shapes.tokens_folder(folder / "tokens", max(args.steps, args.stock_steps) * args.batch * args.block)
+        said.print(f"ours: {len(ranks)} ranks x {args.rates} rates", highlight=False)
+        rows = [_ours(args, ranks, folder, tokens, device)]
+        if args.stock_steps:
+            rows += _stock(args, ranks, tokens, device, said)
+    return rows
+
+
+def _ours(args: argparse.Namespace, ranks: list[int], folder: Path, tokens: Path, device: str) -> Row:
+    step = args.batch * args.block
+    rates = [round(1e-3 * 1.5**i, 6) for i in range(args.rates)]
+    command = [
+        sys.executable, str(ROOT / "train.py"), "experiment=paper", "backbone=local", f"backbone.path={folder / 'backbone'}",
+        "data=prepared", f"data.prepared={tokens}", f"data.block_size={args.block}", f"ranks={ranks}", f"optim.lr={rates}",
+        "head.init=scaled", "head.calibration_tokens=4096", f"batch_size={args.batch}", f"tokens={args.steps * step}", "trainer.val_every=null",
+        f"trainer.micro_batch_size={args.micro_batch}", "trainer.log_every=1", f"trainer.accelerator={'gpu' if device == 'cuda' else 'cpu'}",
+        f"trainer.checkpoint_every={10 * args.steps}", f"hydra.run.dir={folder / 'run'}", "backbone.compile=" + str(device == "cuda").lower(),
+        *args.overrides,
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, stdout=sys.stderr)  # its progress is shown
+    if done.returncode:
+        raise UserError(f"benchmark sweep: train.py ended with {done.returncode}, see above")
+    with open(folder / "run" / "metrics.csv", newline="") as f:
+        speeds = [float(r["value"]) for r in csv.DictReader(f) if r["metric"] == "train/tokens_per_second"]
+    heads = len(ranks) * args.rates
+    return row(NAME, f"{args.shape}, {heads} heads", "ours, one pass", [step / s for s in speeds], step, "tokens", device=device)
+
+
+def _stock(args: argparse.Namespace, ranks: list[int], tokens: Path, device: str, said: Console) -> list[Row]:
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    step, total, rows = args.batch * args.block, [0.0], []
+    model = shapes.random_backbone(args.shape, device)
+    for rank in ranks:
+        said.print(f"stock: rank {rank}", highlight=False)
+        times = stock.step_seconds(model, rank, str(tokens / "train.bin"), args.block, args.batch, args.micro_batch, args.stock_steps)
+        rows.append(row(NAME, f"{args.shape}, r={rank}", "stock, one head", times, step, "tokens", device=device))
+        total[0] += rows[-1].p50 * args.rates  # a run a rate; their speed does not depend on the rate
+    heads = len(ranks) * args.rates
+    rows.append(row(NAME, f"{args.shape}, {heads} heads", f"stock, {heads} runs", total, step, "tokens", device=device))
+    return rows

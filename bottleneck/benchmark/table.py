@@ -1,0 +1,127 @@
+"""What a benchmark found: rows with percentiles, hardware and versions, as a table on the terminal and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import io
+import platform
+import subprocess
+import time
+from dataclasses import asdict, dataclass, fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from bottleneck.checkpoint import write_atomic
+from bottleneck.config import ROOT
+from data.encode import cores
+
+PACKAGES = ("bottleneck", "torch", "transformers", "triton", "datasets", "tokenizers")
+
+
+@dataclass
+class Row:
+    """One case of one implementation. `p20`, `p50` and `p80` are percentiles over the repeats, in `unit`."""
+
+    benchmark: str
+    case: str
+    implementation: str
+    p20: float
+    p50: float
+    p80: float
+    unit: str = "s"
+    throughput: Optional[float] = None  # at p50, in throughput_unit
+    throughput_unit: str = ""
+    peak_mib: Optional[float] = None  # most memory in use, in MiB: of the device, or of the process and its children
+    device: str = "cpu"  # cpu | cuda: which hardware the row names
+    loss_error: Optional[float] = None  # relative to float32, where the benchmark compares results as well
+    dA_error: Optional[float] = None
+    dB_error: Optional[float] = None
+
+
+def row(benchmark: str, case: str, implementation: str, seconds: list[float], amount: Optional[float] = None, what: str = "", **more: Any) -> Row:
+    """A row from the seconds of its repeats; `amount` of `what` (such as tokens) is what one repeat went through."""
+    p20, p50, p80 = (float(p) for p in np.percentile(seconds, [20, 50, 80]))
+    rate = (amount / p50, f"{what}/s") if amount is not None else (None, "")
+    return Row(benchmark, case, implementation, p20, p50, p80, "s", *rate, **more)
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds on the CPU's clock, and what the work returned."""
+    start = time.perf_counter()
+    result = work()
+    return time.perf_counter() - start, result
+
+
+def hardware(device: str = "cpu") -> str:
+    """Model and number of cores of the CPU, or name of the GPU."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        model = next((line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), model)
+    return f"{model}, {cores()} cores"
+
+
+def environment() -> dict[str, str]:
+    """Versions, commit (+ where files were changed since) and date: the same for all rows of a run."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = ""
+    return found | {"python": platform.python_version(), "commit": _commit(), "date": datetime.date.today().isoformat()}
+
+
+def _commit() -> str:
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):  # no git, or an installed copy
+        return ""
+
+
+def _records(rows: list[Row]) -> list[dict[str, Any]]:
+    about = environment()
+    return [asdict(r) | {"hardware": hardware(r.device)} | about for r in rows]
+
+
+def write_csv(rows: list[Row], path: Path) -> None:
+    """Every row with hardware, versions, commit and date. Raises OSError where it cannot be written; then nothing is left."""
+    columns = [f.name for f in fields(Row)] + ["hardware", *environment()]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(_records(rows))
+    write_atomic(path, lambda part: part.write_text(text.getvalue()))
+
+
+def show(rows: list[Row], console: Console) -> None:
+    """The rows as a table, hardware and versions below it."""
+    about = {k: v for k, v in environment().items() if v}
+    places = "; ".join(sorted({hardware(r.device) for r in rows}))
+    table = Table(title=", ".join(dict.fromkeys(r.benchmark for r in rows)), caption=f"{places}; {', '.join(f'{k} {v}' for k, v in about.items())}", caption_justify="left")
+    for name in ("case", "implementation"):
+        table.add_column(name)
+    compared = any(r.dA_error is not None for r in rows)
+    for name in ["p50 (p20 to p80)", "throughput", "peak MiB"] + ["error: loss", "dA", "dB"] * compared:
+        table.add_column(name, justify="right")
+    scale, unit = (1e3, "ms") if rows and max(r.p50 for r in rows) < 1 and {r.unit for r in rows} == {"s"} else (1.0, "")
+    for r in rows:
+        p20, p50, p80 = (f"{value * scale:.4g}" for value in (r.p20, r.p50, r.p80))
+        rate = "" if r.throughput is None else f"{r.throughput / 1e6:,.3f}M {r.throughput_unit}"
+        errors = ["" if e is None else f"{e:.1e}" for e in (r.loss_error, r.dA_error, r.dB_error)]
+        time_ = f"{p50} {unit or r.unit} ({p20} to {p80})"
+        table.add_row(r.case, r.implementation, time_, rate, "" if r.peak_mib is None else f"{r.peak_mib:,.0f}", *errors * compared)
+    console.print(table)

@@ -1,0 +1,88 @@
+"""Tokenising by words: for tokenizers that treat words apart, each distinct one is tokenised once and then looked up.
+
+GPT-2's byte-level pre-tokenizer (GPT-2, Pythia, OPT, SmolLM2, the embedded backbone) matches
+`'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+` from left to right and tokenises each match by
+itself. Between ASCII characters the same matches are found here. What touches any other character is left to the
+tokenizer, up to a place where every match ends whatever stands around: between visible ASCII and ASCII white space.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import chain
+from typing import Any, Callable, Optional
+
+import numpy as np
+
+S, V, O = r"[\t-\r ]", r"[!-~]", r"[^\t-\r -~]"  # ASCII white space, visible ASCII, and all else
+SHORT = "'(?:s|t|re|ve|m|ll|d)"
+MOST_CHARS = 1 << 24  # of the words that are kept; then they are forgotten
+
+
+def parts(digits: bool, blanks: bool) -> re.Pattern:
+    """What cuts a text into words.
+
+    Args:
+        digits: numbers are split off first, so that no white space goes with them.
+        blanks: there are added tokens of white space, which go before words; so white space is not cut.
+    """
+    if blanks:
+        space = [rf"{S}{{2,}}+{V}*+(?!{O})", rf"[\t-\r](?={V}|\Z)", rf" (?=\Z{'|[0-9]' if digits else ''})"]
+    else:  # all of it at the end, or before a number where those are split off; else all but the last
+        space = [rf"(?={S}++(?!{O}))(?:{S}++(?=\Z{'|[0-9]' if digits else ''})|{S}+(?={S})|[\t-\r])"]
+    words = [
+        rf"{SHORT}(?!{O})",
+        rf" ?[A-Za-z]++(?!{O})",
+        rf"{'' if digits else ' ?'}[0-9]++(?!{O})",
+        rf"(?!{SHORT}{O}) ?[!-/:-@\[-`{{-~]++(?!{O})",
+    ]
+    rest = rf"{S}*+{V}*+{O}[\s\S]*?(?:(?<={V})(?={S})|\Z)"
+    return re.compile("|".join([*words, *space, rest]))
+
+
+def cutter(backend: Any) -> Optional[re.Pattern]:
+    """`parts` for a `tokenizers.Tokenizer`, or None where it is not of the kind described above."""
+    about = json.loads(backend.to_str())
+    steps = about["pre_tokenizer"] or {}
+    steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
+    kinds = [s.get("type") for s in steps]
+    if kinds not in (["ByteLevel"], ["Digits", "ByteLevel"]) or about["model"].get("dropout"):
+        return None
+    level = steps[-1]
+    if not level.get("use_regex", True) or level.get("add_prefix_space", True) or about["truncation"] or about["padding"]:
+        return None
+    if about["normalizer"] not in (None, {"type": "NFC"}):  # NFC leaves ASCII as it is, and apart from what follows a space
+        return None
+    return parts(len(kinds) == 2, any(t["content"].isspace() for t in about["added_tokens"]))
+
+
+class WordEncoder:
+    """Texts to arrays of ids, as `whole` gives them. May be called by several threads.
+
+    Args:
+        backend: the `tokenizers.Tokenizer`.
+        cut: its `cutter`.
+        whole: texts to lists of ids, by the tokenizer itself.
+        dtype: of the ids.
+    """
+
+    def __init__(self, backend: Any, cut: re.Pattern, whole: Callable[[list[str]], list[list[int]]], dtype: np.dtype):
+        self.cut, self.whole, self.dtype = cut, whole, dtype
+        # added tokens go before words: a text that holds one which might be cut, or that reaches beyond itself, is not cut
+        added = backend.get_added_tokens_decoder().values()
+        self.special = [t.content for t in added if not t.content.isspace() or t.lstrip or t.rstrip or t.single_word]
+        self.known: dict[str, bytes] = {}
+        self.chars = 0
+
+    def __call__(self, texts: list[str]) -> list[np.ndarray]:
+        cut = [[t] if any(s in t for s in self.special) else self.cut.findall(t) for t in texts]
+        if self.chars > MOST_CHARS:
+            self.known, self.chars = {}, 0  # a new one: another thread may still read the old
+        known = self.known
+        new = list(set(chain.from_iterable(cut)).difference(known))
+        if new:
+            for word, ids in zip(new, self.whole(new)):
+                known[word] = np.array(ids, self.dtype).tobytes()
+            self.chars += sum(map(len, new))
+        return [np.frombuffer(b"".join(map(known.__getitem__, words)), self.dtype) for words in cut]

@@ -1,0 +1,64 @@
+"""Benchmark rows: percentiles, the CSV and the table; a tiny run of `data`; bad input. Speed itself is not tested."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+from rich.console import Console
+
+from bottleneck.benchmark import __main__ as benchmark
+from bottleneck.benchmark import table
+from conftest import sentences
+from data.encode import cores
+
+
+def test_rows_reach_the_csv_and_the_table_whole(tmp_path):
+    one = table.row("prepare", "case", "ours", [4.0, 1.0, 2.0, 3.0, 5.0], 600, "tokens", peak_mib=12.5)
+    assert (one.p50, one.throughput, one.throughput_unit, one.unit) == (3.0, 200.0, "tokens/s", "s")
+    assert one.p20 == pytest.approx(1.8) and one.p80 == pytest.approx(4.2)
+    bare = table.row("heads", "case, with a comma", "theirs", [1.0])
+    table.write_csv([one, bare], tmp_path / "new" / "rows.csv")
+    with open(tmp_path / "new" / "rows.csv", newline="") as f:
+        first, second = csv.DictReader(f)
+    assert float(first["p50"]) == 3.0 and float(first["peak_mib"]) == 12.5 and first["throughput_unit"] == "tokens/s"
+    assert second["case"] == "case, with a comma" and second["throughput"] == "" == second["peak_mib"]
+    for key in ("hardware", "bottleneck", "torch", "transformers", "datasets", "python", "date"):
+        assert first[key], key
+    assert first["hardware"].endswith(f"{cores()} cores")
+    console = Console(record=True, width=benchmark.WIDTH)
+    table.show([one, bare], console)
+    text = console.export_text()
+    assert "theirs" in text and "3 s (1.8 to 4.2)" in text and "torch" in text
+
+
+def test_a_tiny_run_of_data(tmp_path, toy_backbone, capfd):
+    """Both sides tokenise the same documents: prepare has one end-of-text more for each, and one before each stream."""
+    docs = sentences(4, 60, words=100)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in docs))
+    words = ["data", "--files", str(tmp_path / "a.jsonl"), "--repeats", "1", "--csv", str(tmp_path / "rows.csv"), "backbone=local"]
+    assert benchmark.main([*words, f"backbone.path={toy_backbone}"]) == 0
+    with open(tmp_path / "rows.csv", newline="") as f:
+        rows = {r["implementation"]: r for r in csv.DictReader(f)}
+    assert list(rows) == ["prepare", "datasets.map", "load_dataset + map", "StatefulDataLoader"]
+    assert all(float(r["p20"]) > 0 and float(r["peak_mib"]) > 50 and float(r["throughput"]) > 0 for r in rows.values())
+    tokens = {name: float(r["throughput"]) * float(r["p50"]) for name, r in rows.items()}
+    assert tokens["prepare"] - tokens["datasets.map"] == pytest.approx(len(docs) + 2, abs=0.01)
+    assert "datasets.map" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        ([], "give one of "),
+        (["speed"], "benchmark speed: there is no such one; allowed are "),
+        (["data", "backbone=gpt5"], "backbone=gpt5: no such choice; allowed are"),
+        (["data", "--files", "nothing.txt"], "nothing.txt: no such file"),
+        (["data", "--repeats", "0"], "--repeats=0: must be a whole number"),
+    ],
+)
+def test_bad_input_is_one_line(capsys, argv, words):
+    assert benchmark.main(argv) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and words in lines[0], lines
