@@ -84,7 +84,7 @@ def build_trainer(c: TrainConfig, steps: int, run_dir: Path, resume_step: Option
         strategy = DDPStrategy(gradient_as_bucket_view=True)
     callbacks: list[pl.Callback] = [TokenProgress()] if t.progress else []
     callbacks += [ValidateEvery(t.val_every)] if t.val_every else []
-    callbacks.append(checkpoint.SaveLast(run_dir, t.checkpoint_every))
+    callbacks += [checkpoint.SaveLast(run_dir, t.checkpoint_every)] if t.checkpoint_every else []
     accelerator = t.accelerator
     if accelerator == "auto":
         accelerator = "gpu" if torch.cuda.is_available() else "cpu"

@@ -156,9 +156,9 @@ def _check_trainer(c: TrainConfig) -> None:
     t = c.trainer
     _one_of("trainer.accelerator", t.accelerator, ("auto", "cpu", "gpu"))
     _one_of("trainer.strategy", t.strategy, ("auto", "ddp"))
-    for name in ("devices", "num_nodes", "micro_batch_size", "checkpoint_every", "log_every"):
+    for name in ("devices", "num_nodes", "micro_batch_size", "log_every"):
         as_count(f"trainer.{name}", getattr(t, name))
-    for name in ("threads", "val_every"):
+    for name in ("threads", "val_every", "checkpoint_every"):
         if getattr(t, name) is not None:
             as_count(f"trainer.{name}", getattr(t, name))
     processes = t.devices * t.num_nodes

@@ -108,7 +108,7 @@ class TrainerConfig:
     micro_batch_size: int = 8  # sequences in one forward pass of one process
     threads: Optional[int] = None  # CPU threads of one process; default: the cores shared by the local processes
     val_every: Optional[int] = None  # validate every so many steps, besides the start and the end
-    checkpoint_every: int = 50  # steps between checkpoints
+    checkpoint_every: Optional[int] = 50  # steps between checkpoints; null: none, not even at the end
     log_every: int = 10  # steps between logged rows
     progress: bool = True  # show progress with tokens/s and time left
 

@@ -126,7 +126,13 @@ class HeadSweep(pl.LightningModule):
             self._log_step(losses, norms, rates)
 
     def on_fit_end(self) -> None:
+        # Lightning moves everything to the CPU now: gradients and AdamW's moments, three times the heads, are not needed there
+        for optimizer in self.trainer.optimizers:
+            optimizer.state.clear()
+        for p in self.bank.parameters():
+            p.grad = None
         # runs also where a finished run is resumed, so its curve can be written again
+        log.info("validating")
         self.final = self.validate()
 
     def validate(self) -> dict[str, float]:

@@ -87,11 +87,12 @@ PROBE = "It's 12,345.60 — don't\tSTOP…\n\n    def f(x):  return {x: 'é' + '
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Identity of a tokenizer by what it does: its vocabulary, end of text, and the ids of a sentence that is hard to tell apart.
+    """Identity of a tokenizer by what it does: its vocabulary, and the ids of a text on which tokenizers differ.
 
-    Not by how it is stored, which changes from one version of Transformers to the next.
+    Not by how it is stored, which changes from one version of Transformers to the next, nor by its end of text, which
+    they have read differently from one GGUF file (1 in 5.17, 2 in 5.23); prepared tokens name theirs in the manifest.
     """
-    what = [sorted(tokenizer.get_vocab().items()), tokenizer.eos_token_id, tokenizer(PROBE, add_special_tokens=False)["input_ids"]]
+    what = [sorted(tokenizer.get_vocab().items()), tokenizer(PROBE, add_special_tokens=False)["input_ids"]]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 

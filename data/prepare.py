@@ -67,7 +67,7 @@ def prepare(cfg: DataConfig, tokenizer: Any) -> Corpus:
 
 
 def _key(cfg: DataConfig, source: Source, tokenizer: Any) -> str:
-    what = [FORMAT, source.describe(), tokenizer_hash(tokenizer), cfg.block_size]
+    what = [FORMAT, source.describe(), tokenizer_hash(tokenizer), tokenizer.eos_token_id, cfg.block_size]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 S, V, O = r"[\t-\r ]", r"[!-~]", r"[^\t-\r -~]"  # ASCII white space, visible ASCII, and all else
 SHORT = "'(?:s|t|re|ve|m|ll|d)"
+NOTHING = {"type": "Sequence", "normalizers": []}  # as Transformers 5.17 says it
 MOST_CHARS = 1 << 24  # of the words that are kept; then they are forgotten
 
 
@@ -52,7 +53,7 @@ def cutter(backend: Any) -> Optional[re.Pattern]:
     level = steps[-1]
     if not level.get("use_regex", True) or level.get("add_prefix_space", True) or about["truncation"] or about["padding"]:
         return None
-    if about["normalizer"] not in (None, {"type": "NFC"}):  # NFC leaves ASCII as it is, and apart from what follows a space
+    if about["normalizer"] not in (None, NOTHING, {"type": "NFC"}):  # NFC leaves ASCII as it is, and apart from what follows a space
         return None
     return parts(len(kinds) == 2, any(t["content"].isspace() for t in about["added_tokens"]))
 

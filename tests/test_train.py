@@ -159,6 +159,11 @@ def test_checkpoint_holds_heads_only_and_resumes_exactly(run, tmp_path):
     assert a == b  # no step is lost, recorded twice, or left over
 
 
+def test_without_checkpoints_there_are_none(run, tmp_path):
+    run("trainer.checkpoint_every=null")
+    assert list((tmp_path / "run").glob("heads/*.safetensors")) and not list((tmp_path / "run").glob("**/*.ckpt"))
+
+
 def test_validation_on_the_way_changes_nothing(run, tmp_path):
     a, b = run(run_dir=tmp_path / "a"), run("trainer.val_every=7", run_dir=tmp_path / "b")
     assert a.curve == b.curve

@@ -55,9 +55,14 @@ def run(args: argparse.Namespace) -> list[Row]:
         tokens = shapes.tokens_folder(folder / "tokens", max(args.steps, args.stock_steps) * args.batch * args.block)
         said.print(f"ours: {len(ranks)} ranks x {args.rates} rates", highlight=False)
         rows = [_ours(args, ranks, folder, tokens, device)]
+        _tell(said, rows[0])
         if args.stock_steps:
             rows += _stock(args, ranks, tokens, device, said)
     return rows
+
+
+def _tell(said: Console, r: Row) -> None:
+    said.print(f"{r.case}: {r.implementation}: {r.p50:.4g} s a step, {r.throughput:,.0f} tokens/s", highlight=False)
 
 
 def _ours(args: argparse.Namespace, ranks: list[int], folder: Path, tokens: Path, device: str) -> Row:
@@ -68,7 +73,7 @@ def _ours(args: argparse.Namespace, ranks: list[int], folder: Path, tokens: Path
         "data=prepared", f"data.prepared={tokens}", f"data.block_size={args.block}", f"ranks={ranks}", f"optim.lr={rates}",
         "head.init=scaled", "head.calibration_tokens=4096", f"batch_size={args.batch}", f"tokens={args.steps * step}", "trainer.val_every=null",
         f"trainer.micro_batch_size={args.micro_batch}", "trainer.log_every=1", f"trainer.accelerator={'gpu' if device == 'cuda' else 'cpu'}",
-        f"trainer.checkpoint_every={10 * args.steps}", f"hydra.run.dir={folder / 'run'}", "backbone.compile=" + str(device == "cuda").lower(),
+        "trainer.checkpoint_every=null", f"hydra.run.dir={folder / 'run'}", "backbone.compile=" + str(device == "cuda").lower(),
         *args.overrides,
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, stdout=sys.stderr)  # its progress is shown
@@ -89,6 +94,7 @@ def _stock(args: argparse.Namespace, ranks: list[int], tokens: Path, device: str
         said.print(f"stock: rank {rank}", highlight=False)
         times = stock.step_seconds(model, rank, str(tokens / "train.bin"), args.block, args.batch, args.micro_batch, args.stock_steps)
         rows.append(row(NAME, f"{args.shape}, r={rank}", "stock, one head", times, step, "tokens", device=device))
+        _tell(said, rows[-1])
         total[0] += rows[-1].p50 * args.rates  # a run a rate; their speed does not depend on the rate
     heads = len(ranks) * args.rates
     rows.append(row(NAME, f"{args.shape}, {heads} heads", f"stock, {heads} runs", total, step, "tokens", device=device))

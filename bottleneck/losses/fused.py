@@ -48,6 +48,11 @@ def padded_rank(rank: int) -> int:
     return rank if rank > FLASH_RANK else max(16, triton.next_power_of_2(rank))
 
 
+def most_tokens(rank: int) -> int:
+    """Tokens of one step, given the padded rank: z [N, R] and its gradient stay small beside MEMORY, however many tokens there are."""
+    return 1 << 16 if rank <= FLASH_RANK else 1 << 13
+
+
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

@@ -60,6 +60,9 @@ def step(h_ND: Tensor, w: Weights, y_N: Tensor, dA_VR: Optional[Tensor] = None, 
         dA_VR, dB_RD: float32, contiguous, both or none: += scale · gradient of the summed loss.
     Returns: loss [N] in nats, float32, 0 where a token does not count.
     """
+    if w.impl == "fused" and len(h_ND) > (most := fused().most_tokens(w.A.shape[1])):
+        parts = zip(h_ND.split(most), y_N.split(most))
+        return torch.cat([step(h, w, y, dA_VR, dB_RD, scale) for h, y in parts])
     loss_N, dz_NR = logit_step(h_ND @ w.B.T, w.A, y_N, w.impl, dA_VR, scale)
     if dB_RD is not None:
         add_product(dB_RD, dz_NR[:, : w.rank].T, h_ND, scale)
