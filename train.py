@@ -9,6 +9,7 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import dataclasses
+import datetime
 import logging
 import platform
 import sys
@@ -28,17 +29,18 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 import bottleneck
-from bottleneck import checkpoint, checks, cli, config, curve, initial
-from bottleneck.backbone import Backbone, load_shape, load_tokenizer
+from bottleneck import checkpoint, checks, cli, config, curve, initial, processes, sharding, stopping, tracking, zero2
+from bottleneck.backbone import Backbone, label, load_shape, load_tokenizer
+from bottleneck.compare import bands_of
 from bottleneck.config import TrainConfig
-from bottleneck.errors import UserError, check
+from bottleneck.errors import LostPeers, Stopped, UserError, check
 from bottleneck.heads import HeadBank
+from bottleneck.losses.distill import Objective
 from bottleneck.metrics import derived, finite
 from bottleneck.module import HeadSweep, ValidateEvery
-from bottleneck.optim import bank_keys
+from bottleneck.optim import bank_keys, build_optimizer
 from bottleneck.progress import TokenProgress
 from bottleneck.refine import refine
-from bottleneck.tracking import build_loggers, close_loggers
 from data.module import TextData, leading_bos
 from data.prepare import Corpus, prepare
 
@@ -51,6 +53,7 @@ QUIET = (
     ".*isinstance\\(treespec, LeafSpec\\).*",
     ".*lr_scheduler.step\\(\\).*before.*optimizer.step.*",
     ".*GPU available but not used.*",
+    ".*`srun` command is available on your system but is not used.*",
 )
 
 
@@ -59,14 +62,14 @@ class Result:
     """What a run built, for tests and for use from Python."""
 
     curve: dict[str, Any]
-    module: HeadSweep
-    trainer: pl.Trainer
+    module: Optional[HeadSweep]  # None where the run was finished already
+    trainer: Optional[pl.Trainer]
     run_dir: Path
 
 
 def quiet() -> None:
     """Leave on the terminal what concerns the user."""
-    for name in ("pytorch_lightning", "lightning", "httpx"):
+    for name in ("pytorch_lightning", "lightning_fabric", "lightning", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub").propagate = False  # it prints its retries itself
     if rank_zero_only.rank:  # other processes of a DDP run speak up when something is wrong
@@ -75,16 +78,19 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def build_trainer(c: TrainConfig, steps: int, run_dir: Path, resume_step: Optional[int]) -> pl.Trainer:
+def build_trainer(c: TrainConfig, steps: int, run_dir: Path, flag: stopping.Flag) -> pl.Trainer:
     t = c.trainer
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(t.threads or max(1, cores // t.devices))
     strategy: Any = t.strategy
     if strategy == "ddp" or (strategy == "auto" and t.devices * t.num_nodes > 1):
-        strategy = DDPStrategy(gradient_as_bucket_view=True)
+        strategy = (zero2.Zero2Strategy if t.shard == "zero2" else DDPStrategy)(gradient_as_bucket_view=True, timeout=datetime.timedelta(minutes=t.timeout_minutes))
     callbacks: list[pl.Callback] = [TokenProgress()] if t.progress else []
     callbacks += [ValidateEvery(t.val_every)] if t.val_every else []
-    callbacks += [checkpoint.SaveLast(run_dir, t.checkpoint_every)] if t.checkpoint_every else []
+    saves = [checkpoint.SaveLast(run_dir, t.checkpoint_every)] if t.checkpoint_every else []
+    callbacks += [*saves, stopping.StopOnSignal(flag, saves[0].save if saves else None)]
+    cluster = processes.environment()
+    plugins = [checkpoint.AtomicCheckpointIO(), *([cluster] if cluster is not None else [])]
     accelerator = t.accelerator
     if accelerator == "auto":
         accelerator = "gpu" if torch.cuda.is_available() else "cpu"
@@ -92,12 +98,11 @@ def build_trainer(c: TrainConfig, steps: int, run_dir: Path, resume_step: Option
         return pl.Trainer(
             accelerator=accelerator, devices=t.devices, num_nodes=t.num_nodes, strategy=strategy,
             max_steps=steps, max_epochs=-1, limit_val_batches=0, num_sanity_val_steps=0,
-            logger=build_loggers(c.logger, run_dir, dataclasses.asdict(c), resume_step),
-            callbacks=callbacks,
-            plugins=[checkpoint.AtomicCheckpointIO()], default_root_dir=run_dir, use_distributed_sampler=False,
+            logger=False, callbacks=callbacks,
+            plugins=plugins, default_root_dir=run_dir, use_distributed_sampler=False,
             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
         )  # fmt: skip
-    except (MisconfigurationException, RuntimeError) as error:
+    except (MisconfigurationException, RuntimeError, ValueError) as error:
         raise UserError(f"trainer: {error}") from error
 
 
@@ -138,6 +143,7 @@ def build_curve(c: TrainConfig, module: HeadSweep, corpus: Corpus) -> dict[str, 
             "rank": key.rank, "lr": key.lr, "seed": key.seed, "init": c.head.init,
             "parameters": bank[key].parameters_count, **numbers,
             "initial_loss": finite(module.initial.get(key.name)), "status": "ok" if ok else "diverged", "best": False,
+            **module.details["heads"][key.name],
         })  # fmt: skip
     o = c.optim
     recipe = {
@@ -148,41 +154,60 @@ def build_curve(c: TrainConfig, module: HeadSweep, corpus: Corpus) -> dict[str, 
     }  # fmt: skip
     if c.head.init == "refined":
         recipe["passes"] = c.head.passes
+    if c.head.objective != "ce":
+        recipe |= {"objective": c.head.objective, "temperature": c.head.temperature}
+    if c.head.objective == "mixed":
+        recipe["mix"] = c.head.mix
     return curve.finish({
         "schema": curve.SCHEMA, "backbone": backbone.name, "backbone_hash": backbone.hash,
         "hidden_size": backbone.hidden_size, "vocab_size": backbone.vocab_size,
         "tokens": module.steps * c.batch_size * c.data.block_size, "data": corpus.name, "data_hash": corpus.fingerprint,
         "validation_tokens": tokens, "recipe": recipe,
-        "reference": derived(module.reference, tokens, corpus.validation_bytes),
+        "reference": derived(module.reference, tokens, corpus.validation_bytes) | module.details["reference"],
         "heads": heads,
         "versions": {"bottleneck": bottleneck.__version__, "torch": torch.__version__, "python": platform.python_version()},
     })  # fmt: skip
 
 
 def train(cfg: DictConfig, run_dir: Path) -> Result:
-    """One run: check, prepare text, load the backbone, train the bank, write the curve.
+    """One run: check, prepare text, load the backbone, train the bank, write the curve. A finished one is left as it is.
 
-    Raises: UserError for whatever the user can mend, before any weights are loaded wherever that is possible.
+    Raises: UserError for whatever the user can mend, before any weights are loaded wherever that is possible; Stopped where
+        a signal asked for it.
     """
+    with checkpoint.alone(run_dir, processes.global_rank()):
+        return _train(cfg, run_dir)
+
+
+def _train(cfg: DictConfig, run_dir: Path) -> Result:
     quiet()
     c = checks.check_config(cfg)
     stored = dataclasses.asdict(c)
+    processes.check_world(c.trainer.devices, c.trainer.num_nodes)
     steps = checks.total_steps(c)
-    resume = checkpoint.find_checkpoint(c.ckpt_path, run_dir)
-    resume_step = None
-    if resume is not None:
-        saved = checkpoint.read_checkpoint(resume)
+    wanted = "last" if c.ckpt_path is None and stopping.restarted() else c.ckpt_path
+    found = checkpoint.find_checkpoint(wanted, run_dir)
+    resume = resume_step = None
+    if found is not None:
+        resume, saved = found
         checkpoint.check_same_run(saved["bottleneck"]["config"], stored, resume)
         resume_step = saved["global_step"]
+        done = curve.complete(run_dir) if resume_step >= steps and wanted == "last" else None
+        if done is not None:
+            log.info("%s is finished: nothing to do", run_dir)
+            return Result(done, None, None, run_dir)
         log.info("going on from %s, step %d of %d", resume, resume_step, steps)
-        del saved
-    elif c.ckpt_path == "last":
+        del saved, found
+    elif wanted == "last":
         log.info("ckpt_path=last: no checkpoint in %s yet, starting at step 0", run_dir)
 
     hidden_size, context, vocab_size = load_shape(c.backbone)
     ranks = checks.check_shapes(c, hidden_size, context)
     run_dir.mkdir(parents=True, exist_ok=True)
-    trainer = build_trainer(c, steps, run_dir, resume_step)
+    flag = stopping.Flag()
+    if "SLURM_JOB_ID" in os.environ:
+        flag.listen(stopping.REQUEUE)  # which would end the process while it gets ready
+    trainer = build_trainer(c, steps, run_dir, flag)
     device_type = trainer.strategy.root_device.type
     checks.check_device(c, device_type)
     tokenizer = load_tokenizer(c.backbone)
@@ -195,7 +220,16 @@ def train(cfg: DictConfig, run_dir: Path) -> Result:
     keys = bank_keys(c.optim, c.head.init, ranks, c.seed, hidden_size, vocab_size)
     bank = HeadBank(keys, vocab_size, hidden_size, c.head.loss_impl, t.micro_batch_size * c.data.block_size)
 
-    backbone = Backbone.load(c.backbone, device_type)
+    in_sweep = (run_dir.parent / "multirun.yaml").exists()  # which Hydra writes: this is one job of several
+    facts = {key.name: tracking.facts(c, key, hidden_size, vocab_size, corpus.name, label(c.backbone)) for key in keys}
+    trainer.loggers = tracking.build_loggers(c.logger, run_dir, (run_dir.parent if in_sweep else run_dir).name, facts, resume_step)
+
+    sharded = t.shard in ("fsdp", "zero3")
+    if sharded:
+        sharding.connect(trainer.strategy)
+        backbone = sharding.load(c.backbone, t.shard, trainer.strategy.root_device)
+    else:
+        backbone = Backbone.load(c.backbone, device_type)
     shape = (backbone.vocab_size, backbone.hidden_size)
     check(shape == (vocab_size, hidden_size), f"backbone {backbone.name}: its head is {list(shape)}, its config says {[vocab_size, hidden_size]}")
     log.info("%s: d = %d, V = %d; %d heads, %d steps of %d tokens", backbone.name, hidden_size, vocab_size, len(bank),
@@ -203,20 +237,35 @@ def train(cfg: DictConfig, run_dir: Path) -> Result:
     if checks.compiles(c, device_type):
         compiled = backbone.compile_layers((t.micro_batch_size, c.data.block_size))
         log.info("backbone: %s", "layers are compiled" if compiled else f"family {backbone.family} does not name its layers, not compiled")
+    if c.head.objective != "ce":
+        bank.objective = Objective(backbone.head.logits, c.head.temperature, 1.0 if c.head.objective == "distill" else c.head.mix)
     module = HeadSweep(
         backbone, bank, c.optim, steps, t.micro_batch_size, lambda b: start_heads(c, backbone, data, b),
-        data.validation_batches, stored, corpus.fingerprint, t.log_every,
+        sharding.even(data.validation_batches) if sharded else data.validation_batches, stored, corpus.fingerprint,
+        bands_of(corpus.train, vocab_size), corpus.validation_bytes, t.log_every, flag,
+        zero2.Zero2AdamW if t.shard == "zero2" else build_optimizer,
     )  # fmt: skip
+    module.resume_step = resume_step
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     except torch.OutOfMemoryError as error:
-        raise UserError(f"trainer.micro_batch_size={t.micro_batch_size}: out of GPU memory; give a smaller one, or fewer heads: {error}") from error
+        raise UserError(f"trainer.micro_batch_size={t.micro_batch_size}: out of GPU memory; give a smaller one, fewer heads, or trainer=fsdp: {error}") from error
+    except Stopped as stop:
+        if stop.signal in stopping.REQUEUE and "SLURM_JOB_ID" in os.environ:
+            stopping.requeue()
+        raise
+    except RuntimeError as error:
+        if trainer.world_size > 1 and processes.lost_peers(error):
+            who = f"process {trainer.global_rank} of {trainer.world_size}"
+            raise LostPeers(f"{who} lost the others, or had no answer for {t.timeout_minutes} minutes (trainer.timeout_minutes): {error}") from error
+        raise
     except SystemExit:
         if trainer.interrupted:  # Lightning's answer to Ctrl-C
             raise KeyboardInterrupt from None
         raise
-    finally:
-        close_loggers(c.logger)
+    except BaseException:
+        tracking.close(trainer.loggers, None, in_sweep)
+        raise
 
     result = Result(build_curve(c, module, corpus), module, trainer, run_dir)
     if trainer.is_global_zero:
@@ -224,13 +273,20 @@ def train(cfg: DictConfig, run_dir: Path) -> Result:
         checkpoint.save_heads(bank, run_dir / "heads", about)
         curve.write([result.curve], run_dir)
         curve.show([result.curve], Console())
-        log.info("wrote curve.json, curve.csv, curve.png and heads/ in %s", run_dir)
+        log.info("wrote curve.json, curve.csv, curve.png, details.png and heads/ in %s", run_dir)
+    tracking.close(trainer.loggers, result.curve, in_sweep)
     return result
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> None:
-    cli.job(lambda: train(cfg, Path(HydraConfig.get().runtime.output_dir)))
+    cli.job(lambda: spread(cfg, Path(HydraConfig.get().runtime.output_dir)))
+
+
+def spread(cfg: DictConfig, run_dir: Path) -> None:
+    """`train` in every process of the run."""
+    checks.check_config(cfg)  # what is wrong is said once, before there are several
+    processes.spread(train, cfg, run_dir)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Dims: N sequences, T sequence length, D hidden size (width of what the head rece
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from bottleneck.config import BackboneConfig
 from bottleneck.errors import UserError, check
+from bottleneck.parts import hash_weights, layers_of, materialise, randoms, shape_hash, units
 
 log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -107,16 +107,66 @@ def load_shape(cfg: BackboneConfig) -> tuple[int, Optional[int], int]:
     return width, context if context and context > 0 else None, text.vocab_size
 
 
+def _options(cfg: BackboneConfig, device_type: str) -> dict[str, Any]:
+    name = cfg.dtype if cfg.dtype != "auto" else ("bfloat16" if device_type == "cuda" else "float32")
+    attention = {"attn_implementation": cfg.attn_implementation} if cfg.attn_implementation else {}
+    return {"dtype": DTYPES[name], **attention}
+
+
+def empty_model(cfg: BackboneConfig, device_type: str = "cpu", tied: Optional[bool] = None) -> Any:
+    """The model that the config alone describes, in eval mode: parameters and buffers on the meta device, in nobody's memory.
+
+    Args: tied: whether head and embeddings are one parameter, where the weights know better than the config.
+    """
+    _check_path(cfg)
+
+    def build() -> Any:
+        shape = AutoConfig.from_pretrained(cfg.path, **_source(cfg))
+        if tied is not None:
+            shape.tie_word_embeddings = shape.get_text_config().tie_word_embeddings = tied
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(shape, trust_remote_code=cfg.trust_remote_code, **_options(cfg, device_type)).eval()
+
+    return _load("config", cfg, build)
+
+
+def random_model(cfg: BackboneConfig, device_type: str = "cpu") -> Any:
+    """`empty_model` with random weights in memory: see `randoms`."""
+    model = empty_model(cfg, device_type)
+    draw, memo = randoms(model, torch.device("cpu")), {}
+    for _, modules in units(model):
+        materialise(modules, draw, memo)
+    return model
+
+
+def load_model(cfg: BackboneConfig, device_type: str = "cpu") -> Any:
+    """The whole Transformers model with its own head, in eval mode.
+
+    Args:
+        device_type: "cuda" or "cpu": what dtype "auto" stands for (bfloat16 or float32).
+    Raises: UserError where it cannot be loaded, or the files lack weights.
+    """
+    if cfg.weights == "random":
+        return random_model(cfg, device_type)
+    _check_path(cfg)
+    kwargs = {**_source(cfg), **_options(cfg, device_type), "output_loading_info": True}
+    transformers.utils.logging.disable_progress_bar()
+    model, report = _load("weights", cfg, lambda: AutoModelForCausalLM.from_pretrained(cfg.path, **kwargs))
+    absent = sorted(map(str, report["missing_keys"])) + sorted(map(str, report["mismatched_keys"]))
+    check(not absent, f"backbone.path={cfg.path}: weights are missing or of another shape: {', '.join(absent[:5])}")
+    return model
+
+
 class Backbone(nn.Module):
     """Hidden states that the model's own head receives; frozen, always in eval mode, never in a checkpoint.
 
     Attributes:
         head: the model's own `FullHead` (its tensors are the model's, not copies).
         family: Transformers' model type, for messages.
-        hash: identity of the weights, independent of the dtype they are loaded in.
+        hash: identity of the weights, independent of the dtype they are loaded in; given, where no process holds them all.
     """
 
-    def __init__(self, model: nn.Module, name: str):
+    def __init__(self, model: nn.Module, name: str, weights_hash: Optional[str] = None):
         super().__init__()
         self.name = name
         self.family = model.config.model_type
@@ -131,8 +181,9 @@ class Backbone(nn.Module):
         self._scale = _logit_scale(config)
         self._softcap = getattr(config, "final_logit_softcapping", None)
         self._compiled_for: Optional[tuple[int, int]] = None
+        self.engine: Optional[tuple] = None  # what holds the parameters, where they are spread over processes
         self._parity(model)
-        self.hash = _weights_hash(self)
+        self.hash = weights_hash or hash_weights(self)
 
     @classmethod
     def load(cls, cfg: BackboneConfig, device_type: str = "cpu") -> "Backbone":
@@ -142,16 +193,8 @@ class Backbone(nn.Module):
             device_type: "cuda" or "cpu": what dtype "auto" stands for (bfloat16 or float32).
         Raises: UserError where it cannot be loaded, or the family's logits are not its hidden states times its head.
         """
-        _check_path(cfg)
-        name = cfg.dtype if cfg.dtype != "auto" else ("bfloat16" if device_type == "cuda" else "float32")
-        kwargs = {**_source(cfg), "dtype": DTYPES[name], "output_loading_info": True}
-        if cfg.attn_implementation:
-            kwargs["attn_implementation"] = cfg.attn_implementation
-        transformers.utils.logging.disable_progress_bar()
-        model, report = _load("weights", cfg, lambda: AutoModelForCausalLM.from_pretrained(cfg.path, **kwargs))
-        absent = sorted(map(str, report["missing_keys"])) + sorted(map(str, report["mismatched_keys"]))
-        check(not absent, f"backbone.path={cfg.path}: weights are missing or of another shape: {', '.join(absent[:5])}")
-        return cls(model, label(cfg))
+        model = load_model(cfg, device_type)
+        return cls(model, label(cfg), shape_hash(model) if cfg.weights == "random" else None)
 
     @property
     def head(self) -> FullHead:
@@ -171,6 +214,10 @@ class Backbone(nn.Module):
         """Rows of the head, padding rows included."""
         return self.lm_head.weight.shape[0]
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "Backbone":
+        """Where it is spread over processes it stays on its device: Lightning would bring it to the CPU after the fit."""
+        return self if self.engine is not None else super()._apply(fn, recurse)
+
     def train(self, mode: bool = True) -> "Backbone":
         """Stays in eval mode: dropout would change what the heads are trained on."""
         return super().train(False)
@@ -188,8 +235,7 @@ class Backbone(nn.Module):
         One layer is compiled for all, which takes seconds where compiling the whole body takes a minute.
         Returns: False, and nothing is done, where the family does not name its layers.
         """
-        names = set(getattr(self.body, "_no_split_modules", None) or ())
-        layers = [m for m in self.body.modules() if type(m).__name__ in names]
+        layers = layers_of(self.body)
         for layer in layers:
             layer.compile(dynamic=False)
         self._compiled_for = shape if layers else None
@@ -200,7 +246,8 @@ class Backbone(nn.Module):
         """hidden state x own head must equal the model's logits, on a probe batch (random ids, fixed seed)."""
         was_training = model.training
         model.eval()
-        size = min(self.vocab_size, model.get_input_embeddings().weight.shape[0])
+        embedding = model.get_input_embeddings()
+        size = min(self.vocab_size, getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0])  # ZeRO-3 hides the weight
         device = self.lm_head.weight.device
         ids = torch.randint(0, size, (2, 16), generator=torch.Generator().manual_seed(0)).to(device)
         wanted = model(input_ids=ids, use_cache=False).logits.float()
@@ -227,14 +274,3 @@ def _logit_scale(config: Any) -> float:
         return float(scale)
     divisor = getattr(config, "logits_scaling", None)
     return 1.0 if divisor is None else 1.0 / float(divisor)
-
-
-def _weights_hash(backbone: nn.Module) -> str:
-    """Identity of the weights: names, shapes, and every value rounded to bfloat16, so that it is the same whatever dtype
-    they are loaded in."""
-    digest = hashlib.sha256()
-    for name, p in sorted(backbone.named_parameters()):
-        digest.update(f"{name}{list(p.shape)}".encode())
-        for part in p.detach().reshape(-1).split(1 << 24):
-            digest.update(part.to(torch.bfloat16).view(torch.int16).cpu().numpy())
-    return digest.hexdigest()[:16]

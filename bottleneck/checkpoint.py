@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
+import zipfile
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Iterator, Optional
 
 import pytorch_lightning as pl
 import torch
+from filelock import FileLock, Timeout
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from safetensors.torch import save
 
 from bottleneck.errors import UserError, check
 from bottleneck.heads import HeadBank
 
+log = logging.getLogger(__name__)
 LAST = Path("checkpoints") / "last.ckpt"
+PREVIOUS = Path("checkpoints") / "previous.ckpt"
+LOCK = ".lock"
+LOCK_SECONDS = 60
 
 
-def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` make a file beside `path`, then rename it: `path` is never half-written. Raises UserError on a full disk."""
+def write_atomic(path: Path, write: Callable[[Path], Any], keep: Optional[Path] = None) -> None:
+    """Let `write` make a file beside `path`, then rename it: `path` is never half-written. Raises UserError on a full disk.
+
+    Args: keep: where the file that is there already goes; killed in between, a run finds it there.
+    """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -29,6 +39,8 @@ def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
         write(part)
         with open(part, "rb+") as f:
             os.fsync(f.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         raise UserError(f"{path}: cannot be written: {error}") from error
@@ -42,7 +54,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     another disk is not atomic; this one stays in the checkpoint's folder. Reading is limited to tensors and plain values."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Optional[Any] = None) -> None:
-        write_atomic(Path(path), lambda part: torch.save(checkpoint, part))
+        path = Path(path)
+        write_atomic(path, lambda part: torch.save(checkpoint, part), path.with_name(PREVIOUS.name) if path.name == LAST.name else None)
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: Optional[bool] = None) -> dict[str, Any]:
         return read_checkpoint(Path(path))
@@ -52,6 +65,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """Raises UserError where the file is missing, damaged, or not one of ours."""
     check(path.is_file(), f"ckpt_path={path}: no such file")
     try:
+        with zipfile.ZipFile(path) as parts:  # torch does not compare checksums
+            damaged = parts.testzip()
+        check(damaged is None, f"checksum of {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged zip, a foreign pickle: torch raises many kinds
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -62,22 +78,63 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def find_checkpoint(ckpt_path: Optional[str], run_dir: Path) -> Optional[Path]:
-    """The file to go on from, or None to start at step 0.
+@contextlib.contextmanager
+def alone(run_dir: Path, rank: int) -> Iterator[None]:
+    """Only one run works in a folder: process 0 waits for one that is ending. Raises UserError where it does not end."""
+    if rank:
+        yield
+        return
+    lock = FileLock(run_dir / LOCK)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout:
+        raise UserError(f"hydra.run.dir={run_dir}: another run is at work there") from None
+    except (OSError, NotImplementedError) as error:  # file systems without locks
+        check(run_dir.is_dir(), f"hydra.run.dir={run_dir}: cannot be written: {error}")
+    try:
+        yield
+    finally:
+        lock.release()
 
-    `last` without a checkpoint starts anew, so a command with ckpt_path=last can be repeated until it is through.
-    Raises UserError where a folder already holds a run that would be overwritten.
+
+def newest(run_dir: Path) -> Optional[tuple[Path, dict[str, Any]]]:
+    """The newest checkpoint of a run that is whole, and what it holds; None where there is none.
+
+    Raises: UserError where there are some and none is whole.
+    """
+    fault: Optional[UserError] = None
+    for path in (run_dir / LAST, run_dir / PREVIOUS):
+        if path.exists():
+            try:
+                found = read_checkpoint(path)
+            except UserError as error:
+                fault = fault or error
+                continue
+            if fault is not None:
+                log.warning("%s; going on from the one before, %s, step %d", fault, path.name, found["global_step"])
+            return path, found
+    if fault is not None:
+        raise fault
+    return None
+
+
+def find_checkpoint(ckpt_path: Optional[str], run_dir: Path) -> Optional[tuple[Path, dict[str, Any]]]:
+    """The file to go on from and what it holds, or None to start at step 0.
+
+    `last` without a checkpoint starts anew, so a command with ckpt_path=last can be repeated until it is through; where the
+    last one is damaged the one before it is used. Raises UserError where a folder already holds a run that would be overwritten.
     """
     last = run_dir / LAST
     if ckpt_path not in (None, "last"):
         check(Path(ckpt_path).is_file(), f"ckpt_path={ckpt_path}: no such file; give last or a checkpoint file")
     if ckpt_path != "last" and (ckpt_path is None or Path(ckpt_path).resolve() != last.resolve()):
-        check(not last.exists(), f"hydra.run.dir={run_dir}: holds a run already; give ckpt_path=last to go on with it, or another folder")
+        check(not (last.exists() or (run_dir / PREVIOUS).exists()), f"hydra.run.dir={run_dir}: holds a run already; give ckpt_path=last to go on with it, or another folder")
     if ckpt_path is None:
         return None
     if ckpt_path == "last":
-        return last if last.exists() else None
-    return Path(ckpt_path)
+        return newest(run_dir)
+    return Path(ckpt_path), read_checkpoint(Path(ckpt_path))
 
 
 # What may change between a run and its resumption: where things are, what they run on, who watches. That weights and
@@ -116,11 +173,18 @@ def save_heads(bank: HeadBank, folder: Path, metadata: dict[str, str]) -> None:
 
 
 class SaveLast(pl.Callback):
-    """checkpoints/last.ckpt every `every` steps and after the last one."""
+    """checkpoints/last.ckpt every `every` steps and after the last one; the one before stays as previous.ckpt."""
 
     def __init__(self, run_dir: Path, every: int):
         self.path, self.every = run_dir / LAST, every
+        self.step = -1
+
+    def save(self, trainer: pl.Trainer) -> None:
+        """Save this step, once."""
+        if self.step != trainer.global_step:
+            trainer.save_checkpoint(self.path)
+            self.step = trainer.global_step
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
         if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
-            trainer.save_checkpoint(self.path)
+            self.save(trainer)

@@ -16,6 +16,8 @@ from bottleneck.losses import IMPLS
 INITS = ("fisher", "refined", "svd", "scaled", "normal")
 LR_RULES = ("power", "table", "grid")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+WEIGHTS = ("pretrained", "random")
+SHARDS = ("none", "fsdp", "zero3", "zero2")
 TEXT_UNITS = ("auto", "file", "paragraph", "line")
 # `ranks: auto`: powers of two, then the paper's half steps, up to and including the hidden size.
 RANK_LADDER = (8, 16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
@@ -100,7 +102,15 @@ def check_config(cfg: DictConfig) -> TrainConfig:
     _one_of("head.loss_impl", c.head.loss_impl, IMPLS)
     c.head.calibration_tokens = as_count("head.calibration_tokens", c.head.calibration_tokens)
     c.head.passes = as_count("head.passes", c.head.passes)
+    _one_of("head.objective", c.head.objective, ("ce", "distill", "mixed"))
+    as_rate("head.temperature", c.head.temperature)
+    check(0 < c.head.mix < 1, f"head.mix={c.head.mix}: must be between 0 and 1")
+    if c.head.objective != "ce":
+        allowed = ("auto", "chunked")
+        check(c.head.loss_impl in allowed, f"head.loss_impl={c.head.loss_impl}: head.objective={c.head.objective} runs in chunks; allowed are {', '.join(allowed)}")
+    check(c.head.objective != "ce" or c.head.temperature == 1, f"head.temperature={c.head.temperature}: head.objective=ce does not use it")
     _one_of("backbone.dtype", c.backbone.dtype, DTYPES)
+    _one_of("backbone.weights", c.backbone.weights, WEIGHTS)
     _one_of("backbone.compile", str(c.backbone.compile).lower(), ("auto", "true", "false"))
     _check_optim(c.optim)
     _check_trainer(c)
@@ -158,6 +168,7 @@ def _check_trainer(c: TrainConfig) -> None:
     _one_of("trainer.strategy", t.strategy, ("auto", "ddp"))
     for name in ("devices", "num_nodes", "micro_batch_size", "log_every"):
         as_count(f"trainer.{name}", getattr(t, name))
+    as_rate("trainer.timeout_minutes", t.timeout_minutes)
     for name in ("threads", "val_every", "checkpoint_every"):
         if getattr(t, name) is not None:
             as_count(f"trainer.{name}", getattr(t, name))
@@ -166,6 +177,13 @@ def _check_trainer(c: TrainConfig) -> None:
         c.batch_size % processes == 0,
         f"batch_size={c.batch_size}: must be a multiple of the {processes} processes (trainer.devices x num_nodes)",
     )
+    _one_of("trainer.shard", t.shard, SHARDS)
+    if t.shard != "none":
+        check(processes > 1, f"trainer.shard={t.shard}: spreads over several processes, here is one; give trainer.devices=2 or more")
+        ready = not t.shard.startswith("zero") or importlib.util.find_spec("deepspeed") is not None
+        check(ready, f"trainer.shard={t.shard}: DeepSpeed is not installed: pip install 'bottleneck[deepspeed]'")
+    spread = t.shard in ("fsdp", "zero3") and str(c.backbone.compile).lower() == "true"
+    check(not spread, f"backbone.compile=true: does not go with trainer.shard={t.shard}, which swaps the layers' weights; leave it out")
     _one_of("logger.kind", c.logger.kind, ("csv", "wandb", "none"))
     _one_of("logger.mode", c.logger.mode, ("online", "offline"))
     step = c.batch_size * c.data.block_size
@@ -212,6 +230,8 @@ def compiles(c: TrainConfig, device_type: str) -> bool:
     """Whether the backbone's layers are compiled."""
     if str(c.backbone.compile).lower() != "auto":
         return str(c.backbone.compile).lower() == "true"
+    if c.trainer.shard in ("fsdp", "zero3"):
+        return False
     return device_type == "cuda" and c.tokens >= COMPILE_FROM and importlib.util.find_spec("triton") is not None
 
 

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from bottleneck.config import ROOT, register, unknown_key
-from bottleneck.errors import UserError
+from bottleneck.errors import Stopped, UserError
 
 SHOW = "HYDRA_FULL_ERROR"  # Hydra's switch for full tracebacks; set by the user it still shows them
 OURS = "BOTTLENECK_ONE_LINE"
@@ -72,9 +72,14 @@ def one_line_errors(main: Callable[[], object], after_interrupt: str = RESUME) -
             raise
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
+    except Stopped as stop:
+        print(f"{stop}; {after_interrupt}", file=sys.stderr)
+        return 128 + stop.signal
     except KeyboardInterrupt:
         print(f"interrupted; {after_interrupt}", file=sys.stderr)
         return 130
+    if failures and len(started) > 1:  # what scrolled by is said again at the end
+        print("\n".join([f"{len(failures)} of {len(started)} jobs failed:", *failures]), file=sys.stderr)
     return 2 if failures else 0
 
 

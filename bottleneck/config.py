@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.util
+import os
+import time
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +32,7 @@ class BackboneConfig:
     name: Optional[str] = None  # label in curves and pictures; default: last part of path (and revision)
     revision: Optional[str] = None  # Hub branch, tag or commit; Pythia checkpoints: stepN
     gguf_file: Optional[str] = None  # file inside path, for GGUF weights
+    weights: str = "pretrained"  # pretrained | random (the config's shape alone, to measure speed and memory with)
     dtype: str = "auto"  # auto (bfloat16 on GPU, float32 on CPU) | float32 | bfloat16 | float16
     tokenizer: Optional[str] = None  # Hub name or folder of the tokenizer, where it is not the backbone's own
     attn_implementation: Optional[str] = None  # Transformers' attention; default: its own choice (sdpa where it can)
@@ -70,6 +73,10 @@ class HeadConfig:
     init: str = "fisher"
     calibration_tokens: Any = 16_384  # training tokens that measure the hidden states, for every start but normal
     passes: Any = 2  # refined: over the calibration tokens, of which it wants 65,536 or more (head=refined)
+    # ce (cross-entropy on the data) | distill (KL from the full head) | mixed (mix · KL + (1 − mix) · cross-entropy)
+    objective: str = "ce"
+    temperature: float = 1.0  # distill, mixed: both softmaxes are taken at it
+    mix: float = 0.5  # mixed: share of the KL
     # auto (the fastest here) | fused (Triton, GPU) | chunked (any device) | reference (logits in full, for checking)
     loss_impl: str = "auto"
 
@@ -105,7 +112,10 @@ class TrainerConfig:
     devices: int = 1  # processes on each node
     num_nodes: int = 1  # machines
     strategy: str = "auto"  # auto (ddp where there are several processes) | ddp
+    # what is spread over the processes: none | fsdp, zero3 (the backbone, where it does not fit) | zero2 (the heads' optimizer)
+    shard: str = "none"
     micro_batch_size: int = 8  # sequences in one forward pass of one process
+    timeout_minutes: float = 10  # several processes: how long one waits for the others before it gives up
     threads: Optional[int] = None  # CPU threads of one process; default: the cores shared by the local processes
     val_every: Optional[int] = None  # validate every so many steps, besides the start and the end
     checkpoint_every: Optional[int] = 50  # steps between checkpoints; null: none, not even at the end
@@ -149,6 +159,15 @@ def register() -> None:
     # ${repo:data/sample}: a path inside this repository, wherever the command is run from
     OmegaConf.register_new_resolver("repo", lambda path: str(ROOT / path), replace=True)
     OmegaConf.register_new_resolver("package", _package_folder, replace=True)
+    OmegaConf.register_new_resolver("started", _started, use_cache=True, replace=True)
+
+
+def _started() -> str:
+    """Name of a run's default folder: the time; where processes are started from outside, what they have in common."""
+    for name, variable in (("torchrun", "TORCHELASTIC_RUN_ID"), ("slurm", "SLURM_JOB_ID")):
+        if os.environ.get(variable, "none") != "none":
+            return f"{name}-{os.environ[variable]}"
+    return time.strftime("%Y-%m-%d/%H-%M-%S")
 
 
 def _package_folder(name: str) -> str:
@@ -176,3 +195,6 @@ def unknown_key(key: str) -> str:
     """The one line for a key that the schema does not have."""
     near = difflib.get_close_matches(key, SCHEMA_KEYS, n=1, cutoff=0.5)
     return f"{key}: unknown key{f'; did you mean {near[0]}?' if near else ''} (python train.py --help lists them)"
+
+
+register()  # here, since a job on a cluster reads its config before it runs any code of ours but imports

@@ -15,17 +15,22 @@ import sys
 from pathlib import Path
 from typing import Any, Iterable
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from bottleneck.checkpoint import write_atomic
 from bottleneck.errors import UserError, check
-from bottleneck.picture import draw
+from bottleneck.heads import HeadKey
+from bottleneck.knee import knees, told
+from bottleneck.picture import draw, draw_details
 
 SCHEMA = 1
+MERGED = "curve"  # folder, in that of a multirun, of its jobs' curves as one
 # A line of the picture: everything that must be equal for two heads to be comparable.
 IDENTITY = ("backbone_hash", "data_hash", "tokens", "recipe")
 HEAD_COLUMNS = ("rank", "lr", "seed", "init", "parameters", "loss", "perplexity", "bits_per_byte", "initial_loss", "status", "best")
+DETAILS = ("kl", "top1_agreement", "top5_agreement", "acceptance")  # of bottleneck.compare; runs before it have none
 
 
 NUMBERS = {"loss", "perplexity", "bits_per_byte"}
@@ -70,7 +75,8 @@ def finish(c: dict[str, Any]) -> dict[str, Any]:
     heads = mark_best(c["heads"])
     full = [h for h in heads if h["rank"] == c["hidden_size"] and h["best"]]
     best = min(full, key=lambda h: h["loss"], default=None)
-    return {**c, "heads": heads, "trained_reference": best and {k: best[k] for k in sorted(NUMBERS)}}
+    c = {**c, "heads": heads, "trained_reference": best and {k: best[k] for k in sorted(NUMBERS)}}
+    return c | {"knee": knees(c)}
 
 
 def fault(c: Any) -> str | None:
@@ -98,7 +104,8 @@ def read(paths: Iterable[Path], skip: Path) -> list[dict[str, Any]]:
     curves: list[dict[str, Any]] = []
     for path in paths:
         files = [path] if path.is_file() else sorted(path.rglob("curve.json"))
-        files = [f for f in files if f.parent.resolve() != skip.resolve()]
+        # a multirun leaves its own merged curve
+        files = [f for f in files if f.parent.resolve() != skip.resolve() and not (f.parent.name == MERGED and (f.parent.parent / "multirun.yaml").exists())]
         check(bool(files), f"{path}: no curve.json there; give the folder of a finished run, or of a multirun")
         for file in files:
             try:
@@ -118,16 +125,18 @@ def write(curves: list[dict[str, Any]], out: Path) -> None:
     content = curves[0] if len(curves) == 1 else {"schema": SCHEMA, "curves": curves}
     table, picture = io.StringIO(newline=""), io.BytesIO()
     writer = csv.writer(table)
-    writer.writerow(("backbone", "data", "tokens", *HEAD_COLUMNS))
+    writer.writerow(("backbone", "data", "tokens", *HEAD_COLUMNS, *DETAILS))
     for c in curves:
         for h in c["heads"]:
-            writer.writerow((c["backbone"], c["data"], c["tokens"], *(h[k] for k in HEAD_COLUMNS)))
+            writer.writerow((c["backbone"], c["data"], c["tokens"], *(h.get(k) for k in (*HEAD_COLUMNS, *DETAILS))))
     draw(curves, picture)
+    details = io.BytesIO()
+    drawn = draw_details(curves, details)
     parts = {
         "curve.json": (json.dumps(content, indent=1, allow_nan=False) + "\n").encode(),
         "curve.csv": table.getvalue().encode(),
         "curve.png": picture.getvalue(),
-    }
+    } | ({"details.png": details.getvalue()} if drawn else {})
     for name, raw in parts.items():  # all three are made before the first is written
         write_atomic(out / name, lambda part, raw=raw: part.write_bytes(raw))
 
@@ -135,19 +144,22 @@ def write(curves: list[dict[str, Any]], out: Path) -> None:
 def show(curves: list[dict[str, Any]], console: Console) -> None:
     """Print the best head of every rank beside the backbone's own head."""
     for c in curves:
-        table = Table(title=f"{c['backbone']} on {c['data']}, {c['tokens']:,} training tokens", title_justify="left")
-        for column in ("rank", "lr", "parameters", "loss", "perplexity", "bits/byte", "at start"):
+        table = Table(title=f"{c['backbone']} on {c['data']}, {c['tokens']:,} training tokens", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+        for column in ("rank", "lr", "loss", "perplexity", "start", "KL", "top-1", "accept"):
             table.add_column(column, justify="right")
         inits = sorted({h["init"] for h in c["heads"]})
         if len(inits) > 1:
             table.add_column("init")
         for h in c["heads"]:
             if h["best"]:
-                cells = [str(h["rank"]), f"{h['lr']:.3g}", f"{h['parameters']:,}", *_numbers(h), _cell(h["initial_loss"], ".4f")]
+                cells = [str(h["rank"]), f"{h['lr']:.3g}", *_numbers(h), _cell(h["initial_loss"], ".4f")]
+                cells += [_cell(h.get("kl"), ".4f"), *(_cell(h.get(k), ".1%") for k in ("top1_agreement", "acceptance"))]
                 table.add_row(*cells, *([h["init"]] if len(inits) > 1 else []))
         reference = c["reference"]
-        table.add_row("own head", "", f"{c['vocab_size'] * c['hidden_size']:,}", *_numbers(reference), "", style="bold")
+        table.add_row("own head", "", *_numbers(reference), "", "", "", "", style="bold")
         console.print(table)
+        for line in told(c) if "knee" in c else ():
+            console.print(line, highlight=False, soft_wrap=True)
         lost = [f"rank {h['rank']} lr {h['lr']:.3g} seed {h['seed']}" for h in c["heads"] if h["status"] != "ok"]
         if lost:
             console.print(f"diverged: {', '.join(lost)}")
@@ -156,7 +168,7 @@ def show(curves: list[dict[str, Any]], console: Console) -> None:
 def _numbers(row: dict[str, Any]) -> list[str]:
     perplexity = row["perplexity"]
     form = ",.2f" if perplexity is None or perplexity < 1e5 else ".3g"
-    return [_cell(row["loss"], ".4f"), _cell(perplexity, form), _cell(row["bits_per_byte"], ".4f")]
+    return [_cell(row["loss"], ".4f"), _cell(perplexity, form)]
 
 
 def _cell(value: Any, form: str) -> str:
@@ -166,6 +178,16 @@ def _cell(value: Any, form: str) -> str:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError(f"{message} (python -m bottleneck.curve --help)")
+
+
+def complete(run_dir: Path) -> dict[str, Any] | None:
+    """The curve of a run that left all its files, or None."""
+    try:
+        found = json.loads((run_dir / "curve.json").read_text())
+        files = [run_dir / "heads" / f"{HeadKey(h['rank'], h['lr'], h['seed']).name}.safetensors" for h in found["heads"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if files and all(f.is_file() for f in files) else None
 
 
 def main(argv: list[str] | None = None) -> int:

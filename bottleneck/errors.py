@@ -1,4 +1,9 @@
-"""The one exception that means "the user can fix this": shown as a single line, exit code 2."""
+"""The exception that means "the user can fix this", shown as a single line with exit code 2; and the end by a signal."""
+
+from __future__ import annotations
+
+import signal
+from typing import Optional
 
 
 class UserError(Exception):
@@ -12,3 +17,18 @@ def check(condition: bool, message: str) -> None:
     """Raise `UserError(message)` unless `condition` holds."""
     if not condition:
         raise UserError(message)
+
+
+class LostPeers(UserError):
+    """The other processes of a run do not answer: one of them has its own reason."""
+
+
+class Stopped(BaseException):
+    """The run was asked to stop by a signal, and did, with a checkpoint where it keeps one. Not an error."""
+
+    def __init__(self, number: int, step: Optional[int] = None):
+        super().__init__(number, step)
+        self.signal, self.step = number, step
+
+    def __str__(self) -> str:
+        return f"stopped by {signal.Signals(self.signal).name}{'' if self.step is None else f' after step {self.step}'}"

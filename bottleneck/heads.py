@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
 
+import bottleneck.losses.distill as distill
 from bottleneck.errors import UserError
 from bottleneck.losses import Weights, choose, step, targets, weights
 
@@ -62,6 +63,7 @@ class HeadBank(nn.Module):
 
     Attributes:
         keys: the heads' keys, in order.
+        objective: what heads are trained on instead of cross-entropy, see `losses.distill`; their `losses` stay cross-entropy.
         diverged: [H] flags, 1.0 for heads whose gradient has been non-finite; on the device, saved with the heads.
     """
 
@@ -72,6 +74,7 @@ class HeadBank(nn.Module):
         if doubled:
             raise UserError(f"ranks, rates and seeds: the head {', '.join(sorted(doubled))} is there twice (rates count to 6 digits)")
         self.keys, self.loss_impl, self.tokens = keys, loss_impl, tokens
+        self.objective: Optional[distill.Objective] = None
         self.heads = nn.ModuleDict({k.name: LowRankHead(vocab_size, k.rank, hidden_size) for k in keys})
         self.register_buffer("diverged", torch.zeros(len(keys)))
 
@@ -105,6 +108,9 @@ class HeadBank(nn.Module):
         """
         t = targets(y_N)
         heads = [self[key] for key in self.keys]
+        if self.objective is not None:
+            gradients = [(head.A.grad, head.B.grad) for head in heads]
+            return _sums(distill.steps(h_ND, cast, t, gradients, scale, self.objective))
         return _sums(step(h_ND, w, t, head.A.grad, head.B.grad, scale) for head, w in zip(heads, cast))
 
     @torch.no_grad()

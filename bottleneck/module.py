@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from bottleneck.backbone import Backbone
+from bottleneck.compare import NUMBERS, compare
 from bottleneck.config import OptimConfig
 from bottleneck.errors import check
 from bottleneck.heads import HeadBank
-from bottleneck.metrics import validate
+from bottleneck.metrics import derived, validate
 from bottleneck.optim import build_optimizer, clip_per_head, schedule
+from bottleneck.stopping import Flag
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +42,12 @@ class HeadSweep(pl.LightningModule):
         start: gives the bank its initial values, on the training device; called once, before step 0, never on a resume.
         validation: (process, processes) -> that process's validation batches.
         config, data_hash: stored in checkpoints; a resumed run must have the same text.
+        bands: frequency band of every token id [V], from `compare.bands_of`; text_bytes: of the validation text.
+        flag: tells the other processes of a signal.
+        build: makes the optimizer.
 
     Attributes:
+        details: what the final heads lose against the full head, from `compare`.
         initial, final: validation losses {head name: nats} at step 0 and after the last step.
         reference: validation loss of the backbone's own head; validation_tokens: tokens they are means over.
     """
@@ -57,7 +63,11 @@ class HeadSweep(pl.LightningModule):
         validation: Callable[[int, int], Iterable],
         config: dict[str, Any],
         data_hash: str,
+        bands: Tensor,
+        text_bytes: int,
         log_every: int = 10,
+        flag: Optional[Flag] = None,
+        build: Callable[[HeadBank, OptimConfig], Any] = build_optimizer,
     ):
         super().__init__()
         self.automatic_optimization = False  # a step is several forward passes and one reduction of gradients
@@ -69,16 +79,19 @@ class HeadSweep(pl.LightningModule):
         self.optim, self.steps, self.micro_batch = optim, steps, micro_batch
         self.start, self.validation, self.config = start, validation, config
         self.data_hash = data_hash
-        self.log_every = log_every
+        self.log_every, self.flag, self.build = log_every, flag or Flag(), build
+        self.bands, self.text_bytes = bands, text_bytes
         self.initial: dict[str, float] = {}
+        self.details: dict[str, Any] = {}
         self.final: dict[str, float] = {}
         self.reference: Optional[float] = None
         self.validation_tokens = 0
         self.step_tokens = 0
+        self.resume_step: Optional[int] = None  # of the checkpoint that this process goes on from
         self._clock: Optional[tuple[float, int]] = None  # of the last logged row: time, step
 
     def configure_optimizers(self) -> Any:
-        optimizer = build_optimizer(self.bank, self.optim)
+        optimizer = self.build(self.bank, self.optim)
         return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(self.optim, self.steps))]
 
     def on_fit_start(self) -> None:
@@ -87,11 +100,20 @@ class HeadSweep(pl.LightningModule):
             world == self.trainer.world_size,
             f"trainer.devices: {world} processes are running, {self.trainer.world_size} are configured",
         )
+        if world > 1:
+            found: list[Any] = [None] * world
+            torch.distributed.all_gather_object(found, (str(self.trainer.default_root_dir), self.resume_step))
+            folders, steps = ({f[i] for f in found} for i in range(2))
+            check(len(folders) == 1, f"hydra.run.dir: differs between processes ({', '.join(sorted(folders)[:2])}); give one on the command line")
+            check(len(steps) == 1, f"checkpoints: processes go on from different steps ({', '.join(map(str, steps))}); start again")
 
         chosen: dict[str, set[int]] = {}
         for key in self.bank.keys:
             chosen.setdefault(self.bank.impl(key, self.backbone.dtype), set()).add(key.rank)
-        log.info("loss: %s", "; ".join(f"{impl} for rank {', '.join(map(str, sorted(ranks)))}" for impl, ranks in chosen.items()))
+        if self.bank.objective is not None:
+            log.info("objective: KL from the full head, a chunk of logits at a time")
+        else:
+            log.info("loss: %s", "; ".join(f"{impl} for rank {', '.join(map(str, sorted(ranks)))}" for impl, ranks in chosen.items()))
 
     def on_train_start(self) -> None:
         if self.global_step == 0:
@@ -113,11 +135,13 @@ class HeadSweep(pl.LightningModule):
             losses += self.bank.accumulate(h_ND, ids[:, 1:].flatten(), cast, 1 / tokens)
         losses /= tokens
         if torch.distributed.is_initialized():
-            self.manual_backward(HandOver.apply(*self.bank.parameters()))  # DDP reduces the gradients, once a step
-            # a few numbers a step: what is logged and flagged is alike everywhere
-            torch.distributed.all_reduce(losses)
-            losses /= self.trainer.world_size
-        norms, optimizer.optimizer.divisors = clip_per_head(self.bank, self.optim.clip, losses)
+            self.manual_backward(HandOver.apply(*self.bank.parameters()))  # DDP (or ZeRO-2) reduces the gradients, once a step
+            # a few numbers a step: what is logged and flagged is alike everywhere, and so is whether a signal came
+            numbers = torch.cat([losses, torch.full_like(losses[:1], self.flag.number)])
+            torch.distributed.all_reduce(numbers)
+            losses = numbers[:-1] / self.trainer.world_size
+            self.flag.send(numbers[-1:])
+        norms, optimizer.optimizer.divisors = clip_per_head(self.bank, self.optim.clip, losses, optimizer.optimizer.norms())
         optimizer.step()
         rates = scheduler.get_last_lr()
         scheduler.step()
@@ -134,6 +158,10 @@ class HeadSweep(pl.LightningModule):
         # runs also where a finished run is resumed, so its curve can be written again
         log.info("validating")
         self.final = self.validate()
+        trainer = self.trainer
+        self.details = compare(self.backbone, self.bank, self.validation(trainer.global_rank, trainer.world_size), self.bands)
+        rows = {f"val/{n}/{name}": found[n] for name, found in self.details["heads"].items() for n in NUMBERS if found[n] is not None}
+        self._log(rows)
 
     def validate(self) -> dict[str, float]:
         """Validate and log: {head name: loss}. All processes call it together."""
@@ -142,7 +170,11 @@ class HeadSweep(pl.LightningModule):
         losses, self.reference, self.validation_tokens = validate(self.backbone, self.bank, batches)
         named = {key.name: loss for key, loss in zip(self.bank.keys, losses)}
         self._clock = None  # validation is not training time
-        self._log({f"val/loss/{name}": loss for name, loss in named.items()} | {"val/loss/full": self.reference})
+        rows = {f"val/loss/{name}": loss for name, loss in named.items()} | {"val/loss/full": self.reference}
+        for name, loss in [*named.items(), ("full", self.reference)]:
+            numbers = derived(loss, self.validation_tokens, self.text_bytes)
+            rows |= {f"val/{n}/{name}": numbers[n] for n in ("perplexity", "bits_per_byte") if numbers[n] is not None}
+        self._log(rows)
         return named
 
     def _log_step(self, losses: Tensor, norms: Tensor, rates: list[float]) -> None:
@@ -153,6 +185,8 @@ class HeadSweep(pl.LightningModule):
             began, at = self._clock
             rows["train/tokens_per_second/all"] = (step - at) * self.step_tokens / (now - began)
         self._clock = now, step
+        if self.device.type == "cuda":
+            rows["train/peak_memory_gib/all"] = torch.cuda.max_memory_allocated(self.device) / 2**30  # since the process began
         for key, loss, norm, lr in zip(self.bank.keys, losses, norms, rates):
             rows |= {f"train/loss/{key.name}": loss, f"train/grad_norm/{key.name}": norm, f"train/lr/{key.name}": lr}
         self._log(rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 import torch
 from torch import Tensor
@@ -58,8 +58,16 @@ class HeadAdamW(torch.optim.AdamW):
         super().__init__(groups, fused=True, **options)
         self.flags, self.divisors = flags, torch.ones_like(flags)
 
+    def norms(self) -> Tensor:
+        """Norms of the groups' gradients, [groups]."""
+        return _norms([g["params"] for g in self.param_groups])
+
+    def number(self, group: dict[str, Any]) -> int:
+        """Which entry of flags and divisors is a group's."""
+        return next(i for i, g in enumerate(self.param_groups) if g is group)
+
     def _init_group(self, group: dict[str, Any], *args: Any) -> Any:
-        index = next(i for i, g in enumerate(self.param_groups) if g is group)
+        index = self.number(group)
         self.found_inf, self.grad_scale = self.flags[index], self.divisors[index]
         return super()._init_group(group, *args)
 
@@ -84,18 +92,25 @@ def schedule(c: OptimConfig, steps: int) -> Callable[[int], float]:
 
 
 @torch.no_grad()
-def clip_per_head(bank: HeadBank, clip: float | None, losses: Tensor) -> tuple[Tensor, Tensor]:
+def clip_per_head(bank: HeadBank, clip: float | None, losses: Tensor, norms: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
     """What scales each head's gradient to norm `clip` at most, each by itself; flag heads whose loss or norm is not finite.
 
     Clipping over all heads together (as Lightning's gradient_clip_val does) would make a head depend on its company.
     Losses and gradients are equal on all processes here, so every process flags alike. Nothing waits for the device.
 
-    Args: losses: [H]; only asked whether they are finite.
+    Args:
+        losses: [H]; only asked whether they are finite.
+        norms: of the gradients, [H], where they lie elsewhere than in the heads' own .grad (`HeadAdamW.norms`).
     Returns: gradient norms [H], and what to divide the gradients by [H] (`HeadAdamW.divisors`).
     """
-    parts = torch._foreach_norm([p.grad for key in bank.keys for p in (bank[key].A, bank[key].B)])
-    norms = torch.linalg.vector_norm(torch.stack(parts).view(-1, 2), dim=1)
+    norms = _norms([[bank[key].A, bank[key].B] for key in bank.keys]) if norms is None else norms
     sick = ~(torch.isfinite(norms) & torch.isfinite(losses))
     bank.diverged.copy_(torch.maximum(bank.diverged, sick.float()))
     divisors = torch.ones_like(norms) if clip is None else ((norms + 1e-6) / clip).clamp(min=1.0)
     return norms, divisors
+
+
+@torch.no_grad()
+def _norms(groups: list[list[Tensor]]) -> Tensor:
+    parts = torch._foreach_norm([p.grad for group in groups for p in group])
+    return torch.linalg.vector_norm(torch.stack(parts).view(len(groups), -1), dim=1)

@@ -61,6 +61,11 @@ def draw(curves: list[dict[str, Any]], file: BinaryIO) -> None:
         if own:
             values.append(own)
             axes.axhline(own, color=first, ls="--", lw=1, label=f"{label}, own head ({own:.4g})")
+            for k in curve.get("knee", []):
+                if k["rank"] is not None and len(curves) == 1 and len(inits) == 1:
+                    axes.plot([k["rank"]], [math.exp(curve["reference"]["loss"] * (1 + k["percent"] / 100))], "|", color="0.35", ms=11)
+                    axes.annotate(f"{k['percent']} %", (k["rank"], math.exp(curve["reference"]["loss"] * (1 + k["percent"] / 100))), fontsize=7, color="0.35",
+                                  textcoords="offset points", xytext=(3, 6))  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     if ranks:
@@ -84,3 +89,51 @@ def draw(curves: list[dict[str, Any]], file: BinaryIO) -> None:
     axes.legend(fontsize=8, frameon=False)
     figure.savefig(file, format="png")
     plt.close(figure)
+
+
+def draw_details(curves: list[dict[str, Any]], file: BinaryIO) -> bool:
+    """KL to the full head, agreement and acceptance, and excess loss by frequency of the target, against rank.
+
+    Returns: False, and nothing is drawn, where no curve has them.
+    """
+    curves = [c for c in curves if any(h.get("kl") is not None for h in c["heads"])]
+    if not curves:
+        return False
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4.2), dpi=130, layout="constrained")
+    colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    ranks: set[int] = set()
+    lines = [(c, label, init) for c, label in zip(curves, labels(curves)) for init in sorted({h["init"] for h in c["heads"]})]
+    for number, (c, label, init) in enumerate(lines):
+        colour = colours[number % len(colours)]
+        heads = [h for h in c["heads"] if h["best"] and h["init"] == init and h.get("kl") is not None]
+        x = [h["rank"] for h in heads]
+        ranks |= set(x)
+        name = label if len({i for d, _, i in lines if d is c}) == 1 else f"{label}, {init}"
+        left.plot(x, [h["kl"] for h in heads], "o-", color=colour, ms=4, label=name)
+        for key, style, words in (("acceptance", "-", "accepted"), ("top1_agreement", "--", "top-1"), ("top5_agreement", ":", "top-5")):
+            middle.plot(x, [h[key] for h in heads], style, marker="o", ms=3, color=colour, label=words if len(lines) == 1 else f"{name}, {words}")
+        if number == 0:  # bands of one line: several would hide each other
+            for i, band in enumerate(c["reference"]["bands"]):
+                if band["tokens"] and all(h["bands"][i]["loss"] is not None for h in heads):
+                    right.plot(x, [h["bands"][i]["loss"] - band["loss"] for h in heads], "o-", ms=4, color=plt.cm.viridis(i / 5), label=f"{band['band']} ({band['tokens']:,} tokens)")
+            right.set_title(f"by frequency of the target{'' if len(lines) == 1 else f', {name}'}", fontsize=9)
+    left.set_yscale("log")
+    middle.set_ylim(0, 1.02)
+    for axes, words in ((left, "KL from the full head, nats"), (middle, "share of tokens"), (right, "loss above the own head's, nats")):
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_locator(FixedLocator(sorted(ranks)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel("rank r of the head W = AB")
+        axes.set_ylabel(words)
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=7, frameon=False)
+    figure.savefig(file, format="png")
+    plt.close(figure)
+    return True

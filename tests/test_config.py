@@ -15,7 +15,7 @@ from bottleneck.errors import UserError
 from conftest import ROOT, composed, shell
 
 CONF = ROOT / "conf"
-GROUPS = {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in CONF.iterdir() if p.is_dir() and p.name != "hydra"}
+GROUPS = {p.name: sorted(f.stem for f in p.glob("*.yaml")) for p in CONF.iterdir() if p.is_dir() and p.name not in ("hydra", "study")}
 NEEDED = {("data", "local"): ["data.files=x.txt"], ("data", "prepared"): ["data.prepared=x"], ("backbone", "local"): ["backbone.path=x"]}
 
 

@@ -10,14 +10,18 @@ from conftest import ROOT
 
 # A module imports only what stands above it.
 ORDER = [
-    "bottleneck.errors", "bottleneck.config",
+    "bottleneck.errors", "bottleneck.config", "bottleneck.version",
     "bottleneck.losses.products", "bottleneck.losses.reference", "bottleneck.losses.chunked", "bottleneck.losses.kernels",
-    "bottleneck.losses.fused", "bottleneck.losses.choice", "bottleneck.losses.linear", "bottleneck.losses",
-    "bottleneck.checks", "bottleneck.cli",
-    "bottleneck.backbone", "bottleneck.heads", "bottleneck.initial", "bottleneck.refine", "bottleneck.optim", "bottleneck.metrics",
+    "bottleneck.losses.fused", "bottleneck.losses.choice", "bottleneck.losses.linear", "bottleneck.losses.distill", "bottleneck.losses",
+    "bottleneck.checks", "bottleneck.cli", "bottleneck.processes", "bottleneck.stopping",
+    "bottleneck.parts", "bottleneck.backbone", "bottleneck.sharding", "bottleneck.heads", "bottleneck.initial", "bottleneck.refine", "bottleneck.optim", "bottleneck.zero2", "bottleneck.metrics", "bottleneck.compare",
     "bottleneck.module", "bottleneck.checkpoint", "bottleneck.tracking", "bottleneck.progress",
-    "bottleneck.picture", "bottleneck.curve",
+    "bottleneck.picture", "bottleneck.knee", "bottleneck.curve", "bottleneck.sweeps", "bottleneck.report", "bottleneck.runs", "bottleneck.export", "bottleneck.downstream", "bottleneck.evaluate",
     "data.sources", "data.cache", "data.words", "data.encode", "data.prepare", "data.module", "data.debian_text", "data.make_sample", "data.debian", "data.pretrain",
+    "bottleneck.studies", "bottleneck.studies.config", "bottleneck.studies.output", "bottleneck.studies.statistics", "bottleneck.studies.series",
+    "bottleneck.studies.text", "bottleneck.studies.trained", "bottleneck.studies.scaling", "bottleneck.studies.saturation", "bottleneck.studies.evals",
+    "bottleneck.studies.downstream", "bottleneck.studies.singular", "bottleneck.studies.spectrum", "bottleneck.studies.cosines", "bottleneck.studies.anisotropy",
+    "bottleneck.studies.agreement", "bottleneck.studies.estimate", "bottleneck.studies.theory", "bottleneck.study",
     "bottleneck.benchmark", "bottleneck.benchmark.table", "bottleneck.benchmark.clock", "bottleneck.benchmark.shapes", "bottleneck.benchmark.stock", "bottleneck.benchmark.heads",
     "bottleneck.benchmark.sweep", "bottleneck.benchmark.forward", "bottleneck.benchmark.data", "bottleneck.benchmark.__main__",
     "train",

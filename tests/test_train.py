@@ -203,6 +203,7 @@ def test_damaged_and_foreign_checkpoints(run, tmp_path, toy_backbone):
         run("tokens=1024", "ckpt_path=last")
     with pytest.raises(UserError, match="holds a run already"):
         run("tokens=1024", f"ckpt_path={ROOT / 'pyproject.toml'}")
+    (tmp_path / "run" / "curve.json").unlink()  # else the run is finished, and nothing is loaded
     state["bottleneck"]["backbone"] = "0" * 16
     torch.save(state, last)
     with pytest.raises(UserError, match="other backbone weights"):
@@ -272,15 +273,6 @@ def test_killed_and_resumed_is_bit_identical(toy, run, tmp_path, kills):
     assert killed >= 1
     assert_same_heads(heads_of(tmp_path / "whole"), heads_of(tmp_path / "cut"))
     assert not list((tmp_path / "cut").rglob("*.part"))
-
-
-def test_wandb_offline(run, tmp_path, monkeypatch):
-    """The wandb choice runs without an account and leaves its offline file."""
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    run("logger=wandb", "logger.mode=offline", "tokens=2048")
-    run("logger=wandb", "logger.mode=offline", "tokens=2048", run_dir=tmp_path / "next")
-    for name in ("run", "next"):  # a job of a sweep has a run of its own
-        assert len(list((tmp_path / name / "wandb").glob("offline-run-*/*.wandb"))) == 1
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ NAME = "forward"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shape", default="pythia-160m", help=f"one of {', '.join(shapes.PYTHIA)}, random weights (default: pythia-160m)")
+    parser.add_argument("--shape", default="pythia-160m", help=f"one of {', '.join(shapes.SHAPES)}, random weights (default: pythia-160m)")
     parser.add_argument("--micro-batch", type=int, default=8, help="sequences in one forward pass (default: 8)")
     parser.add_argument("--block", type=int, default=2048, help="tokens in a sequence (default: 2048)")
     parser.add_argument("--repeats", type=int, default=20)

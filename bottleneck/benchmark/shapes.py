@@ -15,15 +15,19 @@ from bottleneck.config import ROOT
 from bottleneck.errors import check
 from data.cache import FORMAT, tokenizer_hash
 
-# hidden size, layers, attention heads of the Pythia models (Biderman et al. 2023); all have V = 50,304 and 2,048 tokens of context
-PYTHIA = {"pythia-70m": (512, 6, 8), "pythia-160m": (768, 12, 12), "pythia-410m": (1024, 24, 16), "pythia-1b": (2048, 16, 8)}
+# hidden size, layers, attention heads of the Pythia models (Biderman et al. 2023), and of OPT-30b (Zhang et al. 2022) in the same
+# family: 30.3 billion parameters; all have V = 50,304 and 2,048 tokens of context
+SHAPES = {
+    "pythia-70m": (512, 6, 8), "pythia-160m": (768, 12, 12), "pythia-410m": (1024, 24, 16), "pythia-1b": (2048, 16, 8),
+    "neox-30b": (7168, 48, 56),
+}  # fmt: skip
 VOCAB, CONTEXT = 50_304, 2_048
 
 
 def shape(name: str) -> tuple[int, int, int]:
     """Hidden size, layers, attention heads. Raises UserError for an unknown name."""
-    check(name in PYTHIA, f"--shape {name}: there is no such shape; allowed are {', '.join(PYTHIA)}")
-    return PYTHIA[name]
+    check(name in SHAPES, f"--shape {name}: there is no such shape; allowed are {', '.join(SHAPES)}")
+    return SHAPES[name]
 
 
 def ranks(name: str) -> list[int]:
@@ -32,21 +36,24 @@ def ranks(name: str) -> list[int]:
     return [r for r in RANK_LADDER if r < d] + [d]
 
 
+def _config(name: str) -> GPTNeoXConfig:
+    d, layers, heads = shape(name)
+    return GPTNeoXConfig(
+        hidden_size=d, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * d,
+        max_position_embeddings=CONTEXT, vocab_size=VOCAB, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
 def random_backbone(name: str, device: str) -> GPTNeoXForCausalLM:
     """A GPT-NeoX of that shape, bfloat16 on a GPU."""
-    d, layers, heads = shape(name)
-    config = GPTNeoXConfig(
-        hidden_size=d, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * d,
-        max_position_embeddings=CONTEXT, vocab_size=VOCAB, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
     torch.manual_seed(0)
     with torch.device(device):
-        return GPTNeoXForCausalLM(config).to(torch.bfloat16 if device == "cuda" else torch.float32).eval()
+        return GPTNeoXForCausalLM(_config(name)).to(torch.bfloat16 if device == "cuda" else torch.float32).eval()
 
 
-def backbone_folder(name: str, folder: Path, device: str) -> Path:
-    """That backbone as a folder; the embedded backbone's tokenizer stands in, since no text is read."""
-    random_backbone(name, device).save_pretrained(folder)
+def backbone_folder(name: str, folder: Path) -> Path:
+    """That shape as a folder for `backbone.weights=random`; the embedded backbone's tokenizer stands in, since no text is read."""
+    _config(name).save_pretrained(folder)
     _tokenizer().save_pretrained(folder)
     return folder
 

@@ -1,7 +1,9 @@
 """One pass that trains every rank against one ordinary Lightning run a rank: same tokens, same batch, same machine.
 
 Ours is `python train.py` as it stands, in a process of its own; its speed is the one it logs. The backbone has random weights
-and the tokens are random, since speed depends on shapes alone.
+and the tokens are random, since speed depends on shapes alone. A backbone that needs several GPUs:
+
+    python -m bottleneck.benchmark sweep --shape neox-30b --stock-steps 0 trainer=fsdp trainer.devices=2
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ NAME = "sweep"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of train.py, for our run: backbone.compile=true")
-    parser.add_argument("--shape", default="pythia-160m", help=f"one of {', '.join(shapes.PYTHIA)} (default: pythia-160m)")
+    parser.add_argument("--shape", default="pythia-160m", help=f"one of {', '.join(shapes.SHAPES)} (default: pythia-160m)")
     parser.add_argument("--ranks", help="default: those of ranks=auto for the shape")
     parser.add_argument("--rates", type=int, default=1, help="learning rates, and so heads, at every rank (default: 1)")
     parser.add_argument("--steps", type=int, default=9, help="optimizer steps of our run; the first is warm-up (default: 9)")
@@ -49,9 +51,7 @@ def run(args: argparse.Namespace) -> list[Row]:
     said = Console(stderr=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        shapes.backbone_folder(args.shape, folder / "backbone", device)
-        if device == "cuda":
-            torch.cuda.empty_cache()
+        shapes.backbone_folder(args.shape, folder / "backbone")
         tokens = shapes.tokens_folder(folder / "tokens", max(args.steps, args.stock_steps) * args.batch * args.block)
         said.print(f"ours: {len(ranks)} ranks x {args.rates} rates", highlight=False)
         rows = [_ours(args, ranks, folder, tokens, device)]
@@ -68,21 +68,24 @@ def _tell(said: Console, r: Row) -> None:
 def _ours(args: argparse.Namespace, ranks: list[int], folder: Path, tokens: Path, device: str) -> Row:
     step = args.batch * args.block
     rates = [round(1e-3 * 1.5**i, 6) for i in range(args.rates)]
+    sharded = any(o in ("trainer=fsdp", "trainer=deepspeed_zero3") or o.startswith("trainer.shard=") for o in args.overrides)
     command = [
-        sys.executable, str(ROOT / "train.py"), "experiment=paper", "backbone=local", f"backbone.path={folder / 'backbone'}",
+        sys.executable, str(ROOT / "train.py"), "experiment=paper", "backbone=local", f"backbone.path={folder / 'backbone'}", "backbone.weights=random",
         "data=prepared", f"data.prepared={tokens}", f"data.block_size={args.block}", f"ranks={ranks}", f"optim.lr={rates}",
         "head.init=scaled", "head.calibration_tokens=4096", f"batch_size={args.batch}", f"tokens={args.steps * step}", "trainer.val_every=null",
         f"trainer.micro_batch_size={args.micro_batch}", "trainer.log_every=1", f"trainer.accelerator={'gpu' if device == 'cuda' else 'cpu'}",
-        "trainer.checkpoint_every=null", f"hydra.run.dir={folder / 'run'}", "backbone.compile=" + str(device == "cuda").lower(),
+        "trainer.checkpoint_every=null", f"hydra.run.dir={folder / 'run'}", f"backbone.compile={'true' if device == 'cuda' and not sharded else 'auto'}",
         *args.overrides,
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, stdout=sys.stderr)  # its progress is shown
     if done.returncode:
         raise UserError(f"benchmark sweep: train.py ended with {done.returncode}, see above")
     with open(folder / "run" / "metrics.csv", newline="") as f:
-        speeds = [float(r["value"]) for r in csv.DictReader(f) if r["metric"] == "train/tokens_per_second"]
+        logged = list(csv.DictReader(f))
+    speeds, peaks = ([float(r["value"]) for r in logged if r["metric"] == f"train/{name}"] for name in ("tokens_per_second", "peak_memory_gib"))
     heads = len(ranks) * args.rates
-    return row(NAME, f"{args.shape}, {heads} heads", "ours, one pass", [step / s for s in speeds], step, "tokens", device=device)
+    return row(NAME, f"{args.shape}, {heads} heads", "ours, one pass", [step / s for s in speeds], step, "tokens",
+               peak_mib=1024 * peaks[-1] if peaks else None, device=device)  # fmt: skip
 
 
 def _stock(args: argparse.Namespace, ranks: list[int], tokens: Path, device: str, said: Console) -> list[Row]:

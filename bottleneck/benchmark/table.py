@@ -6,7 +6,6 @@ import csv
 import datetime
 import io
 import platform
-import subprocess
 import time
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
@@ -18,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bottleneck.checkpoint import write_atomic
-from bottleneck.config import ROOT
+from bottleneck.version import commit
 from data.encode import cores
 
 PACKAGES = ("bottleneck", "torch", "transformers", "triton", "datasets", "tokenizers")
@@ -79,17 +78,7 @@ def environment() -> dict[str, str]:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package] = ""
-    return found | {"python": platform.python_version(), "commit": _commit(), "date": datetime.date.today().isoformat()}
-
-
-def _commit() -> str:
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.SubprocessError):  # no git, or an installed copy
-        return ""
+    return found | {"python": platform.python_version(), "commit": commit(), "date": datetime.date.today().isoformat()}
 
 
 def _records(rows: list[Row]) -> list[dict[str, Any]]:

@@ -1,0 +1,146 @@
+"""Fig. 4 and 5: the singular values of the head along training, alone and seen through the hidden states.
+
+Dims: D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, BinaryIO, Optional
+
+import torch
+from torch import Tensor
+
+from bottleneck.backbone import load_tokenizer
+from bottleneck.errors import UserError, check
+from bottleneck.studies.config import Spectrum, StudyConfig
+from bottleneck.studies.output import Parts, Steps, canvas, save, shades, write
+from bottleneck.studies.series import Checkpoint, Head, check_same_shapes, checkpoints, device_of, is_tied, load_head, say_memory, visit
+from bottleneck.studies.singular import ROWS, padding, singular_values, square_root, summary, triangle
+from bottleneck.studies.text import StudyText, entries_of, study_text
+
+log = logging.getLogger(__name__)
+METRICS = ("entropy", "effective_rank", "stable_rank", "participation_ratio", "condition", "top_share", "largest", "smallest", "energy")
+COLUMNS = ("model", "step", "matrix", "d", "rows", "padding_rows", "tied", *METRICS)
+MATRICES = {"head": "W", "weighted": "W Σ^½"}
+
+
+@torch.no_grad()
+def covariance(backbone: Any, text: StudyText, micro_batch: int, steps: Steps) -> Tensor:
+    """Σ = E[h hᵀ] [D, D], float64, over the text's inputs."""
+    device = backbone.lm_head.weight.device
+    total = torch.zeros(backbone.hidden_size, backbone.hidden_size, dtype=torch.float64, device=device)
+    count = done = 0
+    for inputs, targets in text.batches(micro_batch):
+        h = backbone(inputs.to(device))[targets.to(device) >= 0].double()  # only where something is predicted
+        total.addmm_(h.T, h)
+        count += len(h)
+        done += len(inputs)
+        steps.at(done / len(text))
+    return total / count
+
+
+def spectra(head: Head, entries: Optional[int], drop_padding: bool, cov_DD: Optional[Tensor]) -> dict[str, Any]:
+    """Singular values of W, and of W Σ^½ where Σ is given, with their summaries.
+
+    Args:
+        entries: of the tokenizer; the rows from there on are padding, and left out of the spectra with `drop_padding`.
+    """
+    W = head.W_VD
+    pads = padding(W, entries)
+    if drop_padding and pads["rows"]:
+        W = W[: len(W) - pads["rows"]]
+    R = triangle(W)
+    out: dict[str, Any] = {"tied": head.tied, "rows": len(W), "d": W.shape[1], "padding": pads}
+    matrices = {"head": R} | ({} if cov_DD is None else {"weighted": R @ square_root(cov_DD).to(R.device)})
+    for name, M in matrices.items():
+        sigma = singular_values(M)
+        out[name] = {**summary(sigma), "singular_values": sigma.tolist()}
+    return out
+
+
+def _entries(cp: Checkpoint) -> Optional[int]:
+    try:
+        return entries_of(load_tokenizer(cp.backbone))
+    except UserError as error:
+        log.warning("padding rows are not known: %s", error)
+        return None
+
+
+def measure(c: StudyConfig, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Spectra of every checkpoint. Returns: one entry a checkpoint; what was measured on."""
+    s: Spectrum = c.study
+    series = checkpoints(c)
+    shapes = check_same_shapes(series)
+    device = device_of(c)
+    text = study_text(c, series) if s.hidden else None
+    width, vocabulary = max(shapes.values(), key=lambda shape: shape[0] * shape[1])
+    work = 8 * (min(ROWS, vocabulary) + 6 * width) * width + 4 * vocabulary * width
+    say_memory(series, device, work + (4 * c.trainer.micro_batch_size * text.block * 24 * width if text else 0))
+    entries = {cp.model: _entries(cp) for cp in reversed(series)}
+    about = {"drop_padding": s.drop_padding, "dtype": c.backbone.dtype, "entries": entries}
+    parts = Parts(folder, s.name, {**about, **(text.identity if text else {"hidden": False})})
+    out = []
+    with Steps(len(series), c.trainer.progress) as steps:
+        for cp in series:
+            steps.begin(cp.label)
+            part = parts.get(cp.key)
+            kept = part is not None
+            if part is None:
+                cov = None
+                if text is None:
+                    head = load_head(cp, shapes)
+                    head.W_VD = head.W_VD.to(device)
+                else:
+                    W, cov = visit(cp, device, shapes, lambda b: (b.head.W_VD.detach().float().clone(), covariance(b, text, c.trainer.micro_batch_size, steps)))
+                    head = Head(W, is_tied(cp.backbone))
+                    check(bool(torch.isfinite(cov).all()), f"{cp.where}: its hidden states are not numbers; are its weights whole?")
+                part = parts.put(cp.key, spectra(head, entries[cp.model], s.drop_padding, cov))
+            out.append({"model": cp.model, "step": cp.step, **part})
+            w = part["head"]
+            steps.end(f"entropy {w['entropy']:.4f}, effective rank {w['effective_rank']:.1f} of {part['d']}, stable rank {w['stable_rank']:.2f}", kept)
+    return out, ({"data": text.corpus.name, "tokens": text.tokens} if text else {})
+
+
+def draw(entries: list[dict[str, Any]], file: BinaryIO) -> None:
+    """First Fig. 4, a panel a model and matrix: σ_i against i, dark to light along training; last Fig. 5, entropy against step."""
+    models = list(dict.fromkeys(e["model"] for e in entries))
+    kinds = [k for k in MATRICES if k in entries[0]]
+    along = any(sum(e["model"] == m for e in entries) > 1 for m in models)
+    figure, panels = canvas(len(models) * len(kinds) + 1, width=4.8)
+    for (m, k), axes in zip([(m, k) for m in models for k in kinds], panels):
+        own = [e for e in entries if e["model"] == m]
+        for i, (e, shade) in enumerate(zip(own, shades(len(own)))):
+            named = len(own) <= 8 or i in (0, len(own) // 4, len(own) // 2, 3 * len(own) // 4, len(own) - 1)
+            values = e[k]["singular_values"]
+            axes.plot(range(1, len(values) + 1), values, color=shade, lw=1.2, label=(m if e["step"] is None else f"step {e['step']}") if named else None)
+        axes.set(xscale="log", yscale="log", xlabel="index i", ylabel=f"singular value σ_i of {MATRICES[k]}", title=m)
+        axes.legend(fontsize=7, frameon=False, loc="lower left")
+    last = panels[-1]
+    for i, m in enumerate(models):
+        own = [e for e in entries if e["model"] == m]
+        for k, style in zip(kinds, ("o-", "s--")):
+            x = [e["step"] or 0 for e in own] if along else [i]
+            last.plot(x, [e[k]["entropy"] for e in own], style, color=f"C{i % 10}", ms=3, lw=1.2, label=f"{m}, {MATRICES[k]}")
+    if along:
+        last.set_xscale("symlog", linthresh=1)
+        last.set_xlabel("training step")
+    else:
+        last.set_xticks(range(len(models)), models)
+    last.set_ylabel("singular entropy KL(σ/Σσ ‖ uniform), nats")
+    last.legend(fontsize=7, frameon=False)
+    save(figure, file)
+
+
+def run(c: StudyConfig, folder: Path) -> dict[str, Any]:
+    """The study. Returns: the content of spectrum.json."""
+    entries, about = measure(c, folder)
+    for model, pads in {e["model"]: (e["padding"]["rows"], e["rows"], e["tied"]) for e in entries}.items():
+        said = "unknown" if pads[0] is None else pads[0]
+        log.info("%s: padding rows %s (%s), %d rows in the spectra, embeddings %s", model, said, "left out" if c.study.drop_padding else "kept", pads[1], "tied" if pads[2] else "apart")
+    rows = [
+        (e["model"], e["step"], k, e["d"], e["rows"], e["padding"]["rows"], e["tied"], *(e[k][m] for m in METRICS))
+        for e in entries for k in MATRICES if k in e
+    ]  # fmt: skip
+    return write(folder, c.study.name, {**about, "drop_padding": c.study.drop_padding, "checkpoints": entries}, COLUMNS, rows, lambda file: draw(entries, file))

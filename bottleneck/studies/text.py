@@ -1,0 +1,109 @@
+"""The text of a study: the same validation tokens for every checkpoint, and training tokens to calibrate on.
+
+Dims: N sequences, T tokens predicted per sequence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any, Iterator, Optional
+
+import torch
+from torch import Tensor
+
+from bottleneck.backbone import load_shape, load_tokenizer
+from bottleneck.errors import check
+from bottleneck.studies.config import StudyConfig
+from bottleneck.studies.series import Checkpoint
+from data.cache import tokenizer_hash
+from data.module import IGNORE, StepBatches, ValidationBlocks, leading_bos
+from data.prepare import Corpus, prepare
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class StudyText:
+    """Blocks of the validation stream, spread evenly over it.
+
+    Attributes:
+        tokens: that are predicted, over all blocks.
+        entries: of the tokenizer; rows of a head from there on are padding.
+    """
+
+    corpus: Corpus
+    block: int
+    bos: Optional[int]
+    indices: list[int]
+    tokens: int
+    entries: int
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def batches(self, micro_batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs [N, T] and targets [N, T], IGNORE where nothing is predicted."""
+        blocks, left = ValidationBlocks(self.corpus, self.block, self.bos), self.tokens
+        for start in range(0, len(self.indices), micro_batch):
+            inputs, targets = map(torch.stack, zip(*(blocks[i] for i in self.indices[start : start + micro_batch])))
+            counted = (targets != IGNORE).flatten().cumsum(0).view_as(targets)
+            targets = targets.masked_fill(counted > left, IGNORE)
+            left -= int((targets != IGNORE).sum())
+            yield inputs, targets
+
+    def calibration(self, tokens: int, seed: int) -> Tensor:
+        """Token ids [N, T+1] of the first training sequences in the order of `data.seed`, as train.py takes them."""
+        order = StepBatches(self.corpus, self.block, 1, 1, seed, self.bos)
+        have = len(order.order) * self.block
+        if have < tokens:
+            log.warning("%s has %d training tokens in whole blocks, %d were asked for: all are used", self.corpus.name, have, tokens)
+        return order.calibration(tokens)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What measured numbers depend on."""
+        return {"data": self.corpus.fingerprint, "block_size": self.block, "tokens": self.tokens}
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """`wanted` of 0 … count−1, evenly spread, rising; all where there are no more."""
+    if wanted >= count:
+        return list(range(count))
+    return sorted({(2 * i + 1) * count // (2 * wanted) for i in range(wanted)})
+
+
+def entries_of(tokenizer: Any) -> int:
+    """One more than the largest id that the tokenizer has a token for."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def study_text(c: StudyConfig, series: list[Checkpoint]) -> StudyText:
+    """Prepare the text with the first checkpoint's tokenizer.
+
+    Raises: UserError where another model's tokenizer differs, or the blocks are longer than a model's context.
+    """
+    first = {cp.model: cp for cp in reversed(series)}  # of each model its first checkpoint
+    tokenizer = load_tokenizer(series[0].backbone)
+    for cp in first.values():
+        _, context, vocabulary = load_shape(cp.backbone)
+        fits = context is None or c.data.block_size <= context
+        check(fits, f"data.block_size={c.data.block_size}: longer than the context of {cp.label}; allowed are 2 to {context}")
+        if cp.model != series[0].model and not c.backbone.tokenizer:
+            same = tokenizer_hash(load_tokenizer(cp.backbone)) == tokenizer_hash(tokenizer)
+            check(same, f"{cp.where}: its tokenizer is not that of {series[0].where}; losses are compared on the same tokens only")
+    corpus = prepare(dataclasses.replace(c.data, validation_tokens=max(c.data.validation_tokens, c.tokens)), tokenizer)
+    for cp in first.values():
+        top = int(corpus.validation.max())
+        size = load_shape(cp.backbone)[2]
+        check(top < size, f"{cp.where}: its vocabulary ends at {size - 1}, the tokenizer makes id {top}")
+    have, block = len(corpus.validation) - 1, c.data.block_size
+    if have < c.tokens:
+        log.warning("tokens=%d: %s has %d validation tokens, all are used", c.tokens, corpus.name, have)
+    tokens = min(have, c.tokens)
+    full = have // block  # blocks of the full length; the last, shorter one is taken only where everything is
+    wanted = math.ceil(tokens / block)
+    indices = list(range(math.ceil(have / block))) if wanted > full else spread(full, wanted)
+    return StudyText(corpus, block, leading_bos(tokenizer), indices, tokens, entries_of(tokenizer))

@@ -1,0 +1,49 @@
+"""What a study takes from a run of train.py: the trained heads of a backbone, by rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+from bottleneck import curve
+from bottleneck.errors import check
+
+
+@dataclass
+class Trained:
+    """The best trained head of each rank. `losses` by rank; `own` the backbone's own head, `full` the trained one of rank d."""
+
+    data: str
+    tokens: int
+    losses: dict[int, float]
+    own: float
+    full: Optional[float]
+
+    @property
+    def reference(self) -> float:
+        """The loss that gaps are measured from: the trained full-rank head's where it is lower, else the own head's."""
+        return self.own if self.full is None else min(self.own, self.full)
+
+
+def read_trained(path: str, key: str, backbone: str, backbone_hash: str, folder: Path) -> Trained:
+    """The curve of a backbone in a curve.json, or in a run's folder.
+
+    Args:
+        key: of the config, for messages. `folder` is the study's own, which is not read.
+    Raises: UserError where there is none, none of this backbone (by the hash of its weights), or several.
+    """
+    file = Path(path).expanduser()
+    check(file.exists(), f"{key}={path}: no such file or folder")
+    lines = curve.merge(curve.read([file], skip=folder))
+    own = [line for line in lines if line["backbone_hash"] == backbone_hash]
+    others = ", ".join(sorted({line["backbone"] for line in lines}))
+    check(bool(own), f"{key}={path}: no curve of {backbone} there (weights {backbone_hash}); it has {others}")
+    check(len(own) == 1, f"{key}={path}: {len(own)} curves of {backbone} with different text, budget or recipe; give one run")
+    (line,) = own
+    losses: dict[int, float] = {}
+    for h in line["heads"]:
+        if h["best"]:
+            losses[h["rank"]] = min(h["loss"], losses.get(h["rank"], float("inf")))
+    full = line["trained_reference"] and line["trained_reference"]["loss"]
+    return Trained(line["data"], line["tokens"], dict(sorted(losses.items())), line["reference"]["loss"], full)

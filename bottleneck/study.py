@@ -1,0 +1,60 @@
+"""One study of Godey et al. 2024: `python -m bottleneck.study study=NAME`, `python -m bottleneck.study --help`."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as train.py does
+
+import importlib
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from bottleneck import cli, config
+from bottleneck.errors import UserError
+from bottleneck.studies.config import check_study, register, unknown_key
+
+log = logging.getLogger("bottleneck")
+RESUME = "the same command with the same hydra.run.dir goes on where it stopped"
+
+
+def study(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """Run one study into `folder`. Returns: the content of its NAME.json. Raises: UserError for what the user can mend."""
+    for name in ("pytorch_lightning", "httpx", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub").propagate = False
+    c = check_study(cfg)
+    folder.mkdir(parents=True, exist_ok=True)
+    result = importlib.import_module(f"bottleneck.studies.{c.study.name}").run(c, folder)
+    log.info("wrote %s.json, .csv, .png in %s", c.study.name, folder)
+    return result
+
+
+@hydra.main(version_base="1.3", config_path=str(config.ROOT / "conf"), config_name="study")
+def main(cfg: DictConfig) -> None:
+    cli.job(lambda: study(cfg, Path(HydraConfig.get().runtime.output_dir)))
+
+
+def _own_words() -> None:
+    """Hydra's main, with unknown keys told in this command's words."""
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException) as error:
+        line = cli.explain(error)
+        if ": unknown key" in line:
+            chosen = [word.removeprefix("study=") for word in sys.argv if word.startswith("study=")]
+            raise UserError(unknown_key(line.split(":")[0], chosen[0] if chosen else None)) from error
+        raise
+
+
+if __name__ == "__main__":
+    register()
+    sys.exit(cli.one_line_errors(_own_words, after_interrupt=RESUME))

@@ -1,0 +1,137 @@
+"""What a head loses beyond perplexity, against brute force in float64; training on the full head; the knee."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from bottleneck.compare import BANDS, bands_of, compare, differences
+from bottleneck.heads import HeadBank, HeadKey
+from bottleneck.knee import crossing, knees, told
+from bottleneck.losses.distill import Objective, steps
+from bottleneck.losses.linear import targets, weights
+
+
+def brute(p_logits: np.ndarray, q_logits: np.ndarray) -> np.ndarray:
+    """The four numbers, token by token, with loops."""
+    out = []
+    for s, t in zip(p_logits.astype(np.float64), q_logits.astype(np.float64)):
+        p, q = (np.exp(x - x.max()) / np.exp(x - x.max()).sum() for x in (s, t))
+        five = [set(np.argsort(-x, kind="stable")[:5]) for x in (p, q)]
+        out.append([sum(a * math.log(a / b) for a, b in zip(p, q)), float(p.argmax() == q.argmax()), len(five[0] & five[1]) / 5, sum(map(min, p, q))])
+    return np.array(out)
+
+
+def test_the_four_numbers_equal_brute_force():
+    g = torch.Generator().manual_seed(0)
+    s = 3 * torch.randn(40, 300, generator=g)
+    t = s + torch.linspace(0, 2, 40)[:, None] * torch.randn(40, 300, generator=g)
+    found = differences(torch.log_softmax(s, -1), torch.log_softmax(t, -1))
+    assert np.allclose(found, brute(s.numpy(), t.numpy()), atol=2e-6)
+    same = differences(torch.log_softmax(s, -1), torch.log_softmax(s, -1))
+    assert (same[:, 0] == 0).all() and (same[:, 1:3] == 1).all() and torch.allclose(same[:, 3], torch.ones(40), atol=1e-6)
+
+
+def test_a_real_run_has_them_for_every_head(run, tmp_path):
+    """Over all validation tokens, equal to a direct evaluation of the saved heads; full rank from the own head loses nothing."""
+    result = run("tokens=2048", "ranks=[2,32]", "optim.lr=[1e-9,1e-2]", "trainer.micro_batch_size=3")
+    module, c = result.module, json.loads((tmp_path / "run" / "curve.json").read_text())
+    hidden, goals = [], []
+    for inputs, y in module.validation(0, 1):
+        keep = y.flatten() != -100
+        hidden.append(module.backbone(inputs).flatten(0, 1)[keep])
+        goals.append(y.flatten()[keep])
+    h, y = torch.cat(hidden), torch.cat(goals)
+    full = module.backbone.head.logits(h).double()
+    band = module.bands[y]
+    for row in c["heads"]:
+        head = module.bank[HeadKey(row["rank"], row["lr"], row["seed"])]
+        logits = h.double() @ head.B.double().T @ head.A.double().T
+        want = brute(full.detach().numpy(), logits.detach().numpy()).mean(0)
+        assert np.allclose([row[k] for k in ("kl", "top1_agreement", "top5_agreement", "acceptance")], want, atol=1e-5), row["rank"]
+        losses = torch.nn.functional.cross_entropy(logits, y, reduction="none")
+        for i, found in enumerate(row["bands"]):
+            at = band == i
+            assert found["tokens"] == int(at.sum())
+            assert (found["loss"] is None) == (not at.any()) and (not at.any() or abs(found["loss"] - losses[at].mean().item()) < 1e-5)
+        counted = sum(b["tokens"] * b["loss"] for b in row["bands"] if b["tokens"]) / len(y)
+        assert abs(counted - row["loss"]) < 1e-5  # the bands are all of the loss
+    (untouched,) = [r for r in c["heads"] if r["rank"] == 32 and r["lr"] == 1e-9]
+    assert untouched["kl"] < 1e-6 and untouched["top1_agreement"] == 1 and abs(untouched["acceptance"] - 1) < 1e-4
+    assert "kl" in (tmp_path / "run" / "curve.csv").read_text().splitlines()[0] and (tmp_path / "run" / "details.png").stat().st_size > 10_000
+
+
+def test_kl_of_the_full_head_with_itself_is_zero(run):
+    module = run("tokens=1024", "ranks=[32]").module
+    key = module.bank.keys[0]
+    bank = HeadBank([key], module.backbone.vocab_size, module.backbone.hidden_size)
+    bank[key].set(module.backbone.head.W_VD, torch.eye(module.backbone.hidden_size))
+    (found,) = compare(module.backbone, bank, module.validation(0, 1), module.bands)["heads"].values()
+    assert found["kl"] == 0 and found["top1_agreement"] == found["top5_agreement"] == 1 and abs(found["acceptance"] - 1) < 1e-6
+
+
+def test_bands_follow_the_counts():
+    text = np.repeat(np.arange(2000), np.arange(2000, 0, -1)).astype(np.uint16)
+    np.random.default_rng(0).shuffle(text)
+    bands = bands_of(text, 20_000)
+    for i, (first, last) in enumerate(BANDS):
+        assert ((torch.arange(20_000) >= first - 1) & (torch.arange(20_000) < (last or 20_000)) == (bands == i)).all()
+
+
+@pytest.mark.parametrize("temperature, mix", [(1.0, 1.0), (2.5, 1.0), (2.0, 0.3)])
+def test_distillation_gradients_are_those_of_the_definition(temperature, mix):
+    """Against autograd in float64: loss and both gradients of two heads, with masked tokens, in several chunks."""
+    g = torch.Generator().manual_seed(1)
+    N, D, V = 700, 12, 90
+    h, W = torch.randn(N, D, generator=g), torch.randn(V, D, generator=g)
+    y = torch.randint(0, V, (N,), generator=g)
+    y[::9] = -100
+    heads = [(torch.randn(V, r, generator=g), torch.randn(r, D, generator=g) / 3) for r in (1, 7)]
+    grads = [(torch.zeros_like(A), torch.zeros_like(B)) for A, B in heads]
+    o = Objective(lambda x: x @ W.T, temperature, mix)
+    cast = [weights(A, B, torch.float32, "chunked") for A, B in heads]
+    losses = steps(h, cast, targets(y), grads, 0.5, o)
+    keep = y >= 0
+    for (A, B), found, (dA, dB) in zip(heads, losses, grads):
+        A, B = A.double().requires_grad_(), B.double().requires_grad_()
+        s, t = h.double() @ B.T @ A.T, h.double() @ W.double().T
+        kl = (torch.softmax(t / temperature, -1) * (torch.log_softmax(t / temperature, -1) - torch.log_softmax(s / temperature, -1))).sum(-1)
+        want = mix * temperature**2 * kl + (1 - mix) * torch.nn.functional.cross_entropy(s, y.clamp(min=0), reduction="none")
+        want = want * keep
+        want.sum().backward()
+        assert torch.allclose(found.double(), want, atol=1e-4)
+        assert torch.allclose(2 * dA.double(), A.grad, rtol=1e-4, atol=1e-3) and torch.allclose(2 * dB.double(), B.grad, rtol=1e-4, atol=1e-3)
+    for i, (A, B) in enumerate(heads):  # alone: the same bits
+        alone = [(torch.zeros_like(A), torch.zeros_like(B))]
+        assert torch.equal(steps(h, [cast[i]], targets(y), alone, 0.5, o)[0], losses[i])
+        assert torch.equal(alone[0][0], grads[i][0]) and torch.equal(alone[0][1], grads[i][1])
+
+
+def test_distillation_ends_nearer_to_the_full_head(run, tmp_path):
+    """At the same rank and tokens; the objective is part of the recipe, so merged curves stay apart."""
+    ce, kd = (run("ranks=[4]", f"objective={o}", run_dir=tmp_path / o).curve for o in ("ce", "distill"))
+    assert kd["heads"][0]["kl"] < ce["heads"][0]["kl"] and ce["heads"][0]["loss"] < kd["heads"][0]["loss"]
+    assert kd["recipe"]["objective"] == "distill" and "objective" not in ce["recipe"]
+
+
+def curve_of(losses: dict[tuple[int, int], float], own: float) -> dict:
+    heads = [{"init": "fisher", "rank": r, "seed": s, "loss": x, "status": "ok", "best": True} for (r, s), x in losses.items()]
+    return {"reference": {"loss": own}, "heads": heads}
+
+
+def test_the_knee_of_a_known_curve():
+    """loss = 2 + 1 / r at powers of two: between two ranks the line in log2 r is met where it crosses the target."""
+    points = [(r, 2 + 1 / r) for r in (2, 4, 8, 16, 32)]
+    assert crossing(points, 2.25) == pytest.approx(4) and crossing(points, 2.1) == pytest.approx(2 ** (3 + (0.125 - 0.1) / 0.0625))
+    assert crossing(points, 3) == 2 and crossing(points, 1.9) is None
+    assert crossing([(2, 2.0), (4, 2.3), (8, 2.0)], 2.1) == pytest.approx(2 ** (2 + 2 / 3))  # a dip does not count
+    c = curve_of({(r, 0): 2 + 1 / r for r in (2, 4, 8, 16, 32)} | {(r, 1): 2 + 1.5 / r for r in (2, 4, 8, 16, 32)}, 2.0)
+    one, five, ten = c["knee"] = knees(c)
+    assert one["rank"] is None and one["low"] is None and five["percent"] == 5 and five["seeds"] == 2
+    assert ten["low"] == ten["rank"] < ten["high"] and crossing([(r, 2 + 1.5 / r) for r in (2, 4, 8, 16, 32)], 2.2) == ten["high"]
+    (line,) = told(c)
+    assert "1 %: no rank tried; 5 %: rank" in line and "over 2 seeds" in line

@@ -1,0 +1,228 @@
+"""Several processes: equal to one, in any job of a multirun; killed, stopped, silent or on a full disk, with one line and nothing lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bottleneck.checkpoint import LAST, LOCK, PREVIOUS
+from bottleneck.errors import UserError
+from bottleneck.stopping import Flag
+from conftest import ROOT, assert_same_heads, command, heads_of, shell
+from kills import differences, disturb, family, trains
+
+
+def start(*overrides, **options) -> subprocess.Popen:
+    env = dict(os.environ, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="5", PYTHONUNBUFFERED="1", **options.pop("env", {}))
+    return subprocess.Popen(command(*overrides), cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def longer(toy) -> list[str]:
+    """More steps than a second holds, of two processes."""
+    return [*toy, "tokens=76800", "trainer.checkpoint_every=2", "trainer.devices=2", "trainer.log_every=1"]
+
+
+@pytest.fixture(scope="module")
+def whole(longer, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    done = shell(*longer, f"hydra.run.dir={folder}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder
+
+
+def test_any_number_of_processes_in_any_job_of_a_multirun(toy, tmp_path):
+    """The fault that Lightning and Hydra leave open: each job has its own processes, batches and curve; a bad one harms none."""
+    sweep = tmp_path / "sweep"
+    done = shell("-m", *toy, "trainer.devices=1,2,3,4,1", f"hydra.sweep.dir={sweep}", "trainer.log_every=1")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "batch_size=8: must be a multiple of the 3 processes" in done.stderr and "1 of 5 jobs failed" in done.stderr
+    assert sorted(p.name for p in sweep.iterdir()) == ["0", "1", "2", "3", "4", "curve", "multirun.yaml"]
+    curves = [json.loads((sweep / n / "curve.json").read_text()) for n in "0134"]
+    for other in curves[1:]:
+        assert other["validation_tokens"] == curves[0]["validation_tokens"]
+        for a, b in zip(curves[0]["heads"], other["heads"]):
+            assert abs(a["loss"] - b["loss"]) < 1e-5 and abs(a["initial_loss"] - b["initial_loss"]) < 1e-5
+    for number in "0134":  # each step once, from all the batch
+        rows = [r.split(",") for r in (sweep / number / "metrics.csv").read_text().splitlines()[1:] if "train/loss,r2_" in r]
+        assert [int(r[0]) for r in rows] == list(range(1, 21)) and int(rows[-1][1]) == 10240
+    assert_same_heads(heads_of(sweep / "0"), heads_of(sweep / "4"))
+    left = subprocess.run(["pgrep", "-f", str(sweep)], capture_output=True, text=True).stdout.split()
+    assert not left
+
+
+def test_a_killed_process_is_named_and_nothing_is_lost(longer, whole, tmp_path):
+    run = start(*longer, f"hydra.run.dir={tmp_path / 'cut'}")
+    wait_for(tmp_path / "cut" / LAST, run)
+    onlooker, *workers = [p for p in family(run.pid) if trains(p)]
+    assert onlooker == run.pid and len(workers) == 2
+    os.kill(workers[1], signal.SIGKILL)
+    _, error = run.communicate(timeout=60)
+    assert run.returncode == 2 and error.strip().count("\n") == 0, error
+    line = error.strip()
+    assert f"of 2 (pid {workers[1]}) was killed by SIGKILL" in line and "ckpt_path=last" in line
+    assert not any(Path(f"/proc/{p}").exists() for p in workers)
+    assert shell(*longer, "ckpt_path=last", f"hydra.run.dir={tmp_path / 'cut'}").returncode == 0
+    assert differences(whole, tmp_path / "cut") == []
+
+
+@pytest.mark.parametrize("number, to_all", [(signal.SIGTERM, False), pytest.param(signal.SIGINT, True, marks=pytest.mark.slow)])
+def test_asked_to_stop_it_saves_the_last_step_and_goes_on(longer, whole, tmp_path, number, to_all):
+    """SIGTERM to the process that was started; Ctrl-C, which a terminal sends to all."""
+    run = start(*longer, "trainer.checkpoint_every=1000", f"hydra.run.dir={tmp_path / 'cut'}", start_new_session=True)
+    metrics = tmp_path / "cut" / "metrics.csv"
+    wait_for(metrics, run)
+    while ",train/loss,r8" not in metrics.read_text():
+        time.sleep(0.02)
+    os.killpg(run.pid, number) if to_all else run.send_signal(number)
+    _, error = run.communicate(timeout=60)
+    assert run.returncode == 128 + number, error
+    assert f"stopped by {number.name}" in error and len(error.strip().splitlines()) == 1
+    step = torch.load(tmp_path / "cut" / LAST, weights_only=True)["global_step"]
+    logged = {int(r.split(",")[0]) for r in metrics.read_text().splitlines()[1:] if "train/loss" in r}
+    assert 0 < step < 150 and max(logged) == step  # nothing that was trained is trained again
+    assert shell(*longer, "trainer.checkpoint_every=1000", "ckpt_path=last", f"hydra.run.dir={tmp_path / 'cut'}").returncode == 0
+    assert differences(whole, tmp_path / "cut") == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kills", [4])  # python tests/kills.py --kills 20 for more
+def test_kills_at_random_moments(longer, whole, tmp_path, kills):
+    assert disturb(longer, tmp_path / "cut", kills, seed=kills) == kills
+    assert differences(whole, tmp_path / "cut") == []
+
+
+@pytest.mark.slow
+def test_a_silent_process_is_given_up_in_the_stated_time(longer, tmp_path):
+    """6 seconds; torch's agent gives the silent one, which cannot be asked to end, another 30."""
+    run = start(*longer, "trainer.timeout_minutes=0.1", f"hydra.run.dir={tmp_path / 'run'}")
+    wait_for(tmp_path / "run" / LAST, run)
+    workers = [p for p in family(run.pid) if trains(p)][1:]
+    os.kill(workers[1], signal.SIGSTOP)
+    began = time.monotonic()
+    _, error = run.communicate(timeout=100)
+    assert run.returncode == 2 and time.monotonic() - began < 60
+    (line,) = error.strip().splitlines()
+    assert "lost the others, or had no answer for 0.1 minutes (trainer.timeout_minutes)" in line
+    assert not any(Path(f"/proc/{p}").exists() for p in workers)
+
+
+@pytest.mark.slow
+def test_a_full_disk_during_a_checkpoint(longer, whole, tmp_path):
+    """No file may grow beyond 40 kB, so the first checkpoint cannot be written: one line, no half of a file; then there is room."""
+
+    def small() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+
+    folder = tmp_path / "run"
+    run = start(*longer, f"hydra.run.dir={folder}", preexec_fn=small)
+    _, error = run.communicate(timeout=120)
+    (line,) = error.strip().splitlines()
+    assert run.returncode == 2 and "last.ckpt: cannot be written" in line
+    assert not list(folder.rglob("*.part")) and not (folder / LAST).exists()
+    assert shell(*longer, "ckpt_path=last", f"hydra.run.dir={folder}").returncode == 0
+    assert differences(whole, folder) == []
+
+
+def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(run, tmp_path, caplog):
+    """One flipped byte among the weights is enough; torch itself reads over it."""
+    first = run("trainer.checkpoint_every=7", run_dir=tmp_path / "a")
+    run("trainer.checkpoint_every=7", run_dir=tmp_path / "b")
+    last = tmp_path / "b" / LAST
+    (tmp_path / "b" / "curve.json").unlink()
+    raw = bytearray(last.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    last.write_bytes(raw)
+    with caplog.at_level("WARNING"):
+        resumed = run("trainer.checkpoint_every=7", "ckpt_path=last", run_dir=tmp_path / "b")
+    assert "damaged" in caplog.text and "going on from the one before, previous.ckpt, step 14" in caplog.text
+    assert resumed.curve == first.curve
+    assert_same_heads(heads_of(tmp_path / "a"), heads_of(tmp_path / "b"))
+    (tmp_path / "b" / "curve.json").unlink()
+    for name in (LAST, PREVIOUS):
+        (tmp_path / "b" / name).write_bytes(b"no")
+    with pytest.raises(UserError, match="last.ckpt: damaged"):
+        run("trainer.checkpoint_every=7", "ckpt_path=last", run_dir=tmp_path / "b")
+
+
+def test_killed_between_two_renames_the_previous_checkpoint_is_there(run, tmp_path):
+    whole = run(run_dir=tmp_path / "a")
+    run(run_dir=tmp_path / "b")
+    (tmp_path / "b" / LAST).unlink()
+    assert run("ckpt_path=last", run_dir=tmp_path / "b").curve == whole.curve
+
+
+def test_a_finished_run_is_left_as_it_is(run, tmp_path):
+    first = run()
+    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != LOCK}
+    again = run("ckpt_path=last")
+    assert again.curve == first.curve and again.module is None
+    assert files == {p: p.stat().st_mtime_ns for p in files}
+
+
+def test_one_run_in_a_folder(run, tmp_path, monkeypatch):
+    from filelock import FileLock
+
+    monkeypatch.setattr("bottleneck.checkpoint.LOCK_SECONDS", 0.2)
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run" / LOCK), pytest.raises(UserError, match="another run is at work there"):
+        run()
+
+
+def torchrun(*overrides, processes: int = 2, restarts: int = 0) -> subprocess.Popen:
+    env = dict(os.environ, PYTHON=sys.executable, NPROC=str(processes), RESTARTS=str(restarts), PYTHONUNBUFFERED="1")
+    run_dir = next(o.split("=", 1)[1] for o in overrides if o.startswith("RUN_DIR="))
+    rest = [o for o in overrides if not o.startswith("RUN_DIR=")]
+    return subprocess.Popen([str(ROOT / "launch/torchrun.sh"), *rest], env=dict(env, RUN_DIR=run_dir), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_torchrun_restarts_the_group_from_the_last_checkpoint(longer, whole, tmp_path):
+    run = torchrun(*longer, f"RUN_DIR={tmp_path / 'cut'}", restarts=1)
+    wait_for(tmp_path / "cut" / LAST, run)
+    workers = [p for p in family(run.pid) if trains(p) and p != run.pid]
+    os.kill(workers[-1], signal.SIGKILL)
+    out, error = run.communicate(timeout=200)
+    assert run.returncode == 0, error[-3000:]
+    assert "going on from" in out and differences(whole, tmp_path / "cut") == []
+
+
+def test_a_world_of_another_size_is_refused(toy, tmp_path):
+    """More processes than the config says: they would train the wrong batches."""
+    run = torchrun(*toy, f"RUN_DIR={tmp_path / 'run'}", "trainer.devices=1")
+    _, error = run.communicate(timeout=200)
+    assert run.returncode != 0 and "error: trainer.devices=1, trainer.num_nodes=1: 2 processes were started (TorchElasticEnvironment)" in error and not (tmp_path / "run" / "heads").exists()
+
+
+def test_several_nodes_need_a_launcher(toy):
+    done = shell(*toy, "trainer.num_nodes=2")
+    assert done.returncode == 2 and "srun or torchrun" in done.stderr
+
+
+def test_a_flag_is_what_any_process_has():
+    flag = Flag()
+    assert not flag.agreed()
+    flag.listen((signal.SIGUSR1,))
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert flag.number == signal.SIGUSR1 and flag.agreed()
+    flag.leave()
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+    flag.send(torch.tensor([0.0]))  # summed over processes: none had one at that step, though this one has by now
+    flag.send(torch.tensor([10.0]))
+    assert not flag.agreed() and flag.agreed()

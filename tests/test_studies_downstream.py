@@ -1,0 +1,121 @@
+"""Table 1 from result files of lm-evaluation-harness, made up and (where they are there) Pythia's own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from studies import run_study
+
+from bottleneck.errors import UserError
+from bottleneck.studies.downstream import compare
+from bottleneck.studies.evals import Score, lower_is_better, read_results, scores
+
+REAL = ROOT.parent / "shared" / "pythia-evals"
+
+
+def old(folder: Path, step: int, **tasks) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"step{step}.json").write_text(json.dumps({"results": tasks, "versions": {}, "config": {"model": "hf"}}))
+
+
+def current(folder: Path, revision: str, stamp: str, **tasks) -> None:
+    """A file as versions since 0.4 write it: metric,filter keys, aliases, errors that may be "N/A"; the step in model_args."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tables = {t: {"alias": t, **{f"{k},none": v for k, v in table.items()}} for t, table in tasks.items()}
+    content = {"results": tables, "config": {"model": "hf", "model_args": f"pretrained=EleutherAI/pythia-160m,revision={revision},dtype=float"}, "model_name": "x"}
+    (folder / f"results_2024-05-{stamp}T12-00-00.123.json").write_text(json.dumps(content))
+
+
+def test_planted_drops_in_both_formats(tmp_path):
+    for i, (ppl, acc) in enumerate([(500, 0.2), (40, 0.70), (25, 0.74), (33, 0.735)]):
+        tasks = {"lambada_openai": {"ppl": ppl, "ppl_stderr": ppl * 0.03, "acc": 0.3, "acc_stderr": 0.01}, "sciq": {"acc": acc, "acc_stderr": 0.014, "acc_norm": 0.5, "acc_norm_stderr": 0.01}}
+        old(tmp_path / "old", 1000 * i + 1, **tasks)
+        now = {"lambada_openai": {"perplexity": ppl, "perplexity_stderr": ppl * 0.03, "acc": 0.3, "acc_stderr": "N/A"}, "sciq": {k: v for k, v in tasks["sciq"].items()}}
+        current(tmp_path / "new" / "EleutherAI__pythia-160m", f"step{1000 * i + 1}", f"0{i + 1}", **now)
+    for name, metric in (("old", "ppl"), ("new", "perplexity")):
+        c = run_study(tmp_path / f"out-{name}", "study=downstream", f"study.results={tmp_path / name}", "study.tasks=[lambada_openai,sciq,sciq:acc_norm]")
+        assert c["steps"] == [1, 1001, 2001, 3001]
+        drop = c["tasks"]["lambada_openai"]
+        assert drop["saturates"] is True and drop["metric"] == metric and drop["best"]["step"] == 2001 and drop["final"]["value"] == 33
+        assert drop["drop"] == pytest.approx(8) and drop["z"] == pytest.approx(0.27763 / (0.03 * 2**0.5), rel=1e-3)
+        assert c["tasks"]["sciq"]["saturates"] is False and c["tasks"]["sciq"]["best"] == {"step": 2001, "value": 0.74, "stderr": 0.014}
+        assert c["tasks"]["sciq:acc_norm"]["metric"] == "acc_norm" and c["tasks"]["sciq:acc_norm"]["drop"] == 0
+
+
+def test_formats_have_the_same_scores():
+    assert scores({"acc": 0.5, "acc_stderr": 0.01, "alias": "x"}) == scores({"acc,none": 0.5, "acc_stderr,none": 0.01, "alias": " - x"})
+    assert scores({"acc,none": 0.5, "acc_stderr,none": "N/A"}) == {"acc": Score(0.5, None)}
+    assert scores({"exact_match,flexible-extract": 0.7, "exact_match,strict-match": 0.6}) == {"exact_match": Score(0.6, None)}
+    assert lower_is_better("ppl") and lower_is_better("word_perplexity") and not lower_is_better("acc_norm") and not lower_is_better("f1")
+
+
+def test_comparisons():
+    def one(values, errors, metric="acc", **kw):
+        return compare(list(range(1, len(values) + 1)), [Score(v, e) for v, e in zip(values, errors)], metric, 0.05, **kw)
+
+    assert one([0.2, 0.6, 0.5], [0.01] * 3)["saturates"] is True and one([0.2, 0.6, 0.59], [0.01] * 3)["saturates"] is False
+    assert one([50, 20, 30], [1] * 3, "ppl")["saturates"] is True and one([30, 20, 10], [1] * 3, "ppl")["drop"] == 0
+    assert one([0.6, 0.5], [None, None])["saturates"] is None and one([0.5, 0.6], [None, None])["saturates"] is False
+    assert one([0.6], [0.01])["saturates"] is None
+    # of two results alone 2.1 errors would do; of thirty, the best is as lucky as that by chance
+    lucky = [0.5] * 29 + [0.47]
+    lucky[10] = 0.50 + 0.0001
+    assert one([0.5, 0.47], [0.01] * 2)["saturates"] is True and one(lucky, [0.01] * 30)["saturates"] is False
+    # a model that knows nothing yet wins by always giving one answer: its warm-up does not count
+    early = [0.63, 0.37, 0.38, 0.37]
+    assert compare([1, 500, 900, 1000], [Score(v, 0.04) for v in early], "acc", 0.05, skip=0.02)["saturates"] is False
+    assert compare([1, 500, 900, 1000], [Score(v, 0.04) for v in early], "acc", 0.05)["saturates"] is True
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="Pythia's results are not part of the repository")
+def test_pythias_own_results(tmp_path):
+    """LAMBADA's perplexity rises late for 70m and 160m, not for 410m (Godey et al. 2024, Table 1)."""
+    c = run_study(tmp_path, "study=downstream", f"study.results={REAL}", "study.tasks=[lambada_openai,sciq,arc_easy]")
+    models = {m["model"]: m["tasks"] for m in c["models"]}
+    assert {m: t["lambada_openai"]["saturates"] for m, t in models.items()} == {"pythia-70m": True, "pythia-160m": True, "pythia-410m": False}
+    best = models["pythia-160m"]["lambada_openai"]["best"]
+    assert best["step"] == 63_000 and best["value"] == pytest.approx(24.84, abs=0.01)
+    assert models["pythia-70m"]["sciq"]["saturates"] is True and not any(t["saturates"] for t in models["pythia-410m"].values())
+    one = run_study(tmp_path / "one", "study=downstream", f"study.results={REAL / 'pythia-70m'}", "study.tasks=lambada_openai")
+    assert one["model"] == "pythia-70m" and one["tasks"]["lambada_openai"]["saturates"] is True
+
+
+def test_layouts_that_the_harness_and_people_make(tmp_path):
+    table = {"results": {"sciq": {"acc": 0.5, "acc_stderr": 0.01}}}
+    for path in ("a/step10/EleutherAI__x/results_2024-01-01T00-00-00.1.json", "a/step9/EleutherAI__x/results_2025-01-01T00-00-00.1.json", "b/160m_step7.json"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(json.dumps(table))
+    got = read_results(tmp_path)
+    assert {m: [r.step for r in along] for m, along in got.items()} == {"a/EleutherAI__x": [9, 10], "b": [7]}
+    # tasks of one step may be spread over files
+    (tmp_path / "b" / "step7-more.json").write_text(json.dumps({"results": {"piqa": {"acc": 0.6}}}))
+    assert set(read_results(tmp_path)["b"][0].tasks) == {"sciq", "piqa"}
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [("step2.json", {"results": {"piqa": {"acc": 0.5}}}, "step2.json: no task sciq in it; it has piqa"), ("step2.json", "{", "step2.json: not a result"),
+     ("step2.json", {"acc": 1}, "step2.json: not a result of lm-evaluation-harness: it has no results"),
+     ("final.json", {"results": {"sciq": {"acc": 0.5}}}, "final.json: no step in its name"),
+     ("step2.json", {"results": {"sciq": {"f1": 0.5}}}, "no metric that the other steps have too"),
+     ("step2.json", {"results": {"sciq": {"acc": float("nan")}}}, "step2.json: acc of sciq is nan"),
+     ("again_step1.json", {"results": {"sciq": {"acc": 0.9}}}, "with other numbers")],
+)  # fmt: skip
+def test_bad_results_are_one_line_that_names_the_file(tmp_path, name, content, words):
+    old(tmp_path / "m", 1, sciq={"acc": 0.4})
+    (tmp_path / "m" / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(UserError) as caught:
+        run_study(tmp_path / "out", "study=downstream", f"study.results={tmp_path / 'm'}", "study.tasks=[sciq]")
+    assert words in str(caught.value), str(caught.value)
+
+
+def test_missing_folders_and_metrics(tmp_path):
+    for results, tasks, words in ((tmp_path / "none", "sciq", "no such folder"), (tmp_path, "sciq", "no result files")):
+        with pytest.raises(UserError, match=words):
+            run_study(tmp_path / "out", "study=downstream", f"study.results={results}", f"study.tasks={tasks}")
+    old(tmp_path / "m", 1, sciq={"acc": 0.4})
+    with pytest.raises(UserError, match="step1.json: task sciq has no metric acc_nrm; it has acc"):
+        run_study(tmp_path / "out", "study=downstream", f"study.results={tmp_path / 'm'}", "study.tasks=sciq:acc_nrm")

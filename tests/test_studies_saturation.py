@@ -1,0 +1,115 @@
+"""Fig. 1a and 1b from CSVs with planted truths, and bad CSVs."""
+
+from __future__ import annotations
+
+import csv
+import math
+
+import pytest
+import torch
+from studies import run_study
+
+from bottleneck.errors import UserError
+from bottleneck.studies.saturation import paired_error, read_losses, verdict
+from bottleneck.studies.scaling import BETA, B, E
+
+SIZES = {"pythia-70m": 70_426_624, "pythia-160m": 162_322_944, "pythia-410m": 405_334_016, "pythia-1b": 1_011_781_632, "pythia-2.8b": 2_775_208_960}
+STEPS = [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, *range(1000, 144_000, 2000)]
+PER_STEP = 2_097_152
+
+
+def write_csv(path, noise=5e-4, turn=90_000, rise=0.08):
+    """Losses on the law of Godey et al. 2024, in which models below 400M turn at a step and end `rise` above it."""
+    rng = torch.Generator().manual_seed(0)
+    with open(path, "w", newline="") as f:
+        out = csv.writer(f)
+        out.writerow(["model", "parameters", "step", "loss", "stderr"])
+        for name, n in SIZES.items():
+            for step in STEPS:
+                loss = 119.09 / n**0.246 + B / max(1, step * PER_STEP) ** BETA + E
+                loss *= 1 + (rise * max(0.0, (step - turn) / (143_000 - turn)) if n < 4e8 else 0.0)
+                out.writerow([name, n, step, loss * (1 + noise * torch.randn((), generator=rng).item()), 0.05])
+    return path
+
+
+def test_planted_law_and_turns_are_found(tmp_path):
+    c = run_study(tmp_path / "out", "study=saturation", f"study.losses={write_csv(tmp_path / 'losses.csv')}")
+    assert c["fit"]["A"] == pytest.approx(119.09, rel=0.01) and c["fit"]["alpha"] == pytest.approx(0.246, abs=5e-4)
+    assert c["fit"]["models"] == ["pythia-410m", "pythia-1b", "pythia-2.8b"] and c["fit"]["spread"] < 1e-4
+    models = {m["model"]: m for m in c["models"]}
+    for name, n in SIZES.items():
+        m = models[name]
+        assert m["saturates"] is (n < 4e8), (name, m["verdict"])
+        if n < 4e8:
+            assert abs(m["from_step"] - 90_000) <= 10_000 and m["verdict"] == f"saturates from step {m['from_step']}"
+            assert m["gap_final"] == pytest.approx(0.08, abs=5e-3) and abs(m["gap_best"]) < 0.01
+        else:
+            assert m["verdict"] == "does not saturate" and m["from_step"] is None and abs(m["gap_final"]) < 3e-3
+    rows = list(csv.DictReader(open(tmp_path / "out" / "saturation.csv")))
+    assert len(rows) == len(SIZES) * len(STEPS) and rows[0]["law"] == "" and float(rows[-1]["gap"]) == pytest.approx(0, abs=3e-3)
+
+
+def test_without_noise_the_law_comes_back_to_three_digits_and_more(tmp_path):
+    c = run_study(tmp_path, "study=saturation", f"study.losses={write_csv(tmp_path / 'l.csv', noise=0.0)}")
+    assert c["fit"]["A"] == pytest.approx(119.09, rel=1e-4) and c["fit"]["alpha"] == pytest.approx(0.246, rel=1e-5)
+
+
+def test_fewer_than_two_large_models_have_no_law_but_verdicts(tmp_path):
+    c = run_study(tmp_path, "study=saturation", f"study.losses={write_csv(tmp_path / 'l.csv')}", "study.fit_from=2e9")
+    assert c["fit"] is None and c["models"][0]["gap_final"] is None and c["models"][0]["saturates"] is True
+
+
+def said(losses, error=0.0, margin=0.001, level=0.05):
+    return verdict(list(range(len(losses))), losses, error, margin, level)
+
+
+def test_verdicts():
+    falling = [3 + 1 / (i + 1) for i in range(40)]
+    assert said(falling)["saturates"] is False and said(falling[:1])["saturates"] is None
+    turned = falling[:20] + [falling[19] + 0.02 * i for i in range(1, 21)]
+    assert said(turned)["saturates"] and said(turned)["from_step"] == 19 and said(turned)["rise"] == pytest.approx(0.4)
+    assert not said(turned, margin=0.2)["saturates"], "a rise below the margin"
+    assert not said(turned, error=0.3)["saturates"], "a rise that the text's own error explains"
+    # noise alone: the last of many equally good checkpoints is nearly never the lowest
+    rng = torch.Generator().manual_seed(1)
+    alarms = sum(said((3 + 0.02 * torch.randn(60, generator=rng)).tolist())["saturates"] for _ in range(200))
+    assert alarms <= 20
+
+
+def test_errors_of_differences_are_paired():
+    """Both checkpoints find the same blocks hard: the error of their difference is far below that of either."""
+    rng = torch.Generator().manual_seed(2)
+    hard = 3 + torch.randn(25, generator=rng)
+    points = [{"loss": 3.0, "sums": (2000 * hard).tolist(), "counts": [2000] * 25}, {"loss": 3.1, "sums": (2000 * (hard + 0.1 + 0.01 * torch.randn(25, generator=rng))).tolist(), "counts": [2000] * 25}]
+    assert 0.001 < paired_error({"checkpoints": points}) < 0.004 < hard.std().item() / 5
+    assert paired_error({"checkpoints": points[::-1]}) is None, "the lowest is the last: nothing to compare"
+
+
+def test_names_and_tokens_of_other_peoples_csvs(tmp_path):
+    (tmp_path / "l.csv").write_text("\ufeffModel,Params,Step,Loss,T\na,10,0,9.5,7\na,10,5,3.5,70\n")
+    (entry,) = read_losses(tmp_path / "l.csv", 100)
+    assert entry["parameters"] == 10 and [p["tokens"] for p in entry["checkpoints"]] == [7, 70] and entry["checkpoints"][1]["stderr"] is None
+
+
+HEADER = "model,parameters,step,loss\n"
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [("", "no rows"), ("model,step,loss\na,1,2\n", "lacks the column parameters"), (HEADER + "a,10,1,x\n", "line 2: loss is 'x', not a number"),
+     (HEADER + "a,10,1,nan\n", "line 2: loss is nan"), (HEADER + "a,10,2,3\na,10,1,3\n", "line 3: step 1 of a comes after step 2"),
+     (HEADER + "a,10,2,3\na,10,2,3\n", "steps must rise"), (HEADER + "a,10,2,3\na,11,3,3\n", "has 11 parameters here and 10 before"),
+     (HEADER + "a,10,nan,3\n", "whole number"), (HEADER + "a,10,1\n", "loss is '', not a number")],
+)  # fmt: skip
+def test_bad_csvs_are_one_line_that_names_the_file(tmp_path, text, words):
+    (tmp_path / "bad.csv").write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_losses(tmp_path / "bad.csv", 1)
+    assert words in str(caught.value) and "bad.csv" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_single_checkpoints_are_compared_without_a_verdict(tmp_path):
+    rows = "".join(f"{name},{n},143000,{119.09 / n**0.246 + B / (143_000 * PER_STEP) ** BETA + E}\n" for name, n in SIZES.items())
+    (tmp_path / "l.csv").write_text(HEADER + rows)
+    c = run_study(tmp_path, "study=saturation", f"study.losses={tmp_path / 'l.csv'}")
+    assert all(m["saturates"] is None and "single" in m["verdict"] for m in c["models"]) and math.isclose(c["fit"]["alpha"], 0.246, rel_tol=1e-4)
