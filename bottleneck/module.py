@@ -18,6 +18,7 @@ from bottleneck.heads import HeadBank
 from bottleneck.metrics import derived, validate
 from bottleneck.optim import build_optimizer, clip_per_head, schedule
 from bottleneck.stopping import Flag
+from bottleneck.timing import Parts
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ class HeadSweep(pl.LightningModule):
         self.final: dict[str, float] = {}
         self.reference: Optional[float] = None
         self.validation_tokens = 0
-        self.step_tokens = 0
+        self.step_tokens, self.parts = 0, Parts()
         self.resume_step: Optional[int] = None  # of the checkpoint that this process goes on from
         self._clock: Optional[tuple[float, int]] = None  # of the last logged row: time, step
 
@@ -128,11 +129,15 @@ class HeadSweep(pl.LightningModule):
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         tokens = batch.shape[0] * (batch.shape[1] - 1)
         losses = torch.zeros(len(self.bank), dtype=torch.float64, device=batch.device)
+        self.parts.begin((self.global_step + 1) % self.log_every == 0 or self.global_step + 1 == self.steps, batch.device)
         cast = self.bank.cast(self.backbone.dtype)
         self.bank.zero_gradients()
+        self.parts("optimizer")
         for ids in batch.split(self.micro_batch):
             h_ND = self.backbone(ids[:, :-1]).flatten(0, 1)
+            self.parts("forward")
             losses += self.bank.accumulate(h_ND, ids[:, 1:].flatten(), cast, 1 / tokens)
+            self.parts("heads")
         losses /= tokens
         if torch.distributed.is_initialized():
             self.manual_backward(HandOver.apply(*self.bank.parameters()))  # DDP (or ZeRO-2) reduces the gradients, once a step
@@ -141,8 +146,10 @@ class HeadSweep(pl.LightningModule):
             torch.distributed.all_reduce(numbers)
             losses = numbers[:-1] / self.trainer.world_size
             self.flag.send(numbers[-1:])
+        self.parts("reduction")
         norms, optimizer.optimizer.divisors = clip_per_head(self.bank, self.optim.clip, losses, optimizer.optimizer.norms())
         optimizer.step()
+        self.parts("optimizer")
         rates = scheduler.get_last_lr()
         scheduler.step()
         self.step_tokens = tokens * self.trainer.world_size
@@ -178,7 +185,7 @@ class HeadSweep(pl.LightningModule):
         return named
 
     def _log_step(self, losses: Tensor, norms: Tensor, rates: list[float]) -> None:
-        rows: dict[str, float] = {}
+        rows: dict[str, float] = {f"train/seconds/{part}": s for part, s in self.parts.seconds().items()}
         losses, norms = losses.tolist(), norms.tolist()  # waits for the device: the time is that of finished steps
         now, step = time.perf_counter(), self.global_step
         if self._clock is not None:

@@ -122,7 +122,7 @@ class WandbHeads(Logger):
                 rows[head][metric] = value
             elif metric:  # of the run (all) or of the backbone's own head (full)
                 for row in rows.values():
-                    row[metric if head == "all" else f"{metric}_{head}"] = value
+                    row[metric if head == "all" else f"{metric}/{head}" if metric == "train/seconds" else f"{metric}_{head}"] = value
         for name, row in rows.items():
             if len(row) > 1:
                 self.runs[name].log(row, step=step)

@@ -75,7 +75,7 @@ def disturb(overrides: list[str], folder: Path, kills: int, seed: int, say=lambd
 def differences(whole: Path, cut: Path) -> list[str]:
     """What the disturbed run has otherwise than the undisturbed one: heads bit for bit, logged steps once each."""
     wrong = [f"heads/{p.name}" for p in (whole / "heads").iterdir() if (cut / "heads" / p.name).read_bytes() != p.read_bytes()]
-    a, b = ([r for r in (d / "metrics.csv").read_text().splitlines() if "tokens_per_second" not in r] for d in (whole, cut))
+    a, b = ([r for r in (d / "metrics.csv").read_text().splitlines() if "second" not in r] for d in (whole, cut))
     return wrong + ["metrics.csv"] * (a != b) + [str(p) for p in cut.rglob("*.part")]
 
 

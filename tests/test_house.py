@@ -13,7 +13,7 @@ ORDER = [
     "bottleneck.errors", "bottleneck.config", "bottleneck.version",
     "bottleneck.losses.products", "bottleneck.losses.reference", "bottleneck.losses.chunked", "bottleneck.losses.kernels",
     "bottleneck.losses.fused", "bottleneck.losses.choice", "bottleneck.losses.linear", "bottleneck.losses.distill", "bottleneck.losses",
-    "bottleneck.checks", "bottleneck.cli", "bottleneck.processes", "bottleneck.stopping",
+    "bottleneck.checks", "bottleneck.cli", "bottleneck.processes", "bottleneck.stopping", "bottleneck.timing",
     "bottleneck.parts", "bottleneck.backbone", "bottleneck.sharding", "bottleneck.heads", "bottleneck.initial", "bottleneck.refine", "bottleneck.optim", "bottleneck.zero2", "bottleneck.metrics", "bottleneck.compare",
     "bottleneck.module", "bottleneck.checkpoint", "bottleneck.tracking", "bottleneck.progress",
     "bottleneck.picture", "bottleneck.knee", "bottleneck.curve", "bottleneck.sweeps", "bottleneck.report", "bottleneck.runs", "bottleneck.export", "bottleneck.downstream", "bottleneck.evaluate",
@@ -22,7 +22,7 @@ ORDER = [
     "bottleneck.studies.text", "bottleneck.studies.trained", "bottleneck.studies.scaling", "bottleneck.studies.saturation", "bottleneck.studies.evals",
     "bottleneck.studies.downstream", "bottleneck.studies.singular", "bottleneck.studies.spectrum", "bottleneck.studies.cosines", "bottleneck.studies.anisotropy",
     "bottleneck.studies.agreement", "bottleneck.studies.estimate", "bottleneck.studies.theory", "bottleneck.study",
-    "bottleneck.benchmark", "bottleneck.benchmark.table", "bottleneck.benchmark.clock", "bottleneck.benchmark.shapes", "bottleneck.benchmark.stock", "bottleneck.benchmark.heads",
+    "bottleneck.benchmark", "bottleneck.benchmark.table", "bottleneck.benchmark.clock", "bottleneck.benchmark.shapes", "bottleneck.benchmark.stock", "bottleneck.benchmark.ours", "bottleneck.benchmark.scale", "bottleneck.benchmark.heads",
     "bottleneck.benchmark.sweep", "bottleneck.benchmark.forward", "bottleneck.benchmark.data", "bottleneck.benchmark.__main__",
     "train",
 ]  # fmt: skip

@@ -35,7 +35,7 @@ def test_anisotropy_of_the_embedded_backbone(tmp_path):
 
 
 def test_the_estimate_orders_the_starts_and_ranks(tmp_path):
-    c = run_study(tmp_path, "study=estimate", *FEW, "tokens=1024", "study.ranks=[16,128,256]", "study.inits=[refined,fisher,svd]", "study.calibration_tokens=2048")
+    c = run_study(tmp_path, "study=estimate", *FEW, "study.ranks=[16,128,256]", "study.inits=[refined,fisher,svd]", "study.calibration_tokens=4096")
     by = {(h["init"], h["rank"]): h for h in c["heads"]}
     for better, worse in ((("refined", 16), ("fisher", 16)), (("fisher", 16), ("svd", 16)), (("fisher", 128), ("svd", 128)), (("fisher", 128), ("fisher", 16))):
         for name, sign in (("perplexity", 1), ("kl", 1), ("agreement", -1), ("acceptance", -1)):

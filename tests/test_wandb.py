@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from bottleneck.benchmark.ours import PARTS
 from bottleneck.checks import check_config
 from bottleneck.tracking import WandbHeads
 from conftest import ROOT, composed, shell
 
 OFFLINE = ["logger=wandb", "logger.mode=offline", "logger.tags=[a,b]", "trainer.log_every=5"]
-MACHINE = ("_runtime", "_timestamp", "_wandb.runtime", "train/tokens_per_second")  # differ from try to try
+MACHINE = ("_runtime", "_timestamp", "_wandb.runtime", "train/tokens_per_second", *(f"train/seconds.{p}" for p in PARTS))  # differ from try to try
 
 
 def runs(folder: Path) -> list[dict]:

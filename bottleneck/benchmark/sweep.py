@@ -9,22 +9,17 @@ and the tokens are random, since speed depends on shapes alone. A backbone that 
 from __future__ import annotations
 
 import argparse
-import csv
 import logging
-import subprocess
-import sys
-import tempfile
 import warnings
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from bottleneck.benchmark import shapes, stock
+from bottleneck.benchmark import ours, shapes, stock
 from bottleneck.benchmark.table import Row, row
 from bottleneck.checks import as_count
-from bottleneck.config import ROOT
-from bottleneck.errors import UserError, check
+from bottleneck.errors import check
 
 NAME = "sweep"
 
@@ -49,12 +44,11 @@ def run(args: argparse.Namespace) -> list[Row]:
     ranks = [as_count("--ranks", int(r)) for r in args.ranks.split(",")] if args.ranks else shapes.ranks(args.shape)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     said = Console(stderr=True)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        shapes.backbone_folder(args.shape, folder / "backbone")
-        tokens = shapes.tokens_folder(folder / "tokens", max(args.steps, args.stock_steps) * args.batch * args.block)
+    case = ours.Case(args.shape, ranks, args.rates, args.steps, args.batch, args.micro_batch, args.block, device, args.overrides)
+    with ours.inputs(args.shape, max(args.steps, args.stock_steps) * case.tokens) as (backbone, tokens):
         said.print(f"ours: {len(ranks)} ranks x {args.rates} rates", highlight=False)
-        rows = [_ours(args, ranks, folder, tokens, device)]
+        found = ours.measure(case, backbone, tokens)
+        rows = [row(NAME, case.name, "ours, one pass", found.seconds, case.tokens, "tokens", peak_mib=found.peak_mib, device=device)]
         _tell(said, rows[0])
         if args.stock_steps:
             rows += _stock(args, ranks, tokens, device, said)
@@ -63,29 +57,6 @@ def run(args: argparse.Namespace) -> list[Row]:
 
 def _tell(said: Console, r: Row) -> None:
     said.print(f"{r.case}: {r.implementation}: {r.p50:.4g} s a step, {r.throughput:,.0f} tokens/s", highlight=False)
-
-
-def _ours(args: argparse.Namespace, ranks: list[int], folder: Path, tokens: Path, device: str) -> Row:
-    step = args.batch * args.block
-    rates = [round(1e-3 * 1.5**i, 6) for i in range(args.rates)]
-    sharded = any(o in ("trainer=fsdp", "trainer=deepspeed_zero3") or o.startswith("trainer.shard=") for o in args.overrides)
-    command = [
-        sys.executable, str(ROOT / "train.py"), "experiment=paper", "backbone=local", f"backbone.path={folder / 'backbone'}", "backbone.weights=random",
-        "data=prepared", f"data.prepared={tokens}", f"data.block_size={args.block}", f"ranks={ranks}", f"optim.lr={rates}",
-        "head.init=scaled", "head.calibration_tokens=4096", f"batch_size={args.batch}", f"tokens={args.steps * step}", "trainer.val_every=null",
-        f"trainer.micro_batch_size={args.micro_batch}", "trainer.log_every=1", f"trainer.accelerator={'gpu' if device == 'cuda' else 'cpu'}",
-        "trainer.checkpoint_every=null", f"hydra.run.dir={folder / 'run'}", f"backbone.compile={'true' if device == 'cuda' and not sharded else 'auto'}",
-        *args.overrides,
-    ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, stdout=sys.stderr)  # its progress is shown
-    if done.returncode:
-        raise UserError(f"benchmark sweep: train.py ended with {done.returncode}, see above")
-    with open(folder / "run" / "metrics.csv", newline="") as f:
-        logged = list(csv.DictReader(f))
-    speeds, peaks = ([float(r["value"]) for r in logged if r["metric"] == f"train/{name}"] for name in ("tokens_per_second", "peak_memory_gib"))
-    heads = len(ranks) * args.rates
-    return row(NAME, f"{args.shape}, {heads} heads", "ours, one pass", [step / s for s in speeds], step, "tokens",
-               peak_mib=1024 * peaks[-1] if peaks else None, device=device)  # fmt: skip
 
 
 def _stock(args: argparse.Namespace, ranks: list[int], tokens: Path, device: str, said: Console) -> list[Row]:

@@ -41,6 +41,7 @@ class Row:
     loss_error: Optional[float] = None  # relative to float32, where the benchmark compares results as well
     dA_error: Optional[float] = None
     dB_error: Optional[float] = None
+    note: str = ""
 
 
 def row(benchmark: str, case: str, implementation: str, seconds: list[float], amount: Optional[float] = None, what: str = "", **more: Any) -> Row:
@@ -106,11 +107,14 @@ def show(rows: list[Row], console: Console) -> None:
     compared = any(r.dA_error is not None for r in rows)
     for name in ["p50 (p20 to p80)", "throughput", "peak MiB"] + ["error: loss", "dA", "dB"] * compared:
         table.add_column(name, justify="right")
+    noted = any(r.note for r in rows)
+    if noted:
+        table.add_column("")
     scale, unit = (1e3, "ms") if rows and max(r.p50 for r in rows) < 1 and {r.unit for r in rows} == {"s"} else (1.0, "")
     for r in rows:
         p20, p50, p80 = (f"{value * scale:.4g}" for value in (r.p20, r.p50, r.p80))
         rate = "" if r.throughput is None else f"{r.throughput / 1e6:,.3f}M {r.throughput_unit}"
         errors = ["" if e is None else f"{e:.1e}" for e in (r.loss_error, r.dA_error, r.dB_error)]
         time_ = f"{p50} {unit or r.unit} ({p20} to {p80})"
-        table.add_row(r.case, r.implementation, time_, rate, "" if r.peak_mib is None else f"{r.peak_mib:,.0f}", *errors * compared)
+        table.add_row(r.case, r.implementation, time_, rate, "" if r.peak_mib is None else f"{r.peak_mib:,.0f}", *errors * compared, *[r.note] * noted)
     console.print(table)

@@ -1,0 +1,82 @@
+"""`python train.py` as it stands, in a process of its own, on a shape with random weights and random tokens; and what it logged."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Iterator, NamedTuple
+
+import numpy as np
+
+from bottleneck.benchmark import shapes
+from bottleneck.config import ROOT
+from bottleneck.errors import UserError
+
+PARTS = ("forward", "heads", "reduction", "optimizer")
+
+
+class Case(NamedTuple):
+    """A run that is measured. batch: sequences in an optimizer step, of all processes; rates: heads at each rank."""
+
+    shape: str
+    ranks: list[int]
+    rates: int
+    steps: int
+    batch: int
+    micro_batch: int
+    block: int
+    device: str
+    overrides: list[str]
+
+    @property
+    def name(self) -> str:
+        return f"{self.shape}, {len(self.ranks) * self.rates} heads"
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.block
+
+
+class Logged(NamedTuple):
+    """seconds of each step after the first; median seconds of each part; most memory of one GPU in MiB, or None."""
+
+    seconds: list[float]
+    parts: dict[str, float]
+    peak_mib: float | None
+
+
+@contextmanager
+def inputs(shape: str, tokens: int) -> Iterator[tuple[Path, Path]]:
+    """Folders of a backbone's shape and of that many prepared tokens."""
+    with tempfile.TemporaryDirectory() as name:
+        backbone = shapes.backbone_folder(shape, Path(name) / "backbone")
+        yield backbone, shapes.tokens_folder(Path(name) / "tokens", tokens)
+
+
+def measure(c: Case, backbone: Path, tokens: Path) -> Logged:
+    """Run it. Raises UserError where it fails; its own output is on stderr."""
+    rates = [round(1e-3 * 1.5**i, 6) for i in range(c.rates)]
+    sharded = any(o in ("trainer=fsdp", "trainer=deepspeed_zero3") or o.startswith("trainer.shard=") for o in c.overrides)
+    with tempfile.TemporaryDirectory() as run:
+        command = [
+            sys.executable, str(ROOT / "train.py"), "experiment=paper", "backbone=local", f"backbone.path={backbone}", "backbone.weights=random",
+            "data=prepared", f"data.prepared={tokens}", f"data.block_size={c.block}", f"ranks={c.ranks}", f"optim.lr={rates}",
+            "head.init=scaled", "head.calibration_tokens=4096", f"batch_size={c.batch}", f"tokens={c.steps * c.tokens}", "trainer.val_every=null",
+            f"trainer.micro_batch_size={c.micro_batch}", "trainer.log_every=1", f"trainer.accelerator={'gpu' if c.device == 'cuda' else 'cpu'}",
+            "trainer.checkpoint_every=null", f"hydra.run.dir={run}", f"backbone.compile={'true' if c.device == 'cuda' and not sharded else 'auto'}",
+            *c.overrides,
+        ]  # fmt: skip
+        done = subprocess.run(command, cwd=ROOT, stdout=sys.stderr)
+        if done.returncode:
+            raise UserError(f"benchmark: train.py ended with {done.returncode}, see above")
+        found: dict[str, list[float]] = {}
+        with open(Path(run) / "metrics.csv", newline="") as f:
+            for r in csv.DictReader(f):
+                found.setdefault(f"{r['metric']}/{r['head']}", []).append(float(r["value"]))
+    parts = {p: float(np.median(found[f"train/seconds/{p}"][1:])) for p in PARTS if len(found.get(f"train/seconds/{p}", [])) > 1}
+    peak = found.get("train/peak_memory_gib/all")
+    return Logged([c.tokens / s for s in found["train/tokens_per_second/all"]], parts, 1024 * max(peak) if peak else None)

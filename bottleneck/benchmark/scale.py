@@ -1,0 +1,59 @@
+"""The same sweep on 1, 2, 4 … GPUs of this machine, the same batch a GPU: tokens/s, where a step's time goes, memory.
+
+    python -m bottleneck.benchmark scale --shape pythia-1b --processes 1,2,4
+    python -m bottleneck.benchmark scale --shape neox-30b --processes 4 --ranks 64,512,2048 trainer=fsdp
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+import torch
+from rich.console import Console
+
+from bottleneck.benchmark import ours, shapes
+from bottleneck.benchmark.table import Row, row
+from bottleneck.checks import as_count
+from bottleneck.errors import check
+
+NAME = "scale"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of train.py: trainer=fsdp")
+    parser.add_argument("--shape", default="pythia-160m", help=f"one of {', '.join(shapes.SHAPES)} (default: pythia-160m)")
+    parser.add_argument("--ranks", help="default: those of ranks=auto for the shape")
+    parser.add_argument("--rates", type=int, default=1, help="learning rates, and so heads, at every rank (default: 1)")
+    parser.add_argument("--processes", help="numbers of GPUs, 1,2,4; default: powers of two up to all (without a GPU: 1,2)")
+    parser.add_argument("--steps", type=int, default=22, help="optimizer steps of each run; the first is warm-up (default: 22)")
+    parser.add_argument("--batch", type=int, default=64, help="sequences a GPU in an optimizer step (default: 64)")
+    parser.add_argument("--micro-batch", type=int, default=8, help="sequences in a forward pass (default: 8)")
+    parser.add_argument("--block", type=int, default=2048, help="tokens in a sequence (default: 2048)")
+
+
+def run(args: argparse.Namespace) -> list[Row]:
+    for name in ("rates", "batch", "micro_batch", "block"):
+        as_count("--" + name.replace("_", "-"), getattr(args, name))
+    check(as_count("--steps", args.steps) > 2, "--steps: the first step is warm-up, give 3 or more")
+    gpus = torch.cuda.device_count()
+    most = gpus or min(2, os.cpu_count() or 1)
+    given = args.processes or ",".join(str(2**i) for i in range(most.bit_length()) if 2**i <= most)
+    check(all(w.isdigit() and int(w) > 0 for w in given.split(",")), f"--processes {given}: must be whole numbers with commas between")
+    counts = [int(w) for w in given.split(",")]
+    check(not gpus or max(counts) <= gpus, f"--processes {given}: this machine has {gpus} GPUs")
+    ranks = [as_count("--ranks", int(r)) for r in args.ranks.split(",")] if args.ranks else shapes.ranks(args.shape)
+    device = "cuda" if gpus else "cpu"
+    said, rows, first = Console(stderr=True), [], 0.0
+    with ours.inputs(args.shape, args.steps * max(counts) * args.batch * args.block) as (backbone, tokens):
+        for n in counts:
+            case = ours.Case(args.shape, ranks, args.rates, args.steps, n * args.batch, args.micro_batch, args.block, device, [*args.overrides, f"trainer.devices={n}"])
+            said.print(f"{case.name} on {n}", highlight=False)
+            found = ours.measure(case, backbone, tokens)
+            rows.append(row(NAME, case.name, f"{n} process{'es' * (n > 1)}", found.seconds, case.tokens, "tokens", peak_mib=found.peak_mib, device=device))
+            rate = rows[-1].throughput or 0.0
+            first = first or rate / counts[0]
+            parts = ", ".join(f"{p} {1e3 * s:.1f} ms" for p, s in found.parts.items())
+            rows[-1].note = f"{rate / first:.2f} x one; {parts}; 150M tokens in {150e6 / rate / 60:.1f} min"
+            said.print(f"{n}: {rate:,.0f} tokens/s, {rows[-1].note}", highlight=False)
+    return rows
