@@ -12,6 +12,7 @@ from rich.console import Console
 
 from bottleneck import curve, tracking
 from bottleneck.config import LoggerConfig
+from bottleneck.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,11 @@ class MergeCurves(Callback):
         jobs = sorted(p.parent for p in sweep.glob("*/curve.json") if p.parent != merged)
         if len(jobs) < 2:
             return
-        curves = curve.merge(curve.read(jobs, merged))
+        try:
+            curves = curve.merge(curve.read(jobs, merged))
+        except UserError as error:  # jobs that train the same head twice, say on other numbers of processes
+            log.warning("the jobs' curves are not merged: %s", error)
+            return
         curve.write(curves, merged)
         curve.show(curves, Console())
         log.info("wrote curve.json, curve.csv and curve.png of %d jobs in %s", len(jobs), merged)

@@ -235,6 +235,8 @@ def test_multirun_merged_equals_side_by_side(run, toy, tmp_path):
     sweep = [o for o in toy if not o.startswith("ranks")]
     done = shell("-m", *sweep, "ranks=2,0,8,32", f"hydra.sweep.dir={tmp_path / 'many'}")
     assert done.returncode == 2 and "ranks=0: must be" in done.stderr and "Traceback" not in done.stderr
+    left = json.loads((tmp_path / "many" / "curve" / "curve.json").read_text())  # by the multirun itself
+    assert left == json.loads(json.dumps(one))
     assert curve.main([str(tmp_path / "many"), "--out", str(tmp_path / "merged")]) == 0
     merged = json.loads((tmp_path / "merged" / "curve.json").read_text())
     assert merged == json.loads(json.dumps(one))
