@@ -8,6 +8,7 @@ import os
 # cores a run is 2-3 times faster so (launch/LOG.md). Read once, when torch is first imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+import contextlib
 import dataclasses
 import datetime
 import logging
@@ -175,11 +176,16 @@ def train(cfg: DictConfig, run_dir: Path) -> Result:
     Raises: UserError for whatever the user can mend, before any weights are loaded wherever that is possible; Stopped where
         a signal asked for it.
     """
-    with checkpoint.alone(run_dir, processes.global_rank()):
-        return _train(cfg, run_dir)
+    try:
+        with checkpoint.alone(run_dir, processes.global_rank()), contextlib.ExitStack() as at_end:
+            return _train(cfg, run_dir, at_end)
+    except Stopped as stop:
+        if stop.signal in stopping.REQUEUE and "SLURM_JOB_ID" in os.environ:
+            stopping.requeue()
+        raise
 
 
-def _train(cfg: DictConfig, run_dir: Path) -> Result:
+def _train(cfg: DictConfig, run_dir: Path, at_end: contextlib.ExitStack) -> Result:
     quiet()
     c = checks.check_config(cfg)
     stored = dataclasses.asdict(c)
@@ -223,6 +229,8 @@ def _train(cfg: DictConfig, run_dir: Path) -> Result:
     in_sweep = (run_dir.parent / "multirun.yaml").exists()  # which Hydra writes: this is one job of several
     facts = {key.name: tracking.facts(c, key, hidden_size, vocab_size, corpus.name, label(c.backbone)) for key in keys}
     trainer.loggers = tracking.build_loggers(c.logger, run_dir, (run_dir.parent if in_sweep else run_dir).name, facts, resume_step)
+    outcome: dict[str, Any] = {}
+    at_end.callback(lambda: tracking.close(trainer.loggers, outcome.get("curve"), in_sweep))
 
     sharded = t.shard in ("fsdp", "zero3")
     if sharded:
@@ -250,10 +258,6 @@ def _train(cfg: DictConfig, run_dir: Path) -> Result:
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     except torch.OutOfMemoryError as error:
         raise UserError(f"trainer.micro_batch_size={t.micro_batch_size}: out of GPU memory; give a smaller one, fewer heads, or trainer=fsdp: {error}") from error
-    except Stopped as stop:
-        if stop.signal in stopping.REQUEUE and "SLURM_JOB_ID" in os.environ:
-            stopping.requeue()
-        raise
     except RuntimeError as error:
         if trainer.world_size > 1 and processes.lost_peers(error):
             who = f"process {trainer.global_rank} of {trainer.world_size}"
@@ -263,9 +267,6 @@ def _train(cfg: DictConfig, run_dir: Path) -> Result:
         if trainer.interrupted:  # Lightning's answer to Ctrl-C
             raise KeyboardInterrupt from None
         raise
-    except BaseException:
-        tracking.close(trainer.loggers, None, in_sweep)
-        raise
 
     result = Result(build_curve(c, module, corpus), module, trainer, run_dir)
     if trainer.is_global_zero:
@@ -274,7 +275,7 @@ def _train(cfg: DictConfig, run_dir: Path) -> Result:
         curve.write([result.curve], run_dir)
         curve.show([result.curve], Console())
         log.info("wrote curve.json, curve.csv, curve.png, details.png and heads/ in %s", run_dir)
-    tracking.close(trainer.loggers, result.curve, in_sweep)
+    outcome["curve"] = result.curve
     return result
 
 

@@ -24,7 +24,7 @@ def quick(toy_text, tmp_path_factory):
 def test_every_study_has_its_file_and_composes():
     assert {p.stem for p in (ROOT / "conf" / "study").glob("*.yaml")} == set(STUDIES)
     for name in STUDIES:
-        c = check_study(composed(f"study={name}", *(["study.results=x"] if name == "downstream" else [])))
+        c = check_study(composed(f"study={name}", *(["study.results=x"] if name in ("downstream", "geometry") else [])))
         assert isinstance(c, StudyConfig) and c.study.name == name and isinstance(c.tokens, int)
         assert (ROOT / "bottleneck" / "studies" / f"{name}.py").exists()
     assert len(PYTHIA_STEPS) == 154 and PYTHIA_STEPS[-1] == 143_000

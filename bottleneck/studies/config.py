@@ -90,7 +90,27 @@ class Estimate:
     curve: Optional[str] = None  # curve.json of trained heads to stand beside the estimate, or its folder
 
 
-STUDIES = {"saturation": Saturation, "downstream": Downstream, "spectrum": Spectrum, "anisotropy": Anisotropy, "theory": Theory, "estimate": Estimate}
+@dataclass
+class Gradient:
+    """arXiv 2603.10145: share of the logit gradient's norm that reaches the hidden state."""
+
+    name: str = "gradient"  # of the study
+    ranks: Any = "auto"  # as in training: a rank, a list, or auto
+    init: str = "fisher"  # head.init of the low-rank heads: fisher, refined or svd
+    calibration_tokens: Any = 16_384  # training tokens that measure the hidden states for it
+
+
+@dataclass
+class Geometry:
+    """arXiv 2602.20433: metrics of saturation, spectrum and anisotropy beside the loss."""
+
+    name: str = "geometry"  # of the study
+    results: Any = "???"  # folder or list of folders below which spectrum.csv, anisotropy.csv and saturation.csv are
+    level: float = 0.95  # probability of the bootstrap intervals
+    draws: Any = 2_000  # of the bootstrap
+
+
+STUDIES = {"saturation": Saturation, "downstream": Downstream, "spectrum": Spectrum, "anisotropy": Anisotropy, "theory": Theory, "estimate": Estimate, "gradient": Gradient, "geometry": Geometry}
 
 
 @dataclass
@@ -182,10 +202,18 @@ def _check_own(s: Any) -> None:
     if isinstance(s, Downstream) and s.tasks is not None:
         s.tasks = [str(t) for t in as_list(s.tasks)]
         check(len(s.tasks) > 0 and len(set(s.tasks)) == len(s.tasks), f"study.tasks={s.tasks}: give each task once, and at least one")
-    if isinstance(s, (Theory, Estimate)) and s.ranks != "auto":
+    if isinstance(s, (Theory, Estimate, Gradient)) and s.ranks != "auto":
         check(not isinstance(s.ranks, str), f"study.ranks={s.ranks}: must be a rank, a list of ranks, or auto")
         s.ranks = sorted({as_count("study.ranks", r) for r in as_list(s.ranks)})
         check(len(s.ranks) > 0, "study.ranks=[]: give at least one rank")
+    if isinstance(s, Geometry):
+        s.results = [str(r) for r in as_list(s.results)]
+        check(len(s.results) > 0, "study.results=[]: give at least one folder")
+        _share("study.level", s.level)
+        s.draws = as_count("study.draws", s.draws)
+    if isinstance(s, Gradient):
+        s.calibration_tokens = as_count("study.calibration_tokens", s.calibration_tokens)
+        check(s.init in ("fisher", "refined", "svd"), f"study.init={s.init}: must be one of fisher, refined, svd")
     if isinstance(s, Estimate):
         s.calibration_tokens = as_count("study.calibration_tokens", s.calibration_tokens)
         s.passes = as_count("study.passes", s.passes)
