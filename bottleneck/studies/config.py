@@ -110,7 +110,16 @@ class Geometry:
     draws: Any = 2_000  # of the bootstrap
 
 
-STUDIES = {"saturation": Saturation, "downstream": Downstream, "spectrum": Spectrum, "anisotropy": Anisotropy, "theory": Theory, "estimate": Estimate, "gradient": Gradient, "geometry": Geometry}
+@dataclass
+class Ngrams:
+    """Fig. 7: 5-gram matrices of a text and their best low-rank approximations."""
+
+    name: str = "ngrams"  # of the study
+    max_tokens: Any = 150_000_000  # training tokens that are counted, at most
+    beside: Any = None  # folders of other runs of this study (other texts, other tokenizers) to draw as well: one or a list
+
+
+STUDIES = {"saturation": Saturation, "downstream": Downstream, "spectrum": Spectrum, "anisotropy": Anisotropy, "theory": Theory, "estimate": Estimate, "gradient": Gradient, "geometry": Geometry, "ngrams": Ngrams}
 
 
 @dataclass
@@ -206,6 +215,9 @@ def _check_own(s: Any) -> None:
         check(not isinstance(s.ranks, str), f"study.ranks={s.ranks}: must be a rank, a list of ranks, or auto")
         s.ranks = sorted({as_count("study.ranks", r) for r in as_list(s.ranks)})
         check(len(s.ranks) > 0, "study.ranks=[]: give at least one rank")
+    if isinstance(s, Ngrams):
+        s.max_tokens = as_count("study.max_tokens", s.max_tokens, 5)
+        s.beside = [] if s.beside is None else [str(b) for b in as_list(s.beside)]
     if isinstance(s, Geometry):
         s.results = [str(r) for r in as_list(s.results)]
         check(len(s.results) > 0, "study.results=[]: give at least one folder")

@@ -1,0 +1,134 @@
+"""5-gram counts of a token stream, exactly and in bounded memory, and the Gram matrix of their conditional distributions.
+
+M [C, V] has a row for each observed 4-gram: the distribution of the token after it, unsmoothed. Its singular values are the roots of
+the eigenvalues of MᵀM [V, V], which is summed over contexts, so the C rows need not be there at once: contexts are dealt into buckets
+and every bucket is counted by itself. A context after which only one token was seen adds 1 to one entry of the diagonal.
+
+Dims: C contexts, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Callable, Iterator
+
+import numpy as np
+import scipy.sparse as sparse
+
+N = 5
+BUCKET = 16_000_000  # 5-grams counted at once: about 100 bytes each
+PIECE = 1 << 24  # tokens looked at at once
+MOST_VOCAB = 1 << 16  # four token ids must fit 64 bits
+
+
+@dataclass
+class Counts:
+    """Of one bucket: row r of counts is context r's; rows with one token apart, since most are."""
+
+    rows: np.ndarray  # int64 [entries], rising
+    tokens: np.ndarray  # int64 [entries]
+    counts: np.ndarray  # int64 [entries]
+
+    @property
+    def contexts(self) -> int:
+        return int(self.rows[-1]) + 1 if len(self.rows) else 0
+
+
+def windows(tokens: np.ndarray, eos: int, bucket: int, buckets: int) -> tuple[np.ndarray, np.ndarray]:
+    """Contexts, four ids in 64 bits, and next tokens of the 5-grams of one bucket; none that touches an end of text."""
+    contexts, following = [], []
+    for start in range(0, max(0, len(tokens) - N + 1), PIECE):
+        part = np.asarray(tokens[start : start + PIECE + N - 1]).astype(np.uint64)
+        n = len(part) - N + 1
+        packed = np.zeros(n, np.uint64)
+        inside = np.ones(n, bool)
+        for k in range(N - 1):
+            packed = (packed << np.uint64(16)) | part[k : k + n]
+        ends = (part == eos).cumsum()
+        inside = ends[N - 1 :] - np.concatenate([[0], ends[: n - 1]]) == 0
+        if buckets > 1:  # a multiplicative hash: neighbours in the vocabulary go to different buckets
+            inside &= ((packed * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(40)) % np.uint64(buckets) == bucket
+        contexts.append(packed[inside])
+        following.append(part[N - 1 :][inside].astype(np.int64))
+    return np.concatenate(contexts) if contexts else np.zeros(0, np.uint64), np.concatenate(following) if following else np.zeros(0, np.int64)
+
+
+def counted(contexts: np.ndarray, following: np.ndarray) -> Counts:
+    """Counts of the pairs, contexts numbered in the order of their ids."""
+    if not len(contexts):
+        empty = np.zeros(0, np.int64)
+        return Counts(empty, empty, empty)
+    order = np.argsort(contexts)
+    contexts, following = contexts[order], following[order]
+    row = np.cumsum(np.concatenate([[0], contexts[1:] != contexts[:-1]])).astype(np.int64)
+    keys = np.sort(row << 16 | following)
+    first = np.concatenate([[True], keys[1:] != keys[:-1]])
+    at = np.flatnonzero(first)
+    keys = keys[at]
+    return Counts(keys >> 16, keys & 0xFFFF, np.diff(np.append(at, len(first))))
+
+
+def buckets_of(tokens: np.ndarray, eos: int, size: int = BUCKET) -> Iterator[tuple[Counts, float]]:
+    """Every bucket's counts, and the share that is through."""
+    buckets = max(1, -(-len(tokens) // size))
+    for b in range(buckets):
+        yield counted(*windows(tokens, eos, b, buckets)), (b + 1) / buckets
+
+
+@dataclass
+class Gram:
+    """MᵀM [V, V] float64 of the rows as they are, and of rows times the root of their context's count."""
+
+    plain: np.ndarray
+    weighted: np.ndarray
+    contexts: int = 0
+    ngrams: int = 0
+    distinct: int = 0  # different 5-grams
+
+    @property
+    def energies(self) -> tuple[float, float]:
+        """‖M‖² of both."""
+        return float(np.trace(self.plain)), float(np.trace(self.weighted))
+
+
+def gram(tokens: np.ndarray, vocab: int, eos: int, at: Callable[[float], None] = lambda share: None, size: int = BUCKET) -> Gram:
+    """Count a stream and sum up its Gram matrices: 16 V² bytes, and about 100 bytes for each of `size` 5-grams."""
+    out = Gram(np.zeros((vocab, vocab)), np.zeros((vocab, vocab)))
+    for c, share in buckets_of(tokens, eos, size):
+        _add(out, c, vocab)
+        at(share)
+    return out
+
+
+def _add(out: Gram, c: Counts, vocab: int) -> None:
+    if not len(c.rows):
+        return
+    totals = np.bincount(c.rows, weights=c.counts, minlength=c.contexts)
+    kinds = np.bincount(c.rows, minlength=c.contexts)
+    single = kinds[c.rows] == 1
+    diagonal = np.arange(vocab)
+    out.plain[diagonal, diagonal] += np.bincount(c.tokens[single], minlength=vocab)
+    out.weighted[diagonal, diagonal] += np.bincount(c.tokens[single], weights=c.counts[single], minlength=vocab)
+    rows, tokens, counts = (x[~single] for x in (c.rows, c.tokens, c.counts))
+    if len(rows):
+        _, rows_new = np.unique(rows, return_inverse=True)
+        shares = counts / totals[rows]
+        for matrix, values in ((out.plain, shares), (out.weighted, shares * np.sqrt(totals[rows]))):
+            M = sparse.csr_matrix((values, (rows_new, tokens)), shape=(int(rows_new.max()) + 1, vocab))
+            # a strip of columns at a time: the whole product may be dense
+            for first in range(0, vocab, 2048):
+                strip = (M[:, first : first + 2048].T @ M).tocoo()
+                matrix[strip.row + first, strip.col] += strip.data
+    out.contexts += c.contexts
+    out.ngrams += int(c.counts.sum())
+    out.distinct += len(c.rows)
+
+
+def w_error(eigenvalues: np.ndarray) -> np.ndarray:
+    """Relative error of the best rank-d approximation for d = 0 … V (Eckart–Young–Mirsky): √(Σ_{i>d} σ_i² / Σ σ_i²).
+
+    Args: eigenvalues of MᵀM, σ², in any order; what rounding made negative is 0.
+    """
+    energy = np.sort(np.clip(np.asarray(eigenvalues, float), 0, None))
+    left = np.concatenate([[0.0], np.cumsum(energy)])[::-1]
+    return np.sqrt(left / left[0]) if left[0] > 0 else np.zeros(len(left))

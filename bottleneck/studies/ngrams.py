@@ -1,0 +1,102 @@
+"""Fig. 7: how well matrices of rank d can hold the 5-grams of a text, for every d up to the vocabulary.
+
+Beside the paper's error, every context alike, stands the one with contexts weighted by how often they occur, which is closer to what a
+language model is trained on. Other runs of this study, on other texts or tokenizers, are drawn beside with `study.beside`.
+
+Dims: V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+
+from bottleneck.backbone import label, load_tokenizer
+from bottleneck.errors import UserError, check
+from bottleneck.studies.config import Ngrams, StudyConfig
+from bottleneck.studies.counts import BUCKET, MOST_VOCAB, gram, w_error
+from bottleneck.studies.output import Steps, canvas, save, write
+from bottleneck.studies.series import device_of
+from bottleneck.studies.text import entries_of
+from data.prepare import prepare
+
+log = logging.getLogger(__name__)
+COLUMNS = ("d", "w_error", "w_error_weighted")
+LEVELS = (0.5, 0.25, 0.1, 0.05)
+
+
+def smallest(errors: list[float], level: float) -> int:
+    """The smallest d whose error is at most `level`."""
+    return int(np.searchsorted(-np.asarray(errors), -level))
+
+
+def eigenvalues(matrix: np.ndarray, device: torch.device) -> np.ndarray:
+    """Of a symmetric V x V matrix in float64; on a GPU where there is one, since the work is (4/3) V³."""
+    return torch.linalg.eigvalsh(torch.from_numpy(matrix).to(device)).cpu().numpy()
+
+
+def beside(paths: list[str]) -> list[dict[str, Any]]:
+    """Results of other runs. Raises UserError for what is not one."""
+    out = []
+    for path in map(Path, paths):
+        file = path if path.is_file() else path / "ngrams.json"
+        try:
+            content = json.loads(file.read_text())
+            out.append({k: content[k] for k in ("name", "vocab", "w_error", "w_error_weighted")})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"study.beside={path}: not a result of study=ngrams: {type(error).__name__}: {error}") from error
+    return out
+
+
+def draw(lines: list[dict[str, Any]], widths: list[int], file: BinaryIO) -> None:
+    """W-error against d, solid; weighted by frequency, dotted."""
+    figure, (axes,) = canvas(1, width=7.0)
+    for i, line in enumerate(lines):
+        axes.plot(range(len(line["w_error"])), line["w_error"], color=f"C{i}", label=line["name"])
+        axes.plot(range(len(line["w_error_weighted"])), line["w_error_weighted"], ":", color=f"C{i}", label=f"{line['name']}, contexts by frequency")
+    for d in widths:
+        axes.axvline(d, color="0.7", lw=0.8, ls="--")
+    axes.set(xscale="symlog", xlabel="rank d (dashed: hidden sizes 512 … 4,096)", ylabel="W-error of the best rank-d matrix", ylim=(0, 1.02))
+    axes.legend(fontsize=7, frameon=False)
+    save(figure, file)
+
+
+def run(c: StudyConfig, folder: Path) -> dict[str, Any]:
+    """The study. Returns: the content of ngrams.json."""
+    s: Ngrams = c.study
+    others = beside(s.beside)
+    tokenizer = load_tokenizer(c.backbone)
+    V = entries_of(tokenizer)
+    check(V <= MOST_VOCAB, f"backbone: its tokenizer has {V} entries; 5-grams are counted for up to {MOST_VOCAB}")
+    device = device_of(c)
+    need = (16 + 8) * V * V + 100 * BUCKET
+    log.info("memory: about %.1f GiB for counts and Gram matrices%s", need / 2**30, f", {16 * V * V / 2**30:.1f} GiB on the GPU" if device.type == "cuda" else "")
+    corpus = prepare(c.data, tokenizer)
+    tokens = corpus.train[: s.max_tokens]
+    check(len(tokens) >= 5, f"data: {corpus.name} has {len(tokens)} training tokens, 5 are needed")
+    # where the stream was prepared elsewhere its end of text is the manifest's
+    eos = int(corpus.manifest.get("eos", tokenizer.eos_token_id))
+    with Steps(3, c.trainer.progress, "part") as steps:
+        steps.begin("counting")
+        began = time.monotonic()
+        g = gram(tokens, V, eos, steps.at)
+        counting = time.monotonic() - began
+        steps.end(f"{g.ngrams:,} 5-grams after {g.contexts:,} contexts, {len(tokens) / counting / 1e6:.2f}M tokens/s")
+        errors = {}
+        for name, matrix in (("w_error", g.plain), ("w_error_weighted", g.weighted)):
+            steps.begin(name)
+            errors[name] = w_error(eigenvalues(matrix, device)).tolist()
+            steps.end(", ".join(f"{level:g}: d = {smallest(errors[name], level):,}" for level in LEVELS))
+    content = {
+        "name": f"{corpus.name}, {label(c.backbone)}", "data": corpus.name, "data_hash": corpus.fingerprint, "vocab": V, "tokens": len(tokens), "ngrams": g.ngrams,
+        "contexts": g.contexts, "distinct": g.distinct, "counting_seconds": counting,
+        "smallest_d": {f"{level:g}": {n: smallest(e, level) for n, e in errors.items()} for level in LEVELS}, **errors,
+    }  # fmt: skip
+    widths = [d for d in (512, 1024, 2048, 4096) if d < V]
+    return write(folder, s.name, content, COLUMNS, list(zip(range(V + 1), *errors.values())), lambda file: draw([content, *others], widths, file))

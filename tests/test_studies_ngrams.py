@@ -1,0 +1,84 @@
+"""5-grams against counting by hand and a dense SVD; buckets, ends of text, every d; the study on the embedded text."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+
+from bottleneck.errors import UserError
+from bottleneck.studies import counts
+from bottleneck.studies.counts import gram, w_error
+from bottleneck.studies.ngrams import beside, smallest
+from conftest import ROOT
+from studies import QUICK, run_study
+
+EOS = 0
+
+
+def stream(n: int, vocab: int, seed: int = 0) -> np.ndarray:
+    """A second-order chain with ends of text in it: contexts come back, with several next tokens."""
+    rng = np.random.default_rng(seed)
+    out = [1, 2, 3]
+    while len(out) < n:
+        out.append(EOS if rng.random() < 0.01 else 1 + (out[-1] * 3 + out[-2] + rng.integers(3)) % (vocab - 1))
+    return np.array(out, np.uint16)
+
+
+def by_hand(tokens: np.ndarray) -> dict[tuple, Counter]:
+    found: dict[tuple, Counter] = defaultdict(Counter)
+    for i in range(len(tokens) - 4):
+        window = tuple(int(t) for t in tokens[i : i + 5])
+        if EOS not in window:
+            found[window[:4]][window[4]] += 1
+    return found
+
+
+@pytest.mark.parametrize("size, piece", [(10**9, 1 << 24), (700, 1 << 24), (700, 501)])
+def test_counts_and_spectrum_are_those_of_the_matrix_itself(monkeypatch, size, piece):
+    """M built row by row, its singular values by a dense SVD: the same for one bucket and for many, read whole or in pieces."""
+    monkeypatch.setattr(counts, "PIECE", piece)
+    V, tokens = 30, stream(4000, 30)
+    rows = by_hand(tokens)
+    M, weight = np.zeros((len(rows), V)), np.zeros(len(rows))
+    for r, row in enumerate(rows.values()):
+        weight[r] = sum(row.values())
+        for token, n in row.items():
+            M[r, token] = n / weight[r]
+    g = gram(tokens, V, EOS, size=size)
+    assert g.contexts == len(rows) and g.ngrams == weight.sum() and g.distinct == sum(map(len, rows.values()))
+    for matrix, by, energy in ((g.plain, np.ones(len(rows)), g.energies[0]), (g.weighted, np.sqrt(weight), g.energies[1])):
+        scaled = M * by[:, None]
+        assert np.allclose(matrix, scaled.T @ scaled) and np.isclose(energy, (scaled**2).sum())
+        sigma = np.linalg.svd(scaled, compute_uv=False)
+        errors = w_error(np.linalg.eigvalsh(matrix))
+        assert len(errors) == V + 1 and errors[0] == 1 and errors[-1] == 0
+        for d in range(len(sigma)):
+            best = np.sqrt((sigma[d:] ** 2).sum() / (sigma**2).sum())
+            assert abs(errors[d] - best) < 1e-6
+
+
+def test_w_error_of_known_spectra():
+    assert np.allclose(w_error(np.ones(4)), [1, np.sqrt(0.75), np.sqrt(0.5), 0.5, 0])
+    assert w_error(np.array([0.0, 9.0, -1e-12])).tolist() == [1, 0, 0, 0]
+    assert smallest([1.0, 0.6, 0.5, 0.2, 0.0], 0.5) == 2 and smallest([1.0, 0.0], 0.9) == 1 and smallest([1.0, 0.3], 1.0) == 0
+
+
+def test_rows_that_are_all_alike_have_rank_one():
+    """Whatever came before, 5 follows 4: but for the start, one direction holds everything."""
+    tokens = np.tile([1, 2, 3, 4, 5], 50).astype(np.uint16)
+    g = gram(tokens, 6, EOS)
+    assert g.contexts == 5 and np.allclose(g.plain, np.diag([0, 1, 1, 1, 1, 1]))
+    assert w_error(np.linalg.eigvalsh(g.plain))[5] == pytest.approx(0, abs=1e-7)
+
+
+def test_the_study(toy_backbone, toy_text, tmp_path):
+    words = [*QUICK, "data=local", f"data.files={toy_text}", f"data.cache_dir={tmp_path / 'cache'}", "backbone=local", f"backbone.path={toy_backbone}", "study=ngrams"]
+    one = run_study(tmp_path / "one", *words)
+    assert len(one["w_error"]) == one["vocab"] + 1 == 321 and one["w_error"][0] == 1 and one["w_error"][-1] < 1e-6
+    assert all(a >= b for a, b in zip(one["w_error"], one["w_error"][1:])) and one["smallest_d"]["0.5"]["w_error"] > 0
+    two = run_study(tmp_path / "two", *words, "study.max_tokens=5000", f"study.beside={tmp_path / 'one'}")
+    assert two["tokens"] == 5000 and two["contexts"] < one["contexts"]
+    with pytest.raises(UserError, match="not a result of study=ngrams"):
+        beside([str(ROOT / "pyproject.toml")])
