@@ -156,3 +156,12 @@ def test_every_key_is_documented():
     assert set(bare) <= sections and len(fields) >= len(SCHEMA_KEYS), bare
     default = OmegaConf.to_container(composed([]), resolve=True)
     assert Path(default["backbone"]["path"]).is_dir()
+
+
+def test_a_missing_launcher_says_how_to_install_it():
+    from hydra.errors import MissingConfigException
+
+    from bottleneck.cli import explain
+
+    line = explain(MissingConfigException("In 'hydra/launcher/slurm': Could not find 'hydra/launcher/submitit_slurm'", "hydra/launcher/submitit_slurm"))
+    assert "pip install 'bottleneck[slurm]'" in line and "\n" not in line
