@@ -147,6 +147,7 @@ def _explain(error: Any, devices: int) -> None:
 
 def _worker(work: Callable, cfg: DictConfig, run_dir: str, settings: Any) -> Optional[tuple[int, Optional[int]]]:
     """One process of several. Returns signal and step where it was stopped by one."""
+    onlooker = os.getppid()
     rank_zero_only.rank = int(os.environ["RANK"])  # Lightning looked for it when it was imported, before there was one
     register()
     if rank_zero_only.rank == 0:
@@ -157,4 +158,7 @@ def _worker(work: Callable, cfg: DictConfig, run_dir: str, settings: Any) -> Opt
         work(cfg, Path(run_dir))
     except Stopped as stop:
         return stop.signal, stop.step
+    finally:
+        if os.getppid() != onlooker:  # it was killed: nobody will take this process's result, for which it would wait for ever
+            os._exit(1)
     return None
