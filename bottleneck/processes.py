@@ -90,6 +90,10 @@ def _elastic(work: Callable, cfg: DictConfig, run_dir: Path, settings: Any, devi
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    # Python's tracker of shared resources, a process of its own, tells of semaphores that a killed process could not give back
+    quiet = "ignore:resource_tracker:UserWarning"
+    if quiet not in os.environ.get("PYTHONWARNINGS", ""):
+        os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), quiet]))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "60")  # seconds for a checkpoint when the run is asked to stop
     for name in list(logging.root.manager.loggerDict):  # each of torch's has a level of its own
         if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
