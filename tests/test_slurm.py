@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,13 @@ def test_a_job_goes_on_by_itself(slurm, whole, tmp_path, how):
         slurm.run("scancel", "--signal=USR1", job)
     elif how == "requeue":
         slurm.run("scontrol", "requeue", job)
+    elif how == "time limit":  # which a fast machine would not meet: its processes stand still until the warning is there
+        tasks = subprocess.run(["pgrep", "-f", f"^[^ ]*python[^ ]* train.py .*hydra.run.dir={folder}"], capture_output=True, text=True).stdout.split()
+        assert len(tasks) == 2
+        for number, pause in ((signal.SIGSTOP, 38), (signal.SIGCONT, 0)):
+            for pid in map(int, tasks):
+                os.kill(pid, number)
+            time.sleep(pause)
     elif how == "killed":
         # as where a node dies, when Slurm itself puts the job back (not shown: Debian's slurmctld 22.05 crashes after it has)
         for pid in map(int, subprocess.run(["pgrep", "-f", f"hydra.run.dir={folder}"], capture_output=True, text=True).stdout.split()):
