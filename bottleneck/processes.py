@@ -63,7 +63,7 @@ def lost_peers(error: RuntimeError) -> bool:
     """Whether an error says that another process of the group is gone or silent (gloo and NCCL have words of their own)."""
     if isinstance(error, (torch.distributed.DistBackendError, torch.distributed.DistNetworkError, torch.distributed.DistStoreError)):
         return True
-    return any(words in str(error) for words in ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "gloo/transport"))
+    return any(words in str(error).lower() for words in ("closed by peer", "reset by peer", "timed out", "timeout", "gloo", "nccl"))
 
 
 def spread(work: Callable[[DictConfig, Path], Any], cfg: DictConfig, run_dir: Path) -> None:
