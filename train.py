@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
+
+# Slurm's warning ahead of a time limit may come while this file still imports, and would end the process: it waits (until `_train`
+# listens, see bottleneck/stopping.py)
+if "SLURM_JOB_ID" in os.environ:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2})
 
 # OpenMP threads that wait should sleep, not spin, where something else wants the cores: with one other busy process on two
 # cores a run is 2-3 times faster so (launch/LOG.md). Read once, when torch is first imported.
@@ -213,6 +219,7 @@ def _train(cfg: DictConfig, run_dir: Path, at_end: contextlib.ExitStack) -> Resu
     flag = stopping.Flag()
     if "SLURM_JOB_ID" in os.environ:
         flag.listen(stopping.REQUEUE)  # which would end the process while it gets ready
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, set(stopping.REQUEUE))
     trainer = build_trainer(c, steps, run_dir, flag)
     device_type = trainer.strategy.root_device.type
     checks.check_device(c, device_type)

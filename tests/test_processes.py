@@ -102,6 +102,20 @@ def test_asked_to_stop_it_saves_the_last_step_and_goes_on(longer, whole, tmp_pat
     assert differences(whole, tmp_path / "cut") == []
 
 
+def test_a_warning_while_it_still_imports_is_kept(longer, tmp_path):
+    """Slurm's USR1 in the first instant: the run stops after its first step, saved, and asks to be put back into the queue."""
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho $@ > {tmp_path}/asked\nexit 1\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    env = {"SLURM_JOB_ID": "77", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    run = start(*longer, "trainer.devices=1", f"hydra.run.dir={tmp_path / 'run'}", env=env)
+    while b"SigBlk" not in (status := Path(f"/proc/{run.pid}/status").read_bytes()) or not int(status.split(b"SigBlk:")[1].split()[0], 16) & 1 << signal.SIGUSR1 - 1:
+        time.sleep(0.002)
+    run.send_signal(signal.SIGUSR1)
+    _, error = run.communicate(timeout=120)
+    assert run.returncode == 128 + signal.SIGUSR1 and "stopped by SIGUSR1 after step 1" in error, error
+    assert (tmp_path / "asked").read_text() == "requeue 77\n" and (tmp_path / "run" / LAST).exists()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kills", [4])  # python tests/kills.py --kills 20 for more
