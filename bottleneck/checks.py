@@ -181,7 +181,7 @@ def _check_trainer(c: TrainConfig) -> None:
     if t.shard != "none":
         check(processes > 1, f"trainer.shard={t.shard}: spreads over several processes, here is one; give trainer.devices=2 or more")
         ready = not t.shard.startswith("zero") or importlib.util.find_spec("deepspeed") is not None
-        check(ready, f"trainer.shard={t.shard}: DeepSpeed is not installed: pip install 'bottleneck[deepspeed]'")
+        check(ready, f"trainer.shard={t.shard}: DeepSpeed is not installed: pip install -e '.[deepspeed]'")
     spread = t.shard in ("fsdp", "zero3") and str(c.backbone.compile).lower() == "true"
     check(not spread, f"backbone.compile=true: does not go with trainer.shard={t.shard}, which swaps the layers' weights; leave it out")
     _one_of("logger.kind", c.logger.kind, ("csv", "wandb", "none"))

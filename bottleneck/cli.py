@@ -98,7 +98,7 @@ def _explain(error: BaseException) -> str:
         cause = cause.__cause__
     text = "\n".join(chain)
     if "hydra/launcher/submitit" in text:
-        return "hydra/launcher: Slurm's launcher is not installed; pip install 'bottleneck[slurm]' (hydra-submitit-launcher)"
+        return "hydra/launcher: Slurm's launcher is not installed; pip install -e '.[slurm]' (hydra-submitit-launcher)"
     unknown = re.search(r"Key '([^']+)' (?:is not in struct|not in '\w+')[\s\S]*?full_key: (\S+)", text)
     unknown = unknown or re.search(r"Could not override '(([^']+))'[\s\S]*append to your config", text)
     if unknown:

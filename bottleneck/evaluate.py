@@ -1,4 +1,4 @@
-"""Heads scored on downstream tasks with EleutherAI's lm-evaluation-harness (pip install 'bottleneck[evaluate]').
+"""Heads scored on downstream tasks with EleutherAI's lm-evaluation-harness (pip install -e '.[evaluate]').
 
     python -m bottleneck.evaluate RUN_DIR --tasks arc_easy,my_task.yaml,my_tasks/
 
@@ -174,7 +174,7 @@ def evaluate(
     Returns: the rows of downstream.csv. Raises: UserError for whatever the user can mend.
     """
     if not all(map(importlib.util.find_spec, ("lm_eval", "accelerate"))):  # lm-eval's Transformers model wants the second
-        raise UserError("lm-eval is not installed: pip install 'bottleneck[evaluate]' (in this repository: pip install -e '.[evaluate]')")
+        raise UserError("lm-eval is not installed: pip install -e '.[evaluate]' (in this repository: pip install -e '.[evaluate]')")
     names = heads_of(run)
     if ranks is not None:
         names = {FULL: None} | {run.file(row).stem: row for row in map(run.pick, ranks)}

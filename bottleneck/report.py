@@ -57,7 +57,7 @@ def page(curves: list[dict[str, Any]], folders: list[Path]) -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
-        raise UserError("bottleneck.report: needs Plotly; pip install 'bottleneck[report]'") from None
+        raise UserError("bottleneck.report: needs Plotly; pip install -e '.[report]'") from None
     environment = {label: c.get("versions", {}) | {"backbone_hash": c["backbone_hash"], "data_hash": c["data_hash"], "recipe": c["recipe"]} for c, label in zip(curves, labels(curves))}
     data = {
         "about": "; ".join(f"{c['backbone']} (d = {c['hidden_size']:,}, V = {c['vocab_size']:,}) on {c['data']}, {c['tokens']:,} training tokens" for c in curves),

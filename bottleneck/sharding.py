@@ -44,7 +44,7 @@ def connect(strategy: Strategy) -> None:
 def deepspeed(device: torch.device) -> Any:
     """The package, made ready for a device. Raises UserError where it is not installed."""
     found = importlib.util.find_spec("deepspeed") is not None
-    check(found, "trainer.shard: DeepSpeed is not installed: pip install 'bottleneck[deepspeed]'")
+    check(found, "trainer.shard: DeepSpeed is not installed: pip install -e '.[deepspeed]'")
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # which srun does not set
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated.*")

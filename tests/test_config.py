@@ -164,4 +164,4 @@ def test_a_missing_launcher_says_how_to_install_it():
     from bottleneck.cli import explain
 
     line = explain(MissingConfigException("In 'hydra/launcher/slurm': Could not find 'hydra/launcher/submitit_slurm'", "hydra/launcher/submitit_slurm"))
-    assert "pip install 'bottleneck[slurm]'" in line and "\n" not in line
+    assert "pip install -e '.[slurm]'" in line and "\n" not in line

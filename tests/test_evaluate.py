@@ -188,7 +188,7 @@ def test_without_lm_eval_it_says_how_to_get_it(swept, capsys, monkeypatch):
     real = evaluate.importlib.util.find_spec
     monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name, *a: None if name == "lm_eval" else real(name, *a))
     assert evaluate.main([str(swept.run_dir), "--tasks", str(TASK)]) == 2
-    assert "pip install 'bottleneck[evaluate]'" in capsys.readouterr().err
+    assert "pip install -e '.[evaluate]'" in capsys.readouterr().err
 
 
 def test_full_disk(swept, tmp_path, monkeypatch, capsys):
