@@ -210,7 +210,7 @@ def test_without_deepspeed_it_is_said(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "deepspeed" else find(name, *a))
     for trainer in ("deepspeed_zero2", "deepspeed_zero3"):
-        with pytest.raises(UserError, match=r"DeepSpeed is not installed: pip install 'bottleneck\[deepspeed\]'"):
+        with pytest.raises(UserError, match=r"DeepSpeed is not installed: pip install -e '\.\[deepspeed\]'"):
             check_config(composed([f"trainer={trainer}"]))
     check_config(composed(["trainer=fsdp"]))
 
