@@ -1,4 +1,7 @@
-"""One study of Godey et al. 2024: `python -m bottleneck.study study=NAME`, `python -m bottleneck.study --help`."""
+"""One study of Godey et al. 2024: `python -m bottleneck.study study=NAME`, `python -m bottleneck.study --help`.
+
+`python -m bottleneck.study experiment=paper` alone lists the commands for every figure.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from bottleneck import cli, config
 from bottleneck.errors import UserError
 from bottleneck.studies.config import check_study, register, unknown_key
+from bottleneck.studies.paper import listing
 
 log = logging.getLogger("bottleneck")
 RESUME = "the same command with the same hydra.run.dir goes on where it stopped"
@@ -45,6 +49,9 @@ def main(cfg: DictConfig) -> None:
 
 def _own_words() -> None:
     """Hydra's main, with unknown keys told in this command's words."""
+    if sys.argv[1:] == ["experiment=paper"]:
+        print(listing())
+        return
     try:
         main()
     except (HydraException, OmegaConfBaseException) as error:

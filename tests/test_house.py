@@ -18,7 +18,7 @@ ORDER = [
     "bottleneck.module", "bottleneck.checkpoint", "bottleneck.tracking", "bottleneck.progress",
     "bottleneck.picture", "bottleneck.knee", "bottleneck.curve", "bottleneck.sweeps", "bottleneck.report", "bottleneck.runs", "bottleneck.export", "bottleneck.downstream", "bottleneck.evaluate",
     "data.sources", "data.cache", "data.words", "data.encode", "data.prepare", "data.module", "data.debian_text", "data.make_sample", "data.debian", "data.pretrain",
-    "bottleneck.studies", "bottleneck.studies.config", "bottleneck.studies.output", "bottleneck.studies.statistics", "bottleneck.studies.series",
+    "bottleneck.studies", "bottleneck.studies.config", "bottleneck.studies.paper", "bottleneck.studies.output", "bottleneck.studies.statistics", "bottleneck.studies.series",
     "bottleneck.studies.text", "bottleneck.studies.trained", "bottleneck.studies.scaling", "bottleneck.studies.saturation", "bottleneck.studies.evals",
     "bottleneck.studies.downstream", "bottleneck.studies.singular", "bottleneck.studies.spectrum", "bottleneck.studies.cosines", "bottleneck.studies.anisotropy",
     "bottleneck.studies.agreement", "bottleneck.studies.estimate", "bottleneck.studies.theory", "bottleneck.studies.counts", "bottleneck.studies.ngrams", "bottleneck.studies.ranks", "bottleneck.studies.geometry", "bottleneck.studies.reach", "bottleneck.studies.gradient", "bottleneck.study",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 import shutil
 
 import pytest
@@ -12,8 +13,11 @@ from conftest import ROOT
 from studies import QUICK, composed, edit_head, run_study, shell, toy_series
 from transformers import AutoModelForCausalLM
 
+from bottleneck import cli
+from bottleneck.checks import check_config
 from bottleneck.errors import UserError
 from bottleneck.studies.config import PYTHIA_STEPS, STUDIES, StudyConfig, check_study, step_number
+from bottleneck.studies.paper import FIGURES, visiting
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +32,41 @@ def test_every_study_has_its_file_and_composes():
         assert isinstance(c, StudyConfig) and c.study.name == name and isinstance(c.tokens, int)
         assert (ROOT / "bottleneck" / "studies" / f"{name}.py").exists()
     assert len(PYTHIA_STEPS) == 154 and PYTHIA_STEPS[-1] == 143_000
+
+
+def test_the_listed_commands_are_allowed():
+    """Every command of `experiment=paper` composes and passes the checks; what they need of each other is there."""
+    words = shell("experiment=paper")
+    commands = [c for figure in FIGURES for c in figure.commands]
+    assert words.returncode == 0 and all(f"    {c}\n" in words.stdout for c in commands) and all(f.hours in words.stdout for f in FIGURES)
+    folders, used, studies = set(), set(), set()
+    for command in commands:
+        start, _, rest = command.partition(" experiment=")
+        overrides = [w for w in shlex.split(f"experiment={rest}") if not w.startswith("hydra.")]
+        folders |= {w.split("=")[1] for w in shlex.split(command) if w.startswith(("hydra.run.dir=", "hydra.sweep.dir="))}
+        used |= set(re.findall(r"\bpaper/[\w-]+", command))
+        if start == "python -m bottleneck.study":
+            c = check_study(composed(*overrides))
+            studies.add(c.study.name)
+            assert c.data.block_size in (1024, 2048) and c.data.max_tokens in (None, 50_000, 65_536, 150_000_000), command
+        elif start.startswith("python train.py"):
+            jobs = next(w for w in overrides if w.startswith("backbone=")).split("=")[1].split(",")
+            for backbone in jobs:
+                c = check_config(cli.composed([w if not w.startswith("backbone=") else f"backbone={backbone}" for w in overrides]))
+                assert c.tokens == 150_000_000 and c.batch_size == 256
+        else:
+            assert command.startswith("git clone")
+    assert studies == set(STUDIES) and used <= folders
+    hours, size = visiting(("1b", "160m"), 10)
+    assert abs(size - 10 * 2 * 1.172) < 1e-9 and abs(hours - (size + 10 * 2 * 5) / 3600) < 1e-9
+
+
+def test_the_pile_is_read_as_far_as_a_study_needs():
+    limits = {"ngrams": 150_000_000, "spectrum": 50_000, "estimate": 16_384}
+    for name, limit in limits.items():
+        assert check_study(composed(f"study={name}", "data=pile")).data.max_tokens == limit
+    assert check_study(composed("study=estimate", "data=pile", "study.calibration_tokens=65536")).data.max_tokens == 65_536
+    assert check_study(composed("study=ngrams", "data=pile", "data.max_tokens=1000")).data.max_tokens == 1000
 
 
 def test_help_is_true():

@@ -173,6 +173,9 @@ def check_study(cfg: DictConfig) -> StudyConfig:
         check(key in fields, unknown_key(f"study.{key}", name))
     for key in cfg:
         check(key in {f.name for f in dataclasses.fields(StudyConfig)}, unknown_key(str(key), name))
+    # data=pile reads as much as a run trains on; what a study needs is counted by its own keys
+    if OmegaConf.is_interpolation(cfg.data, "max_tokens"):
+        cfg.data.max_tokens = max(as_count(key, OmegaConf.select(cfg, key)) for key in ("tokens", "study.max_tokens", "study.calibration_tokens") if OmegaConf.select(cfg, key))
     missing = sorted(OmegaConf.missing_keys(cfg))
     check(not missing, f"{', '.join(missing)}: no value; give {missing[0] if missing else ''}=… on the command line")
     tokens = as_count("tokens", cfg.tokens, 2)
