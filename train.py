@@ -93,6 +93,7 @@ def build_trainer(c: TrainConfig, steps: int, run_dir: Path, flag: stopping.Flag
     if strategy == "ddp" or (strategy == "auto" and t.devices * t.num_nodes > 1):
         strategy = (zero2.Zero2Strategy if t.shard == "zero2" else DDPStrategy)(gradient_as_bucket_view=True, timeout=datetime.timedelta(minutes=t.timeout_minutes))
     callbacks: list[pl.Callback] = [TokenProgress()] if t.progress else []
+    callbacks += [processes.SendBfloat16()] if t.reduce_dtype == "bfloat16" and t.devices * t.num_nodes > 1 else []
     callbacks += [ValidateEvery(t.val_every)] if t.val_every else []
     saves = [checkpoint.SaveLast(run_dir, t.checkpoint_every)] if t.checkpoint_every else []
     callbacks += [*saves, stopping.StopOnSignal(flag, saves[0].save if saves else None)]

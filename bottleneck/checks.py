@@ -182,6 +182,8 @@ def _check_trainer(c: TrainConfig) -> None:
         check(processes > 1, f"trainer.shard={t.shard}: spreads over several processes, here is one; give trainer.devices=2 or more")
         ready = not t.shard.startswith("zero") or importlib.util.find_spec("deepspeed") is not None
         check(ready, f"trainer.shard={t.shard}: DeepSpeed is not installed: pip install -e '.[deepspeed]'")
+    _one_of("trainer.reduce_dtype", t.reduce_dtype, ("float32", "bfloat16"))
+    check(t.shard != "zero2" or t.reduce_dtype == "float32", "trainer.reduce_dtype=bfloat16: does not go with trainer.shard=zero2, whose gradients DeepSpeed reduces; leave it out")
     spread = t.shard in ("fsdp", "zero3") and str(c.backbone.compile).lower() == "true"
     check(not spread, f"backbone.compile=true: does not go with trainer.shard={t.shard}, which swaps the layers' weights; leave it out")
     _one_of("logger.kind", c.logger.kind, ("csv", "wandb", "none"))

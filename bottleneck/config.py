@@ -114,6 +114,8 @@ class TrainerConfig:
     strategy: str = "auto"  # auto (ddp where there are several processes) | ddp
     # what is spread over the processes: none | fsdp, zero3 (the backbone, where it does not fit) | zero2 (the heads' optimizer)
     shard: str = "none"
+    # what gradients are sent in between processes: float32, or bfloat16, half the bytes where the network is slow; sums on one process are float32
+    reduce_dtype: str = "float32"
     micro_batch_size: int = 8  # sequences in one forward pass of one process
     timeout_minutes: float = 10  # several processes: how long one waits for the others before it gives up
     threads: Optional[int] = None  # CPU threads of one process; default: the cores shared by the local processes

@@ -197,6 +197,8 @@ def test_validation_takes_part_evenly():
         (["trainer.shard=magic"], "trainer.shard=magic: must be one of none, fsdp, zero3, zero2"),
         (["trainer=fsdp", "trainer.devices=1"], "trainer.shard=fsdp: spreads over several processes, here is one"),
         (["trainer=fsdp", "backbone.compile=true"], "backbone.compile=true: does not go with trainer.shard=fsdp"),
+        (["trainer.reduce_dtype=float8"], "trainer.reduce_dtype=float8: must be one of float32, bfloat16"),
+        (["trainer=deepspeed_zero2", "trainer.reduce_dtype=bfloat16"], "trainer.reduce_dtype=bfloat16: does not go with trainer.shard=zero2"),
         (["backbone.weights=none"], "backbone.weights=none: must be one of pretrained, random"),
     ],
 )
