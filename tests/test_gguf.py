@@ -24,6 +24,7 @@ def cfg():
     return check_config(composed(["backbone=smollm2_135m_gguf", "data=local", "data.files=x"])).backbone
 
 
+@pytest.mark.slow
 def test_full_head_loss_is_the_models_own(cfg):
     from transformers import AutoModelForCausalLM
 

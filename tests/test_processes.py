@@ -83,7 +83,8 @@ def test_a_killed_process_is_named_and_nothing_is_lost(longer, whole, tmp_path):
     assert differences(whole, tmp_path / "cut") == []
 
 
-@pytest.mark.parametrize("number, to_all", [(signal.SIGTERM, False), pytest.param(signal.SIGINT, True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number, to_all", [(signal.SIGTERM, False), (signal.SIGINT, True)])
 def test_asked_to_stop_it_saves_the_last_step_and_goes_on(longer, whole, tmp_path, number, to_all):
     """SIGTERM to the process that was started; Ctrl-C, which a terminal sends to all."""
     run = start(*longer, "trainer.checkpoint_every=1000", f"hydra.run.dir={tmp_path / 'cut'}", start_new_session=True)
@@ -209,6 +210,7 @@ def torchrun(*overrides, processes: int = 2, restarts: int = 0) -> subprocess.Po
     return subprocess.Popen([str(ROOT / "launch/torchrun.sh"), *rest], env=dict(env, RUN_DIR=run_dir), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_the_group_from_the_last_checkpoint(longer, whole, tmp_path):
     run = torchrun(*longer, f"RUN_DIR={tmp_path / 'cut'}", restarts=1)
     wait_for(tmp_path / "cut" / LAST, run)

@@ -143,7 +143,8 @@ def trained(toy, folder: Path, trainer: str, *overrides: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("trainer", ["fsdp", "deepspeed_zero2", pytest.param("deepspeed_zero3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["fsdp", "deepspeed_zero2", "deepspeed_zero3"])
 def test_heads_are_ddps(ddp, toy, tmp_path, trainer):
     """And the checkpoint is: heads and optimizer, nothing of the backbone."""
     folder = trained(toy, tmp_path / "run", trainer)
