@@ -18,28 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from bottleneck.benchmark.killed import family, trains  # noqa: E402
 from bottleneck.checkpoint import LAST, PREVIOUS  # noqa: E402
-
-
-def family(pid: int) -> list[int]:
-    """A process and those that it started, however deep, as long as they are there."""
-    found = [pid]
-    for parent in found:
-        for path in Path(f"/proc/{parent}/task").glob("*/children"):
-            try:
-                found += [int(p) for p in path.read_text().split() if int(p) not in found]
-            except OSError:
-                pass
-    return found
-
-
-def trains(pid: int) -> bool:
-    """Whether a process is one of ours, not a helper of Python's."""
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
-    return b"train.py" in words or b"spawn_main" in words
 
 
 def disturb(overrides: list[str], folder: Path, kills: int, seed: int, say=lambda words: None) -> int:

@@ -48,6 +48,29 @@ def test_a_tiny_run_of_data(tmp_path, toy_backbone, capfd):
     assert "datasets.map" in capfd.readouterr().out
 
 
+SMALL = ["--shape", "tiny", "--batch", "2", "--micro-batch", "2", "--block", "64", "--ranks", "8,64"]
+
+
+@pytest.mark.slow
+def test_a_sweep_on_one_and_two_processes(tmp_path):
+    """launch/gpus.sh is these two benchmarks on any number of GPUs."""
+    assert benchmark.main(["scale", *SMALL, "--steps", "5", "--processes", "1,2", "--csv", str(tmp_path / "rows.csv"), "trainer.reduce_dtype=bfloat16"]) == 0
+    with open(tmp_path / "rows.csv", newline="") as f:
+        one, two = csv.DictReader(f)
+    assert float(two["throughput"]) * float(two["p50"]) == pytest.approx(256) == 2 * float(one["throughput"]) * float(one["p50"])
+    for part in ("forward", "heads", "reduction", "optimizer", "150M tokens in"):
+        assert part in one["note"] and part in two["note"]
+    assert " x 1; " in two["note"] and " x 1; " not in one["note"]
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_told_with_what_it_cost(tmp_path):
+    assert benchmark.main(["killed", *SMALL, "--steps", "9", "--checkpoint-every", "3", "--processes", "2", "--csv", str(tmp_path / "rows.csv")]) == 0
+    with open(tmp_path / "rows.csv", newline="") as f:
+        whole, cut = csv.DictReader(f)
+    assert float(cut["p50"]) > float(whole["p50"]) > 0 and cut["note"].endswith("heads bit-identical")
+
+
 @pytest.mark.parametrize(
     "argv, words",
     [
@@ -55,6 +78,10 @@ def test_a_tiny_run_of_data(tmp_path, toy_backbone, capfd):
         (["speed"], "benchmark speed: there is no such one; allowed are "),
         (["data", "backbone=gpt5"], "backbone=gpt5: no such choice; allowed are"),
         (["data", "--files", "nothing.txt"], "nothing.txt: no such file"),
+        (["scale", "--shape", "gpt5"], "--shape gpt5: there is no such shape; allowed are pythia-70m"),
+        (["scale", "--processes", "1,x"], "--processes 1,x: must be whole numbers with commas between"),
+        (["scale", "--steps", "2"], "--steps: the first step is warm-up"),
+        (["killed", "--steps", "12"], "--steps 12: give 13 or more"),
         (["data", "--repeats", "0"], "--repeats=0: must be a whole number"),
     ],
 )

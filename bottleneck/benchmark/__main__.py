@@ -24,6 +24,7 @@ BENCHMARKS = {
     "heads": "one head step against PyTorch, Liger and cut-cross-entropy: time, memory, error",
     "sweep": "one pass that trains all ranks against one ordinary Lightning run a rank",
     "scale": "one sweep on 1, 2, 4 … GPUs: tokens/s, where a step's time goes, memory",
+    "killed": "one process of a run killed under torchrun: time lost, heads right or not",
     "data": "preparing tokens against datasets.map, and loading prepared tokens",
     "forward": "the frozen backbone's hidden states a second, as it is and compiled",
 }

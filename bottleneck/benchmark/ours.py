@@ -57,19 +57,23 @@ def inputs(shape: str, tokens: int) -> Iterator[tuple[Path, Path]]:
         yield backbone, shapes.tokens_folder(Path(name) / "tokens", tokens)
 
 
-def measure(c: Case, backbone: Path, tokens: Path) -> Logged:
-    """Run it. Raises UserError where it fails; its own output is on stderr."""
+def overrides(c: Case, backbone: Path, tokens: Path) -> list[str]:
+    """Of train.py, all but the run's folder; the case's own come last."""
     rates = [round(1e-3 * 1.5**i, 6) for i in range(c.rates)]
     sharded = any(o in ("trainer=fsdp", "trainer=deepspeed_zero3") or o.startswith("trainer.shard=") for o in c.overrides)
+    return [
+        "experiment=paper", "backbone=local", f"backbone.path={backbone}", "backbone.weights=random",
+        "data=prepared", f"data.prepared={tokens}", f"data.block_size={c.block}", f"ranks={c.ranks}", f"optim.lr={rates}",
+        "head.init=scaled", "head.calibration_tokens=4096", f"batch_size={c.batch}", f"tokens={c.steps * c.tokens}", "trainer.val_every=null",
+        f"trainer.micro_batch_size={c.micro_batch}", "trainer.log_every=1", f"trainer.accelerator={'gpu' if c.device == 'cuda' else 'cpu'}",
+        "trainer.checkpoint_every=null", f"backbone.compile={'true' if c.device == 'cuda' and not sharded else 'auto'}", *c.overrides,
+    ]  # fmt: skip
+
+
+def measure(c: Case, backbone: Path, tokens: Path) -> Logged:
+    """Run it. Raises UserError where it fails; its own output is on stderr."""
     with tempfile.TemporaryDirectory() as run:
-        command = [
-            sys.executable, str(ROOT / "train.py"), "experiment=paper", "backbone=local", f"backbone.path={backbone}", "backbone.weights=random",
-            "data=prepared", f"data.prepared={tokens}", f"data.block_size={c.block}", f"ranks={c.ranks}", f"optim.lr={rates}",
-            "head.init=scaled", "head.calibration_tokens=4096", f"batch_size={c.batch}", f"tokens={c.steps * c.tokens}", "trainer.val_every=null",
-            f"trainer.micro_batch_size={c.micro_batch}", "trainer.log_every=1", f"trainer.accelerator={'gpu' if c.device == 'cuda' else 'cpu'}",
-            "trainer.checkpoint_every=null", f"hydra.run.dir={run}", f"backbone.compile={'true' if c.device == 'cuda' and not sharded else 'auto'}",
-            *c.overrides,
-        ]  # fmt: skip
+        command = [sys.executable, str(ROOT / "train.py"), *overrides(c, backbone, tokens), f"hydra.run.dir={run}"]
         done = subprocess.run(command, cwd=ROOT, stdout=sys.stderr)
         if done.returncode:
             raise UserError(f"benchmark: train.py ended with {done.returncode}, see above")

@@ -32,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block", type=int, default=2048, help="tokens in a sequence (default: 2048)")
 
 
-def run(args: argparse.Namespace) -> list[Row]:
+def read(args: argparse.Namespace) -> tuple[list[int], list[int], str]:
+    """Numbers of processes, ranks, and the device. Raises UserError for what cannot be measured."""
     for name in ("rates", "batch", "micro_batch", "block"):
         as_count("--" + name.replace("_", "-"), getattr(args, name))
     check(as_count("--steps", args.steps) > 2, "--steps: the first step is warm-up, give 3 or more")
@@ -43,7 +44,11 @@ def run(args: argparse.Namespace) -> list[Row]:
     counts = [int(w) for w in given.split(",")]
     check(not gpus or max(counts) <= gpus, f"--processes {given}: this machine has {gpus} GPUs")
     ranks = [as_count("--ranks", int(r)) for r in args.ranks.split(",")] if args.ranks else shapes.ranks(args.shape)
-    device = "cuda" if gpus else "cpu"
+    return counts, ranks, "cuda" if gpus else "cpu"
+
+
+def run(args: argparse.Namespace) -> list[Row]:
+    counts, ranks, device = read(args)
     said, rows, first = Console(stderr=True), [], 0.0
     with ours.inputs(args.shape, args.steps * max(counts) * args.batch * args.block) as (backbone, tokens):
         for n in counts:
@@ -52,8 +57,9 @@ def run(args: argparse.Namespace) -> list[Row]:
             found = ours.measure(case, backbone, tokens)
             rows.append(row(NAME, case.name, f"{n} process{'es' * (n > 1)}", found.seconds, case.tokens, "tokens", peak_mib=found.peak_mib, device=device))
             rate = rows[-1].throughput or 0.0
-            first = first or rate / counts[0]
+            first = first or rate
             parts = ", ".join(f"{p} {1e3 * s:.1f} ms" for p, s in found.parts.items())
-            rows[-1].note = f"{rate / first:.2f} x one; {parts}; 150M tokens in {150e6 / rate / 60:.1f} min"
+            against = f"{rate / first:.2f} x {counts[0]}; " if n != counts[0] else ""
+            rows[-1].note = f"{against}{parts}; 150M tokens in {150e6 / rate / 60:.1f} min"
             said.print(f"{n}: {rate:,.0f} tokens/s, {rows[-1].note}", highlight=False)
     return rows

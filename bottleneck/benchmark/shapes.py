@@ -19,7 +19,7 @@ from data.cache import FORMAT, tokenizer_hash
 # family: 30.3 billion parameters; all have V = 50,304 and 2,048 tokens of context
 SHAPES = {
     "pythia-70m": (512, 6, 8), "pythia-160m": (768, 12, 12), "pythia-410m": (1024, 24, 16), "pythia-1b": (2048, 16, 8),
-    "neox-30b": (7168, 48, 56),
+    "neox-30b": (7168, 48, 56), "tiny": (256, 4, 4),  # the embedded backbone's, to try a benchmark
 }  # fmt: skip
 VOCAB, CONTEXT = 50_304, 2_048
 

@@ -1,0 +1,133 @@
+"""One process of a run killed by SIGKILL under torchrun: how long until the group is where it was, and whether its heads are right.
+
+    python -m bottleneck.benchmark killed --shape pythia-1b --processes 4
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from bottleneck.benchmark import ours, scale
+from bottleneck.benchmark.table import Row, row
+from bottleneck.config import ROOT
+from bottleneck.errors import UserError, check
+
+NAME = "killed"
+WAIT = 300.0  # seconds for a group to start, or to start again
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    scale.add_arguments(parser)
+    parser.add_argument("--checkpoint-every", type=int, default=5, help="steps between checkpoints (default: 5)")
+
+
+def family(pid: int) -> list[int]:
+    """A process and those that it started, however deep, as long as they are there."""
+    found = [pid]
+    for parent in found:
+        for path in Path(f"/proc/{parent}/task").glob("*/children"):
+            try:
+                found += [int(p) for p in path.read_text().split() if int(p) not in found]
+            except OSError:
+                pass
+    return found
+
+
+def trains(pid: int) -> bool:
+    """Whether a process is one that trains, or looks on, not a helper of Python's."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return b"train.py" in words or b"spawn_main" in words
+
+
+def differences(a: Path, b: Path) -> float:
+    """The largest difference of two runs' heads, over the largest entry of each tensor; 0 where they are the same bits."""
+    worst = 0.0
+    for file in sorted((a / "heads").iterdir()):
+        one, other = load_file(file), load_file(b / "heads" / file.name)
+        worst = max([worst, *(float((one[k] - other[k]).abs().max() / one[k].abs().max()) for k in one)])
+    return worst
+
+
+class Run:
+    """A run under launch/torchrun.sh, of which one process may be killed."""
+
+    def __init__(self, processes: int, overrides: list[str], folder: Path):
+        self.folder = folder
+        env = dict(os.environ, NPROC=str(processes), RESTARTS="1", PYTHON=sys.executable, RUN_DIR=str(folder))
+        # in a session of its own, so that nothing of it is left behind where this is stopped
+        self.process = subprocess.Popen([str(ROOT / "launch/torchrun.sh"), *overrides], env=env, stdout=sys.stderr, start_new_session=True)
+
+    def step(self) -> int:
+        """The last step that was logged."""
+        file = self.folder / "metrics.csv"
+        words = file.read_text().splitlines()[-1:] if file.exists() else []
+        number = words[0].split(",")[0] if words else ""
+        return int(number) if number.isdigit() else 0
+
+    def until(self, step: int) -> float:
+        """Wait until a step is logged; when that was. Raises UserError after WAIT, or where the run has ended."""
+        end = time.monotonic() + WAIT
+        while self.step() < step:
+            check(self.process.poll() is None, f"benchmark: the run ended with {self.process.returncode} before step {step}, see above")
+            check(time.monotonic() < end, f"benchmark: no step {step} within {WAIT:.0f} s, see above")
+            time.sleep(0.02)
+        return time.monotonic()
+
+    def end(self) -> None:
+        if self.process.wait() != 0:
+            raise UserError(f"benchmark: {self.folder.name}: launch/torchrun.sh ended with {self.process.returncode}, see above")
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+def run(args: argparse.Namespace) -> list[Row]:
+    counts, ranks, device = scale.read(args)
+    n, every = counts[-1], args.checkpoint_every
+    check(1 <= every and args.steps >= 2 * every + 3, f"--steps {args.steps}: give {2 * every + 3} or more, twice --checkpoint-every and a little")
+    said = Console(stderr=True)
+    case = ours.Case(args.shape, ranks, args.rates, args.steps, n * args.batch, args.micro_batch, args.block, device, [*args.overrides, f"trainer.checkpoint_every={every}"])
+    with ours.inputs(args.shape, args.steps * case.tokens) as (backbone, tokens), tempfile.TemporaryDirectory() as name:
+        overrides = ours.overrides(case, backbone, tokens)
+        folders = [Path(name) / which for which in ("whole", "cut")]
+        rows = []
+        for folder in folders:
+            said.print(f"{case.name} on {n}: {folder.name}", highlight=False)
+            one = Run(n, overrides, folder)
+            try:
+                start = one.until(1)
+                if folder.name == "cut":
+                    one.until(2 * every + 1)
+                    workers = [p for p in family(one.process.pid) if trains(p) and p != one.process.pid and b"torch.distributed.run" not in Path(f"/proc/{p}/cmdline").read_bytes()]
+                    killed = time.monotonic()
+                    os.kill(workers[-1], signal.SIGKILL)
+                    time.sleep(1.0)  # what was on its way to the log arrives
+                    reached = one.step()
+                    lost = one.until(reached + 1) - killed
+                else:
+                    step = (one.until(args.steps) - start) / (args.steps - 1)
+                one.end()
+            finally:
+                one.stop()
+        apart = differences(*folders)
+    rows.append(row(NAME, case.name, f"{n} processes, undisturbed", [step], case.tokens, "tokens", device=device, note="seconds a step"))
+    again = reached - reached // every * every
+    heads = "heads bit-identical" if apart == 0 else f"heads differ by up to {apart:.1e} of their largest entry"
+    rows.append(row(NAME, case.name, "one SIGKILL", [lost], device=device, note=f"seconds until step {reached} was passed again, {again} steps of them repeated; {heads}"))
+    return rows

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# What the GPUs of this machine give: a sweep on 1, 2, 4 … of them, one GPU's memory against a 30B backbone, a killed process.
+#
+#     launch/gpus.sh                          tables on the terminal, a CSV each in OUT
+#     COUNTS=1,8 WIDE=1 launch/gpus.sh        also 55 heads, and gradients sent in bfloat16
+#     SHAPES=tiny BIG=tiny COUNTS=1,2 ARGS="--batch 2 --micro-batch 2 --block 64" launch/gpus.sh      a trial without a GPU
+#
+# From the environment: COUNTS (numbers of GPUs, default powers of two up to all), SHAPES, BIG (spread over the most GPUs of
+# COUNTS), WIDE, ARGS (options of `python -m bottleneck.benchmark scale`), OUT (default outputs/gpus), PYTHON (default
+# .venv/bin/python). What fails does not stop the rest; the exit code tells.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-.venv/bin/python}
+out=${OUT:-outputs/gpus}
+gpus=$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)
+counts=${COUNTS:-$(n=1; while [ $n -le $((gpus > 2 ? gpus : 2)) ]; do echo -n "$n "; n=$((2 * n)); done | sed 's/ $//; s/ /,/g')}
+most=${counts##*,}
+big=${BIG:-neox-30b}
+failed=0
+mkdir -p "$out"
+
+one() { # one NAME BENCHMARK OPTIONS…: a benchmark, its table and its CSV
+    local name=$1
+    shift
+    echo "== $name: benchmark $*" >&2
+    # shellcheck disable=SC2086
+    "$python" -m bottleneck.benchmark "$@" ${ARGS:-} --csv "$out/$name.csv" 2> "$out/$name.log" || { failed=1; tail -n 3 "$out/$name.log" >&2; }
+}
+
+for shape in ${SHAPES:-pythia-1b pythia-160m}; do
+    one "$shape" scale --shape "$shape" --processes "$counts"
+    if [ "${WIDE:-}" ]; then
+        one "$shape-bfloat16" scale --shape "$shape" --processes "$most" trainer.reduce_dtype=bfloat16
+        one "$shape-wide" scale --shape "$shape" --processes "$most" --rates 5 --steps 12
+    fi
+done
+one killed killed --shape "${shape}" --processes "$most"
+if [ "$most" -gt 1 ]; then
+    for trainer in fsdp deepspeed_zero3; do
+        one "$big-$trainer" scale --shape "$big" --processes "$most" --ranks 64,512,2048 --steps 4 --batch 32 "trainer=$trainer"
+    done
+fi
+exit $failed
