@@ -3,17 +3,17 @@
 #
 #     launch/gpus.sh                          tables on the terminal, a CSV each in OUT
 #     COUNTS=1,8 WIDE=1 launch/gpus.sh        also 55 heads, and gradients sent in bfloat16
-#     SHAPES=tiny BIG=tiny COUNTS=1,2 ARGS="--batch 2 --micro-batch 2 --block 64" launch/gpus.sh      a trial without a GPU
+#     SHAPES=tiny BIG=tiny BIG_RANKS=8,64 COUNTS=1,2 ARGS="--batch 2 --micro-batch 2 --block 64" launch/gpus.sh      a trial without a GPU
 #
 # From the environment: COUNTS (numbers of GPUs, default powers of two up to all), SHAPES, BIG (spread over the most GPUs of
-# COUNTS), WIDE, ARGS (options of `python -m bottleneck.benchmark scale`), OUT (default outputs/gpus), PYTHON (default
+# COUNTS), BIG_RANKS, WIDE, ARGS (options of `python -m bottleneck.benchmark scale`), OUT (default outputs/gpus), PYTHON (default
 # .venv/bin/python). What fails does not stop the rest; the exit code tells.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 out=${OUT:-outputs/gpus}
 gpus=$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)
-counts=${COUNTS:-$(n=1; while [ $n -le $((gpus > 2 ? gpus : 2)) ]; do echo -n "$n "; n=$((2 * n)); done | sed 's/ $//; s/ /,/g')}
+counts=${COUNTS:-$(n=1; while [ $n -le $((gpus ? gpus : 2)) ]; do echo -n "$n "; n=$((2 * n)); done | sed 's/ $//; s/ /,/g')}
 most=${counts##*,}
 big=${BIG:-neox-30b}
 failed=0
@@ -37,7 +37,7 @@ done
 one killed killed --shape "${shape}" --processes "$most"
 if [ "$most" -gt 1 ]; then
     for trainer in fsdp deepspeed_zero3; do
-        one "$big-$trainer" scale --shape "$big" --processes "$most" --ranks 64,512,2048 --steps 4 --batch 32 "trainer=$trainer"
+        one "$big-$trainer" scale --shape "$big" --processes "$most" --ranks ${BIG_RANKS:-64,512,2048} --steps 4 --batch 32 "trainer=$trainer"
     done
 fi
 exit $failed

@@ -80,6 +80,8 @@ def test_a_killed_process_is_told_with_what_it_cost(tmp_path):
         (["data", "--files", "nothing.txt"], "nothing.txt: no such file"),
         (["scale", "--shape", "gpt5"], "--shape gpt5: there is no such shape; allowed are pythia-70m"),
         (["scale", "--processes", "1,x"], "--processes 1,x: must be whole numbers with commas between"),
+        (["sweep", "--ranks", "8,x"], "--ranks 8,x: must be whole numbers"),
+        (["sweep", "--ranks", "8,1024"], "--ranks 8,1024: allowed are 1 to 768, the hidden size of pythia-160m"),
         (["scale", "--steps", "2"], "--steps: the first step is warm-up"),
         (["killed", "--steps", "12"], "--steps 12: give 13 or more"),
         (["data", "--repeats", "0"], "--repeats=0: must be a whole number"),

@@ -22,7 +22,7 @@ ORDER = [
     "bottleneck.studies.text", "bottleneck.studies.trained", "bottleneck.studies.scaling", "bottleneck.studies.saturation", "bottleneck.studies.evals",
     "bottleneck.studies.downstream", "bottleneck.studies.singular", "bottleneck.studies.spectrum", "bottleneck.studies.cosines", "bottleneck.studies.anisotropy",
     "bottleneck.studies.agreement", "bottleneck.studies.estimate", "bottleneck.studies.theory", "bottleneck.studies.counts", "bottleneck.studies.ngrams", "bottleneck.studies.ranks", "bottleneck.studies.geometry", "bottleneck.studies.reach", "bottleneck.studies.gradient", "bottleneck.study",
-    "bottleneck.benchmark", "bottleneck.benchmark.table", "bottleneck.benchmark.clock", "bottleneck.benchmark.shapes", "bottleneck.benchmark.stock", "bottleneck.benchmark.ours", "bottleneck.benchmark.scale", "bottleneck.benchmark.heads",
+    "bottleneck.benchmark", "bottleneck.benchmark.table", "bottleneck.benchmark.clock", "bottleneck.benchmark.shapes", "bottleneck.benchmark.stock", "bottleneck.benchmark.ours", "bottleneck.benchmark.scale", "bottleneck.benchmark.killed", "bottleneck.benchmark.heads",
     "bottleneck.benchmark.sweep", "bottleneck.benchmark.forward", "bottleneck.benchmark.data", "bottleneck.benchmark.__main__",
     "train",
 ]  # fmt: skip

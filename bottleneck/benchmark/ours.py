@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import subprocess
 import sys
@@ -13,8 +14,9 @@ from typing import Iterator, NamedTuple
 import numpy as np
 
 from bottleneck.benchmark import shapes
+from bottleneck.checks import as_count
 from bottleneck.config import ROOT
-from bottleneck.errors import UserError
+from bottleneck.errors import UserError, check
 
 PARTS = ("forward", "heads", "reduction", "optimizer")
 
@@ -47,6 +49,31 @@ class Logged(NamedTuple):
     seconds: list[float]
     parts: dict[str, float]
     peak_mib: float | None
+
+
+def add_arguments(parser: argparse.ArgumentParser, steps: int) -> None:
+    """What a benchmark of `train.py` on a shape takes; `steps`: the default of --steps."""
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of train.py: trainer=fsdp, backbone.compile=true")
+    parser.add_argument("--shape", default="pythia-160m", help=f"one of {', '.join(shapes.SHAPES)} (default: pythia-160m)")
+    parser.add_argument("--ranks", help="default: those of ranks=auto for the shape")
+    parser.add_argument("--rates", type=int, default=1, help="learning rates, and so heads, at every rank (default: 1)")
+    parser.add_argument("--steps", type=int, default=steps, help=f"optimizer steps of each of our runs; the first is warm-up (default: {steps})")
+    parser.add_argument("--batch", type=int, default=64, help="sequences in an optimizer step, of one GPU (default: 64)")
+    parser.add_argument("--micro-batch", type=int, default=8, help="sequences in a forward pass (default: 8)")
+    parser.add_argument("--block", type=int, default=2048, help="tokens in a sequence (default: 2048)")
+
+
+def read_ranks(args: argparse.Namespace) -> list[int]:
+    """The ranks of a benchmark, its other numbers checked. Raises UserError."""
+    for name in ("rates", "steps", "batch", "micro_batch", "block"):
+        as_count("--" + name.replace("_", "-"), getattr(args, name))
+    if not args.ranks:
+        return shapes.ranks(args.shape)
+    check(all(w.isdigit() and int(w) > 0 for w in args.ranks.split(",")), f"--ranks {args.ranks}: must be whole numbers with commas between")
+    top = shapes.shape(args.shape)[0]
+    ranks = [int(r) for r in args.ranks.split(",")]
+    check(max(ranks) <= top, f"--ranks {args.ranks}: allowed are 1 to {top}, the hidden size of {args.shape}")
+    return ranks
 
 
 @contextmanager

@@ -12,38 +12,28 @@ import os
 import torch
 from rich.console import Console
 
-from bottleneck.benchmark import ours, shapes
+from bottleneck.benchmark import ours
 from bottleneck.benchmark.table import Row, row
-from bottleneck.checks import as_count
 from bottleneck.errors import check
 
 NAME = "scale"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of train.py: trainer=fsdp")
-    parser.add_argument("--shape", default="pythia-160m", help=f"one of {', '.join(shapes.SHAPES)} (default: pythia-160m)")
-    parser.add_argument("--ranks", help="default: those of ranks=auto for the shape")
-    parser.add_argument("--rates", type=int, default=1, help="learning rates, and so heads, at every rank (default: 1)")
+    ours.add_arguments(parser, steps=22)
     parser.add_argument("--processes", help="numbers of GPUs, 1,2,4; default: powers of two up to all (without a GPU: 1,2)")
-    parser.add_argument("--steps", type=int, default=22, help="optimizer steps of each run; the first is warm-up (default: 22)")
-    parser.add_argument("--batch", type=int, default=64, help="sequences a GPU in an optimizer step (default: 64)")
-    parser.add_argument("--micro-batch", type=int, default=8, help="sequences in a forward pass (default: 8)")
-    parser.add_argument("--block", type=int, default=2048, help="tokens in a sequence (default: 2048)")
 
 
 def read(args: argparse.Namespace) -> tuple[list[int], list[int], str]:
     """Numbers of processes, ranks, and the device. Raises UserError for what cannot be measured."""
-    for name in ("rates", "batch", "micro_batch", "block"):
-        as_count("--" + name.replace("_", "-"), getattr(args, name))
-    check(as_count("--steps", args.steps) > 2, "--steps: the first step is warm-up, give 3 or more")
+    ranks = ours.read_ranks(args)
+    check(args.steps > 2, "--steps: the first step is warm-up, give 3 or more")
     gpus = torch.cuda.device_count()
     most = gpus or min(2, os.cpu_count() or 1)
     given = args.processes or ",".join(str(2**i) for i in range(most.bit_length()) if 2**i <= most)
     check(all(w.isdigit() and int(w) > 0 for w in given.split(",")), f"--processes {given}: must be whole numbers with commas between")
     counts = [int(w) for w in given.split(",")]
     check(not gpus or max(counts) <= gpus, f"--processes {given}: this machine has {gpus} GPUs")
-    ranks = [as_count("--ranks", int(r)) for r in args.ranks.split(",")] if args.ranks else shapes.ranks(args.shape)
     return counts, ranks, "cuda" if gpus else "cpu"
 
 

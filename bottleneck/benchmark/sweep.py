@@ -18,30 +18,20 @@ from rich.console import Console
 
 from bottleneck.benchmark import ours, shapes, stock
 from bottleneck.benchmark.table import Row, row
-from bottleneck.checks import as_count
 from bottleneck.errors import check
 
 NAME = "sweep"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of train.py, for our run: backbone.compile=true")
-    parser.add_argument("--shape", default="pythia-160m", help=f"one of {', '.join(shapes.SHAPES)} (default: pythia-160m)")
-    parser.add_argument("--ranks", help="default: those of ranks=auto for the shape")
-    parser.add_argument("--rates", type=int, default=1, help="learning rates, and so heads, at every rank (default: 1)")
-    parser.add_argument("--steps", type=int, default=9, help="optimizer steps of our run; the first is warm-up (default: 9)")
+    ours.add_arguments(parser, steps=9)
     parser.add_argument("--stock-steps", type=int, default=4, help="of each stock run, likewise; 0: none (default: 4)")
-    parser.add_argument("--batch", type=int, default=64, help="sequences in an optimizer step (default: 64)")
-    parser.add_argument("--micro-batch", type=int, default=8, help="sequences in a forward pass (default: 8)")
-    parser.add_argument("--block", type=int, default=2048, help="tokens in a sequence (default: 2048)")
 
 
 def run(args: argparse.Namespace) -> list[Row]:
-    for name in ("rates", "steps", "batch", "micro_batch", "block"):
-        as_count("--" + name.replace("_", "-"), getattr(args, name))
+    ranks = ours.read_ranks(args)
     check(args.steps > 1 and args.stock_steps != 1, "--steps, --stock-steps: the first step is warm-up, give 2 or more")
     check(args.batch % args.micro_batch == 0, f"--batch {args.batch}: must be a multiple of --micro-batch {args.micro_batch}")
-    ranks = [as_count("--ranks", int(r)) for r in args.ranks.split(",")] if args.ranks else shapes.ranks(args.shape)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     said = Console(stderr=True)
     case = ours.Case(args.shape, ranks, args.rates, args.steps, args.batch, args.micro_batch, args.block, device, args.overrides)
