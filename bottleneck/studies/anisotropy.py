@@ -112,10 +112,11 @@ def reading(last: dict[str, Any]) -> str:
 
 
 def draw(entries: list[dict[str, Any]], file: BinaryIO) -> None:
-    """Left, Fig. 2: by layer (dashed: centred). Middle: mean norms. Right, Fig. 3: last layer against loss, along training."""
+    """Left, Fig. 2: by layer (dashed: centred). Middle: mean norms. Right, Fig. 3: last layer against loss, along training
+    or across models."""
     models = list(dict.fromkeys(e["model"] for e in entries))
     along = any(sum(e["model"] == m for e in entries) > 1 for m in models)
-    figure, (left, middle, right) = canvas(3, width=5.0)
+    figure, (left, middle, *rest) = canvas(3 if len(entries) > 1 else 2, width=5.0)
     for i, m in enumerate(models):
         own = [e for e in entries if e["model"] == m]
         colours = shades(len(own)) if len(models) == 1 and along else [f"C{i % 10}"] * len(own)
@@ -127,18 +128,20 @@ def draw(entries: list[dict[str, Any]], file: BinaryIO) -> None:
             left.plot(depth, [x["mean_cosine"] for x in e["layers"]], "o-", ms=2.5, lw=1.2, color=colours[k], label=name)
             left.plot(depth, [x["mean_cosine_centred"] for x in e["layers"]], "--", lw=0.9, color=colours[k])
             middle.plot(depth, [x["mean_norm"] for x in e["layers"]], "o-", ms=2.5, lw=1.2, color=colours[k])
-        x, y = [e["loss"] for e in own], [e["layers"][-1]["mean_cosine"] for e in own]
-        right.plot(x, y, "-" if along else "", color="0.7", lw=0.8)
-        for k, e in enumerate(own):
-            right.plot(x[k], y[k], "o", ms=4, color=colours[k], label=m if k == len(own) - 1 else None)
+        for right in rest:
+            x, y = [e["loss"] for e in own], [e["layers"][-1]["mean_cosine"] for e in own]
+            right.plot(x, y, "-" if along else "", color="0.7", lw=0.8)
+            for k, e in enumerate(own):
+                right.plot(x[k], y[k], "o", ms=4, color=colours[k], label=m if k == len(own) - 1 else None)
     left.set_ylabel("mean cosine of pairs (dashed: centred)")
     middle.set(yscale="log", ylabel="mean norm |h|")
     for axes in (left, middle):
         axes.set_xlabel("depth: 0 embedding, 1 what the head receives")
     left.legend(fontsize=7, frameon=False)
-    right.set(xlabel="loss, nats a token", ylabel="mean cosine, last layer" + (", along training" if along else ""))
-    right.invert_xaxis()  # training goes to the right
-    right.legend(fontsize=7, frameon=False)
+    for right in rest:
+        right.set(xlabel="loss, nats a token", ylabel="mean cosine, last layer" + (", along training" if along else ""))
+        right.invert_xaxis()  # training goes to the right
+        right.legend(fontsize=7, frameon=False)
     save(figure, file)
 
 

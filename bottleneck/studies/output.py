@@ -88,17 +88,24 @@ def write(folder: Path, name: str, content: dict[str, Any], columns: Sequence[st
     return content
 
 
+MOST_PANELS = 4  # in a row
+
+
 def canvas(panels: int = 1, width: float = 6.4, height: float = 4.4) -> tuple[Any, list[Any]]:
-    """A figure with axes side by side, in the looks of curve.png."""
+    """A figure with axes side by side, in rows of `MOST_PANELS` where there are more, in the looks of curve.png."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, panels, figsize=(width * panels, height), dpi=150, layout="constrained", squeeze=False)
-    for a in axes[0]:
+    rows, columns = math.ceil(panels / MOST_PANELS), min(panels, MOST_PANELS)
+    figure, grid = plt.subplots(rows, columns, figsize=(width * columns, height * rows), dpi=150, layout="constrained", squeeze=False)
+    axes = list(grid.flat)
+    for a in axes[:panels]:
         a.grid(alpha=0.25)
-    return figure, list(axes[0])
+    for a in axes[panels:]:
+        a.set_axis_off()
+    return figure, axes[:panels]
 
 
 def save(figure: Any, file: BinaryIO) -> None:

@@ -104,11 +104,12 @@ def measure(c: StudyConfig, folder: Path) -> tuple[list[dict[str, Any]], dict[st
 
 
 def draw(entries: list[dict[str, Any]], file: BinaryIO) -> None:
-    """First Fig. 4, a panel a model and matrix: σ_i against i, dark to light along training; last Fig. 5, entropy against step."""
+    """First Fig. 4, a panel a model and matrix: σ_i against i, dark to light along training; last Fig. 5, entropy against
+    step or model, where there are several."""
     models = list(dict.fromkeys(e["model"] for e in entries))
     kinds = [k for k in MATRICES if k in entries[0]]
     along = any(sum(e["model"] == m for e in entries) > 1 for m in models)
-    figure, panels = canvas(len(models) * len(kinds) + 1, width=4.8)
+    figure, panels = canvas(len(models) * len(kinds) + (len(entries) > 1), width=4.8)
     for (m, k), axes in zip([(m, k) for m in models for k in kinds], panels):
         own = [e for e in entries if e["model"] == m]
         for i, (e, shade) in enumerate(zip(own, shades(len(own)))):
@@ -117,7 +118,12 @@ def draw(entries: list[dict[str, Any]], file: BinaryIO) -> None:
             axes.plot(range(1, len(values) + 1), values, color=shade, lw=1.2, label=(m if e["step"] is None else f"step {e['step']}") if named else None)
         axes.set(xscale="log", yscale="log", xlabel="index i", ylabel=f"singular value σ_i of {MATRICES[k]}", title=m)
         axes.legend(fontsize=7, frameon=False, loc="lower left")
-    last = panels[-1]
+    if len(entries) > 1:
+        _entropies(entries, models, kinds, along, panels[-1])
+    save(figure, file)
+
+
+def _entropies(entries: list[dict[str, Any]], models: list[str], kinds: list[str], along: bool, last: Any) -> None:
     for i, m in enumerate(models):
         own = [e for e in entries if e["model"] == m]
         for k, style in zip(kinds, ("o-", "s--")):
@@ -130,7 +136,6 @@ def draw(entries: list[dict[str, Any]], file: BinaryIO) -> None:
         last.set_xticks(range(len(models)), models)
     last.set_ylabel("singular entropy KL(σ/Σσ ‖ uniform), nats")
     last.legend(fontsize=7, frameon=False)
-    save(figure, file)
 
 
 def run(c: StudyConfig, folder: Path) -> dict[str, Any]:
