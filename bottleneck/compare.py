@@ -47,11 +47,15 @@ def band_names() -> list[str]:
     return [f"{first}–{last}" if last else f"{first}–" for first, last in BANDS]
 
 
-def differences(log_p_nV: Tensor, log_q_nV: Tensor) -> Tensor:
-    """The four numbers of each token, [n, 4], from log-probabilities of the full head and of another."""
-    k = min(TOP, log_p_nV.shape[1])
+def top(log_p_nV: Tensor) -> Tensor:
+    """The most likely tokens, [n, TOP] (all of a smaller vocabulary), the likeliest first."""
+    return log_p_nV.topk(min(TOP, log_p_nV.shape[1])).indices
+
+
+def differences(log_p_nV: Tensor, top_p: Tensor, log_q_nV: Tensor) -> Tensor:
+    """The four numbers of each token, [n, 4], from log-probabilities of the full head, its `top`, and those of another head."""
     kl = (log_p_nV.exp() * (log_p_nV - log_q_nV)).sum(-1)
-    top_p, top_q = log_p_nV.topk(k).indices, log_q_nV.topk(k).indices
+    top_q = top(log_q_nV)
     shared = (top_p[:, :, None] == top_q[:, None, :]).any(-1).float().mean(-1)
     accepted = torch.minimum(log_p_nV, log_q_nV).exp().sum(-1)
     return torch.stack([kl, (top_p[:, 0] == top_q[:, 0]).float(), shared, accepted], -1)
@@ -83,9 +87,10 @@ def compare(backbone: Backbone, bank: HeadBank, batches: Iterable[tuple[Tensor, 
             band_n = band_V[y_n]
             counts += torch.bincount(band_n, minlength=len(BANDS))
             log_p = torch.log_softmax(backbone.head.logits(h_nD).float(), -1)
+            top_p = top(log_p)
             for i, (A, B) in enumerate(weights):
                 log_q = torch.log_softmax(matmul_f32(h_nD @ B.T, A.T), -1)
-                numbers[i] += differences(log_p, log_q).sum(0, dtype=torch.float64)
+                numbers[i] += differences(log_p, top_p, log_q).sum(0, dtype=torch.float64)
                 losses[i].index_add_(0, band_n, -log_q.gather(1, y_n[:, None]).squeeze(1).double())
             losses[H].index_add_(0, band_n, -log_p.gather(1, y_n[:, None]).squeeze(1).double())
     if dist.is_available() and dist.is_initialized():

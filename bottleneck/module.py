@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from typing import Any, Callable, Iterable, Optional
 
@@ -145,7 +146,7 @@ class HeadSweep(pl.LightningModule):
             numbers = torch.cat([losses, torch.full_like(losses[:1], self.flag.number)])
             torch.distributed.all_reduce(numbers)
             losses = numbers[:-1] / self.trainer.world_size
-            self.flag.send(numbers[-1:])
+            self.flag.send(numbers[-1:], math.ceil(len(batch) / self.micro_batch))
         self.parts("reduction")
         norms, optimizer.optimizer.divisors = clip_per_head(self.bank, self.optim.clip, losses, optimizer.optimizer.norms())
         optimizer.step()

@@ -125,7 +125,7 @@ def _elastic(work: Callable, cfg: DictConfig, run_dir: Path, settings: Any, devi
         except SignalException as error:
             raise Stopped(error.sigval) from None
         except ChildFailedError as error:
-            _explain(error, devices)
+            _explain(error, devices, cfg.trainer.timeout_minutes)
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -134,7 +134,7 @@ def _elastic(work: Callable, cfg: DictConfig, run_dir: Path, settings: Any, devi
         raise Stopped(*stopped[0])
 
 
-def _explain(error: Any, devices: int) -> None:
+def _explain(error: Any, devices: int, minutes: float) -> None:
     """One line from the process that failed first; those that fell with it are left out."""
 
     def told(failure: Any) -> tuple[str, str]:
@@ -144,7 +144,8 @@ def _explain(error: Any, devices: int) -> None:
 
     def order(item: tuple[int, Any]) -> tuple:
         text = told(item[1])[0]
-        fell_with_it = item[1].exitcode == -signal.SIGTERM or text.startswith("LostPeers: ")
+        # NCCL's watchdog ends a process by SIGABRT when the others give no answer
+        fell_with_it = item[1].exitcode in (-signal.SIGTERM, -signal.SIGABRT) or text.startswith("LostPeers: ")
         return fell_with_it, item[1].exitcode >= 0, not text.startswith("UserError: "), item[1].timestamp
 
     rank, first = min(error.failures.items(), key=order)
@@ -155,6 +156,8 @@ def _explain(error: Any, devices: int) -> None:
             raise kind(text.removeprefix(f"{kind.__name__}: ")) from None
     if first.exitcode < 0:
         name = signal.Signals(-first.exitcode).name
+        if first.exitcode == -signal.SIGABRT:
+            raise LostPeers(f"{who} was ended by SIGABRT: it lost the others, or had no answer for {minutes:g} minutes (trainer.timeout_minutes); go on with ckpt_path=last and the same hydra.run.dir") from None
         raise UserError(f"{who} was killed by {name}, the others were stopped; go on with ckpt_path=last and the same hydra.run.dir") from None
     raise RuntimeError(f"{who} failed: {text}\n{trace}") from None
 

@@ -24,7 +24,7 @@ from bottleneck.errors import Stopped
 from bottleneck.processes import global_rank
 
 log = logging.getLogger(__name__)
-LAG = 4  # steps between a flag's sum and its reading on a GPU: the CPU runs no further ahead than that
+LAG = 4  # forward passes between a flag's sum and its reading on a GPU, in whole steps: the CPU runs no further ahead than that
 REQUEUE = (signal.SIGUSR1, signal.SIGUSR2)
 SIGNALS = (signal.SIGTERM, *REQUEUE, signal.SIGINT)
 KILL_WAIT = 120  # seconds to wait, after scontrol requeue, for Slurm to end this process
@@ -35,6 +35,7 @@ class Flag:
 
     def __init__(self) -> None:
         self.number, self._since = 0, 0.0
+        self._lag = LAG
         self._sums: deque[tuple[Tensor, Optional[torch.cuda.Event]]] = deque()
         self._before: dict[int, Any] = {}
 
@@ -56,8 +57,13 @@ class Flag:
         if not self.number:
             self.number, self._since = number, time.monotonic()
 
-    def send(self, summed: Tensor) -> None:
-        """Keep the sum over processes of a step's flags (a tensor of one element, perhaps still on its way)."""
+    def send(self, summed: Tensor, passes: int = 1) -> None:
+        """Keep the sum over processes of a step's flags (a tensor of one element, perhaps still on its way).
+
+        Args:
+            passes: forward passes of a step, the same on every process and in every step. Long steps have many, and are waited for.
+        """
+        self._lag = LAG // passes
         if not summed.is_cuda:
             self._sums.append((summed.clone(), None))
             return
@@ -71,7 +77,7 @@ class Flag:
         """Whether some process had a signal: alike on every process. Without `send`, whether this one had."""
         if not self._sums:
             return self.number > 0
-        if self._sums[-1][1] is not None and len(self._sums) <= LAG:
+        if self._sums[-1][1] is not None and len(self._sums) <= self._lag:
             return False
         value, event = self._sums.popleft()
         if event is not None:

@@ -260,6 +260,8 @@ def main():
     parser.add_argument("--save-minutes", type=float, default=2, help="how often the model so far is written")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     args = parser.parse_args()
+    if args.vocab > 2**15:
+        parser.error(f"--vocab {args.vocab}: tokens are kept in 15 bits; at most {2**15}")
     files, tokenizer = sorted(glob.glob(args.corpus or "")), args.out / "tokenizer"
     if not files and args.do != ["train"]:
         parser.error(f"--corpus {args.corpus!r} matches no file")

@@ -2,12 +2,13 @@
 # What the GPUs of this machine give: a sweep on 1, 2, 4 … of them, one GPU's memory against a 30B backbone, a killed process.
 #
 #     launch/gpus.sh                          tables on the terminal, a CSV each in OUT
-#     COUNTS=1,8 WIDE=1 launch/gpus.sh        also 55 heads, and gradients sent in bfloat16
+#     COUNTS=1,8 PARTS="scale bfloat16 wide" launch/gpus.sh      some of it: also gradients sent in 16 bits, and 55 heads
 #     SHAPES=tiny BIG=tiny BIG_RANKS=8,64 COUNTS=1,2 ARGS="--batch 2 --micro-batch 2 --block 64" launch/gpus.sh      a trial without a GPU
 #
-# From the environment: COUNTS (numbers of GPUs, default powers of two up to all), SHAPES, BIG (spread over the most GPUs of
-# COUNTS), BIG_RANKS, WIDE, ARGS (options of `python -m bottleneck.benchmark scale`), OUT (default outputs/gpus), PYTHON (default
-# .venv/bin/python). What fails does not stop the rest; the exit code tells.
+# From the environment: COUNTS (numbers of GPUs, default powers of two up to all), PARTS (of scale, bfloat16, wide, killed, fsdp,
+# deepspeed_zero3; default "scale bfloat16 killed fsdp deepspeed_zero3"), SHAPES, BIG (spread over the most GPUs of COUNTS),
+# BIG_RANKS, ARGS (options of `python -m bottleneck.benchmark scale`), LIMIT (seconds of one command, default 600), OUT (default
+# outputs/gpus), PYTHON (default .venv/bin/python). What fails does not stop the rest; the exit code tells.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
@@ -18,26 +19,28 @@ most=${counts##*,}
 big=${BIG:-neox-30b}
 failed=0
 mkdir -p "$out"
+nvidia-smi topo -m 2>/dev/null | tee "$out/topology.txt" || true
 
 one() { # one NAME BENCHMARK OPTIONS…: a benchmark, its table and its CSV
     local name=$1
     shift
     echo "== $name: benchmark $*" >&2
     # shellcheck disable=SC2086
-    "$python" -m bottleneck.benchmark "$@" ${ARGS:-} --csv "$out/$name.csv" 2> "$out/$name.log" || { failed=1; tail -n 3 "$out/$name.log" >&2; }
+    timeout --signal=INT --kill-after=30 "${LIMIT:-600}" "$python" -m bottleneck.benchmark "$@" ${ARGS:-} --csv "$out/$name.csv" 2> "$out/$name.log" ||
+        { failed=1; tail -n 3 "$out/$name.log" >&2; }
 }
 
-for shape in ${SHAPES:-pythia-1b pythia-160m}; do
-    one "$shape" scale --shape "$shape" --processes "$counts"
-    if [ "${WIDE:-}" ]; then
-        one "$shape-bfloat16" scale --shape "$shape" --processes "$most" trainer.reduce_dtype=bfloat16
-        one "$shape-wide" scale --shape "$shape" --processes "$most" --rates 5 --steps 12
-    fi
-done
-one killed killed --shape "${shape}" --processes "$most"
-if [ "$most" -gt 1 ]; then
-    for trainer in fsdp deepspeed_zero3; do
-        one "$big-$trainer" scale --shape "$big" --processes "$most" --ranks ${BIG_RANKS:-64,512,2048} --steps 4 --batch 32 "trainer=$trainer"
+for part in ${PARTS:-scale bfloat16 killed fsdp deepspeed_zero3}; do
+    for shape in ${SHAPES:-pythia-1b pythia-160m}; do
+        case $part in
+            scale) one "$shape" scale --shape "$shape" --processes "$counts" ;;
+            bfloat16) one "$shape-$part" scale --shape "$shape" --processes "$most" trainer.reduce_dtype=bfloat16 ;;
+            wide) one "$shape-$part" scale --shape "$shape" --processes "$most" --rates 5 --steps 12 ;;
+        esac
     done
-fi
+    case $part in
+        killed) one killed killed --shape "$shape" --processes "$most" ;;
+        fsdp | deepspeed_zero3) one "$big-$part" scale --shape "$big" --processes "$most" --ranks "${BIG_RANKS:-64,512,2048}" --steps 4 --batch 32 "trainer=$part" ;;
+    esac
+done
 exit $failed

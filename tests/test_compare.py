@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bottleneck.compare import BANDS, bands_of, compare, differences
+from bottleneck.compare import BANDS, bands_of, compare, differences, top
 from bottleneck.heads import HeadBank, HeadKey
 from bottleneck.knee import crossing, knees, told
 from bottleneck.losses.distill import Objective, steps
@@ -30,9 +30,10 @@ def test_the_four_numbers_equal_brute_force():
     g = torch.Generator().manual_seed(0)
     s = 3 * torch.randn(40, 300, generator=g)
     t = s + torch.linspace(0, 2, 40)[:, None] * torch.randn(40, 300, generator=g)
-    found = differences(torch.log_softmax(s, -1), torch.log_softmax(t, -1))
+    log_p, log_q = torch.log_softmax(s, -1), torch.log_softmax(t, -1)
+    found = differences(log_p, top(log_p), log_q)
     assert np.allclose(found, brute(s.numpy(), t.numpy()), atol=2e-6)
-    same = differences(torch.log_softmax(s, -1), torch.log_softmax(s, -1))
+    same = differences(log_p, top(log_p), log_p)
     assert (same[:, 0] == 0).all() and (same[:, 1:3] == 1).all() and torch.allclose(same[:, 3], torch.ones(40), atol=1e-6)
 
 

@@ -10,12 +10,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bottleneck.checkpoint import LAST, LOCK, PREVIOUS
-from bottleneck.errors import UserError
+from bottleneck.errors import LostPeers, UserError
+from bottleneck.processes import _explain
 from bottleneck.stopping import Flag
 from conftest import ROOT, assert_same_heads, command, heads_of, shell
 from kills import differences, disturb, family, trains
@@ -244,6 +246,33 @@ def test_a_flag_is_what_any_process_has():
     flag.send(torch.tensor([0.0]))  # summed over processes: none had one at that step, though this one has by now
     flag.send(torch.tensor([10.0]))
     assert not flag.agreed() and flag.agreed()
+
+
+def test_on_a_gpu_flags_are_read_later_unless_steps_are_long():
+    """Nobody waits for a sum on its way; a long step's is waited for, so that a warning ahead of the end is not slept over."""
+    for passes, steps_later in ((1, 4), (2, 2), (4, 1), (5, 0), (16, 0)):
+        flag = Flag()
+        for step in range(1, 10):
+            flag.send(torch.tensor([float(step == 1)]), passes)
+            flag._sums[-1] = (flag._sums[-1][0], SimpleNamespace(synchronize=lambda: None))  # as if it were on a GPU
+            if flag.agreed():
+                break
+        assert step == 1 + steps_later
+
+
+@pytest.mark.parametrize(
+    "exits, kind, words",
+    [
+        ([-signal.SIGABRT, -signal.SIGKILL], UserError, "process 1 of 2 (pid 11) was killed by SIGKILL"),
+        ([-signal.SIGABRT, -signal.SIGABRT], LostPeers, "process 0 of 2 (pid 10) was ended by SIGABRT: it lost the others, or had no answer for 2.5 minutes (trainer.timeout_minutes)"),
+    ],
+)
+def test_the_first_cause_is_told(exits, kind, words):
+    """NCCL's watchdog aborts the processes that wait for one that is gone."""
+    failures = {i: SimpleNamespace(exitcode=e, pid=10 + i, message="", timestamp=i) for i, e in enumerate(exits)}
+    with pytest.raises(kind) as caught:
+        _explain(SimpleNamespace(failures=failures), 2, 2.5)
+    assert str(caught.value).startswith(words) and "\n" not in str(caught.value)
 
 
 @pytest.mark.slow

@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> list[Row]:
             finally:
                 one.stop()
         apart = differences(*folders)
-    rows.append(row(NAME, case.name, f"{n} processes, undisturbed", [step], case.tokens, "tokens", device=device, note="seconds a step"))
+    rows.append(row(NAME, case.name, f"{n} processes, undisturbed", [step], case.tokens, "tokens", device=device, note=f"seconds a step, with a checkpoint every {every}"))
     again = reached - reached // every * every
     heads = "heads bit-identical" if apart == 0 else f"heads differ by up to {apart:.1e} of their largest entry"
     rows.append(row(NAME, case.name, "one SIGKILL", [lost], device=device, note=f"seconds until step {reached} was passed again, {again} steps of them repeated; {heads}"))
