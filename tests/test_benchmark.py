@@ -48,6 +48,16 @@ def test_a_tiny_run_of_data(tmp_path, toy_backbone, capfd):
     assert "datasets.map" in capfd.readouterr().out
 
 
+def test_a_tiny_run_of_heads(tmp_path):
+    """Every implementation that is here, on the same tensors, beside float32."""
+    assert benchmark.main(["heads", "--tokens", "64", "--vocab", "512", "--hidden", "32", "--ranks", "4", "--repeats", "1", "--csv", str(tmp_path / "rows.csv")]) == 0
+    with open(tmp_path / "rows.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    compared = [r for r in rows if r["implementation"] != "bare products"]
+    assert len(compared) >= 3 and len(rows) == len(compared) + 1 and any("= auto" in r["implementation"] for r in rows)
+    assert all(float(r[e]) < 1e-6 for r in compared for e in ("loss_error", "dA_error", "dB_error"))
+
+
 SMALL = ["--shape", "tiny", "--batch", "2", "--micro-batch", "2", "--block", "64", "--ranks", "8,64"]
 
 
@@ -61,6 +71,15 @@ def test_a_sweep_on_one_and_two_processes(tmp_path):
     for part in ("forward", "heads", "reduction", "optimizer", "150M tokens in"):
         assert part in one["note"] and part in two["note"]
     assert " x 1; " in two["note"] and " x 1; " not in one["note"]
+
+
+@pytest.mark.slow
+def test_one_pass_stands_beside_a_stock_run_a_rank(tmp_path):
+    assert benchmark.main(["sweep", *SMALL, "--steps", "3", "--stock-steps", "2", "--rates", "3", "--csv", str(tmp_path / "rows.csv")]) == 0
+    with open(tmp_path / "rows.csv", newline="") as f:
+        ours, *stock, total = csv.DictReader(f)
+    assert ours["case"] == total["case"] == "tiny, 6 heads" and total["implementation"] == "stock, 6 runs"
+    assert float(total["p50"]) == pytest.approx(3 * sum(float(r["p50"]) for r in stock)) and len(stock) == 2
 
 
 @pytest.mark.slow

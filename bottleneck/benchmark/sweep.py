@@ -51,7 +51,7 @@ def _tell(said: Console, r: Row) -> None:
 
 def _stock(args: argparse.Namespace, ranks: list[int], tokens: Path, device: str, said: Console) -> list[Row]:
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")
     step, total, rows = args.batch * args.block, [0.0], []
     model = shapes.random_backbone(args.shape, device)
     for rank in ranks:
