@@ -38,7 +38,7 @@ def test_the_estimate_orders_the_starts_and_ranks(tmp_path):
     c = run_study(tmp_path, "study=estimate", *FEW, "study.ranks=[16,128,256]", "study.inits=[refined,fisher,svd]", "study.calibration_tokens=4096")
     by = {(h["init"], h["rank"]): h for h in c["heads"]}
     for better, worse in ((("refined", 16), ("fisher", 16)), (("fisher", 16), ("svd", 16)), (("fisher", 128), ("svd", 128)), (("fisher", 128), ("fisher", 16))):
-        for name, sign in (("perplexity", 1), ("kl", 1), ("agreement", -1), ("acceptance", -1)):
+        for name, sign in (("perplexity", 1), ("kl", 1), ("top1_agreement", -1), ("top5_agreement", -1), ("acceptance", -1)):
             assert sign * by[better][name] < sign * by[worse][name], (better, worse, name)
     assert all(by[i, 256]["perplexity"] == pytest.approx(c["reference"]["perplexity"], rel=1e-4) for i in ("refined", "fisher", "svd"))
 
@@ -75,4 +75,4 @@ def test_the_estimate_of_smollm2_is_as_measured_before(tmp_path):
         want = math.log(known[h["init"]][(64, 256, 512).index(h["rank"])] / 14.1)
         assert h["loss"] - own == pytest.approx(want, abs=0.35 if h["init"] == "fisher" else 0.1 * want + 0.2), h
     kept = json.loads((tmp_path / "estimate.json").read_text())
-    assert kept["hidden_size"] == 576 and kept["heads"][2]["agreement"] > 0.9
+    assert kept["hidden_size"] == 576 and kept["heads"][2]["top1_agreement"] > 0.9

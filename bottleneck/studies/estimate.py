@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bottleneck import initial
 from bottleneck.backbone import Backbone
+from bottleneck.compare import NUMBERS
 from bottleneck.errors import check
 from bottleneck.heads import HeadKey
 from bottleneck.losses.chunked import chunk_rows
@@ -31,7 +32,7 @@ from bottleneck.studies.trained import Trained, read_trained
 from data.module import IGNORE
 
 log = logging.getLogger(__name__)
-COLUMNS = ("backbone", "init", "rank", "parameters", "loss", "perplexity", "kl", "agreement", "acceptance", "trained_loss", "trained_perplexity")
+COLUMNS = ("backbone", "init", "rank", "parameters", "loss", "perplexity", *NUMBERS, "trained_loss", "trained_perplexity")
 
 
 def start_heads(init: str, ranks: Iterable[int], seed: int, backbone: Backbone, hidden: list[Tensor], moments: initial.Calibration, passes: int) -> list[tuple[Tensor, Tensor]]:
@@ -76,7 +77,7 @@ def measure(c: StudyConfig, folder: Path) -> tuple[dict[str, Any], Trained | Non
     ranks = ranks_of(s.ranks, width)
     text = study_text(c, [cp])
     # widest moments: two float64 matrices as large as W; refined: four copies of every rank's A
-    work = 3 * 8 * vocabulary * width + 16 * sum(ranks) * vocabulary + 4 * s.calibration_tokens * width + 16 * chunk_rows(vocabulary, device.type) * vocabulary
+    work = 3 * 8 * vocabulary * width + 16 * sum(ranks) * vocabulary + 4 * s.calibration_tokens * width + 24 * chunk_rows(vocabulary, device.type) * vocabulary
     say_memory([cp], device, work)
     settings = {"ranks": ranks, "calibration_tokens": s.calibration_tokens, "passes": s.passes, "seed": s.seed, "data_seed": c.data.seed, "dtype": c.backbone.dtype}
     parts = Parts(folder, s.name, {**text.identity, **settings})
@@ -142,8 +143,8 @@ def draw(content: dict[str, Any], file: BinaryIO) -> None:
         shown += [h["perplexity"] for h in fair if init in ("fisher", "refined")]
         positive = [h for h in own if h["kl"] and h["kl"] > 1e-6]
         right.plot([h["rank"] for h in positive], [h["kl"] for h in positive], "o-", ms=3.5, lw=1.3, color=f"C{i}", label=f"{init}: KL, nats")
-        wrong = [h for h in own if h["agreement"] is not None and h["agreement"] < 1]
-        right.plot([h["rank"] for h in wrong], [1 - h["agreement"] for h in wrong], ":", lw=1.2, color=f"C{i}", label=f"{init}: other top token")
+        wrong = [h for h in own if h["top1_agreement"] is not None and h["top1_agreement"] < 1]
+        right.plot([h["rank"] for h in wrong], [1 - h["top1_agreement"] for h in wrong], ":", lw=1.2, color=f"C{i}", label=f"{init}: other top token")
     if content["trained"]:
         losses = content["trained"]["losses"]
         left.plot([int(r) for r in losses], [math.exp(x) for x in losses.values()], "k*--", ms=7, lw=1, label=f"trained, {content['trained']['tokens']:,} tokens ({content['trained']['data']})")
@@ -174,7 +175,7 @@ def show(content: dict[str, Any], console: Console) -> None:
         first = by[inits[0], r]
         cells = ["–" if by[i, r]["perplexity"] is None else f"{by[i, r]['perplexity']:,.5g}" for i in inits]
         cells += [f"{math.exp(trained[r]):,.5g}" if r in trained else "–"] if trained else []
-        cells += ["–" if first["kl"] is None else f"{max(0.0, first['kl']):.4f}", f"{100 * first['agreement']:.1f} %" if first["agreement"] is not None else "–"]
+        cells += ["–" if first["kl"] is None else f"{first['kl']:.4f}", f"{100 * first['top1_agreement']:.1f} %" if first["top1_agreement"] is not None else "–"]
         table.add_row(str(r), *cells)
     table.add_row("own", f"{content['reference']['perplexity']:,.5g}", style="bold")
     console.print(table)
@@ -186,7 +187,7 @@ def run(c: StudyConfig, folder: Path) -> dict[str, Any]:
     content["heads"] = beside(content["heads"], content["reference"]["loss"], trained)
     content["trained"] = trained and {"data": trained.data, "tokens": trained.tokens, "losses": trained.losses, "own": trained.own}
     rows = [
-        (content["backbone"], h["init"], h["rank"], h["parameters"], h["loss"], h["perplexity"], h["kl"], h["agreement"], h["acceptance"],
+        (content["backbone"], h["init"], h["rank"], h["parameters"], h["loss"], h["perplexity"], *(h[n] for n in NUMBERS),
          h["trained_loss"], None if h["trained_loss"] is None else math.exp(h["trained_loss"]))
         for h in content["heads"]
     ]  # fmt: skip
