@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import datetime
 import logging
-import platform
 import sys
 import time
 import warnings
@@ -35,7 +34,6 @@ from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
-import bottleneck
 from bottleneck import checkpoint, checks, cli, config, curve, initial, processes, sharding, stopping, tracking, zero2
 from bottleneck.backbone import Backbone, label, load_shape, load_tokenizer
 from bottleneck.compare import bands_of
@@ -48,6 +46,7 @@ from bottleneck.module import HeadSweep, ValidateEvery
 from bottleneck.optim import bank_keys, build_optimizer
 from bottleneck.progress import TokenProgress
 from bottleneck.refine import refine
+from bottleneck.version import environment
 from data.module import TextData, leading_bos
 from data.prepare import Corpus, prepare
 
@@ -173,7 +172,7 @@ def build_curve(c: TrainConfig, module: HeadSweep, corpus: Corpus) -> dict[str, 
         "validation_tokens": tokens, "recipe": recipe,
         "reference": derived(module.reference, tokens, corpus.validation_bytes) | module.details["reference"],
         "heads": heads,
-        "versions": {"bottleneck": bottleneck.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": environment(module.device),
     })  # fmt: skip
 
 

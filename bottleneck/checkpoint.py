@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import zipfile
 from pathlib import Path
 from typing import Any, Callable, Iterator, Optional
@@ -26,6 +27,23 @@ LOCK = ".lock"
 LOCK_SECONDS = 60
 
 
+def leftovers(path: Path) -> list[Path]:
+    """What processes that were killed left of their writing `path`: .NAME.PID.part beside it, of no living process."""
+    own = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.part")
+    found = ((p, own.fullmatch(p.name)) for p in path.parent.iterdir())
+    return [p for p, m in found if m and (int(m[1]) == os.getpid() or not _alive(int(m[1])))]
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        pass
+    return True
+
+
 def write_atomic(path: Path, write: Callable[[Path], Any], keep: Optional[Path] = None) -> None:
     """Let `write` make a file beside `path`, then rename it: `path` is never half-written. Raises UserError on a full disk.
 
@@ -34,7 +52,7 @@ def write_atomic(path: Path, write: Callable[[Path], Any], keep: Optional[Path] 
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for stale in path.parent.glob(f".{path.name}.*.part"):  # of a process that was killed
+        for stale in leftovers(path):
             stale.unlink()
         write(part)
         with open(part, "rb+") as f:

@@ -57,6 +57,7 @@ def one_line_errors(main: Callable[[], object], after_interrupt: str = RESUME) -
     os.environ[SHOW] = os.environ[OURS] = "1"  # else Hydra prints several lines of its own and exits with 1
     try:
         main()
+        sys.stdout.flush()
     except (UserError, HydraException, OmegaConfBaseException) as error:
         if wanted_by_user:
             raise
@@ -67,6 +68,9 @@ def one_line_errors(main: Callable[[], object], after_interrupt: str = RESUME) -
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read our output, head or less, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more when it ends
+        return 0
     except OSError as error:  # a folder that cannot be written, a full disk
         if wanted_by_user or error.filename is None:
             raise

@@ -7,20 +7,20 @@ Runs that differ in backbone, text, budget or recipe stay separate lines: only h
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import json
+import math
 import sys
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any, Callable, Iterable
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from bottleneck.checkpoint import write_atomic
-from bottleneck.errors import UserError, check
+from bottleneck.errors import Parser, UserError, check
 from bottleneck.heads import HeadKey
 from bottleneck.knee import knees, told
 from bottleneck.picture import draw, draw_details
@@ -79,6 +79,35 @@ def finish(c: dict[str, Any]) -> dict[str, Any]:
     return c | {"knee": knees(c)}
 
 
+def _number(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def _count(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and x > 0
+
+
+# what a value must be, by key; runs of earlier versions lack some of them
+KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("rank", "parameters", "hidden_size", "vocab_size"), (_count, "a whole number above 0")),
+    **dict.fromkeys(("tokens", "seed"), (lambda x: _count(x) or x == 0, "a whole number")),
+    "lr": (_number, "a number"),
+    **dict.fromkeys((*NUMBERS, "initial_loss", *DETAILS), (lambda x: x is None or _number(x), "a number or null")),
+    **dict.fromkeys(("init", "status", "backbone", "data"), (lambda x: isinstance(x, str), "a word")),
+    "best": (lambda x: isinstance(x, bool), "true or false"),
+    **dict.fromkeys(("recipe", "versions", "reference"), (lambda x: isinstance(x, dict), "an object")),
+    "bands": (lambda x: isinstance(x, list) and all(isinstance(b, dict) and {"band", "tokens", "loss"} <= b.keys() for b in x), "a list of bands"),
+    "heads": (lambda x: isinstance(x, list) and bool(x), "a list that is not empty"),
+}
+
+
+def _wrong_kind(row: dict[str, Any], whose: str) -> str | None:
+    for key, (fits, words) in KINDS.items():
+        if key in row and not fits(row[key]):
+            return f"{whose} {key} is {str(row[key])[:40]}, not {words}"
+    return None
+
+
 def fault(c: Any) -> str | None:
     """What keeps a parsed curve.json from being one, or None."""
     if not isinstance(c, dict):
@@ -87,15 +116,20 @@ def fault(c: Any) -> str | None:
         return f"schema {c['schema']}, this version reads {SCHEMA}"
     if TOP - c.keys():
         return f"it lacks {', '.join(sorted(TOP - c.keys()))}"
-    if not isinstance(c["recipe"], dict) or not isinstance(c["heads"], list) or not c["heads"]:
-        return "its recipe or heads are empty or of the wrong kind"
-    if not isinstance(c["reference"], dict) or NUMBERS - c["reference"].keys():
-        return "its reference lacks numbers"
+    wrong = _wrong_kind(c, "its") or _wrong_kind(c["reference"], "its reference's")
+    if wrong or NUMBERS - c["reference"].keys():
+        return wrong or "its reference lacks numbers"
     for h in c["heads"]:
         if not isinstance(h, dict) or set(HEAD_COLUMNS) - h.keys():
             return "a head lacks " + (", ".join(sorted(set(HEAD_COLUMNS) - h.keys())) if isinstance(h, dict) else "everything")
-        if h["status"] == "ok" and not isinstance(h["loss"], float):
+        wrong = _wrong_kind(h, "a head's")
+        if wrong:
+            return wrong
+        if h["status"] == "ok" and h["loss"] is None:
             return f"its head of rank {h['rank']} is ok but has no loss"
+        bands = [[b["band"] for b in row.get("bands", [])] for row in (h, c["reference"])]
+        if h.get("kl") is not None and bands[0] != bands[1]:
+            return f"the bands of its head of rank {h['rank']} are not those of its reference"
     return None
 
 
@@ -104,8 +138,8 @@ def read(paths: Iterable[Path], skip: Path) -> list[dict[str, Any]]:
     curves: list[dict[str, Any]] = []
     for path in paths:
         files = [path] if path.is_file() else sorted(path.rglob("curve.json"))
-        # a multirun leaves its own merged curve
-        files = [f for f in files if f.parent.resolve() != skip.resolve() and not (f.parent.name == MERGED and (f.parent.parent / "multirun.yaml").exists())]
+        # a multirun leaves its own merged curve: its jobs' are taken, unless that one is asked for
+        files = [f for f in files if f.parent.resolve() != skip.resolve() and (f.parent == path or f == path or not _merged(f.parent))]
         check(bool(files), f"{path}: no curve.json there; give the folder of a finished run, or of a multirun")
         for file in files:
             try:
@@ -120,15 +154,21 @@ def read(paths: Iterable[Path], skip: Path) -> list[dict[str, Any]]:
     return curves
 
 
+def _merged(folder: Path) -> bool:
+    return folder.name == MERGED and (folder.parent / "multirun.yaml").exists()
+
+
 def write(curves: list[dict[str, Any]], out: Path) -> None:
     """curve.json (one curve as it is, several under "curves"), curve.csv and curve.png into `out`."""
     content = curves[0] if len(curves) == 1 else {"schema": SCHEMA, "curves": curves}
     table, picture = io.StringIO(newline=""), io.BytesIO()
     writer = csv.writer(table)
-    writer.writerow(("backbone", "data", "tokens", *HEAD_COLUMNS, *DETAILS))
+    bands = list(dict.fromkeys(name for c in curves for h in c["heads"] for name in band_losses(h)))
+    writer.writerow(("backbone", "data", "tokens", *HEAD_COLUMNS, *DETAILS, *bands))
     for c in curves:
         for h in c["heads"]:
-            writer.writerow((c["backbone"], c["data"], c["tokens"], *(h.get(k) for k in (*HEAD_COLUMNS, *DETAILS))))
+            row = h | band_losses(h)
+            writer.writerow((c["backbone"], c["data"], c["tokens"], *(row.get(k) for k in (*HEAD_COLUMNS, *DETAILS, *bands))))
     draw(curves, picture)
     details = io.BytesIO()
     drawn = draw_details(curves, details)
@@ -139,6 +179,11 @@ def write(curves: list[dict[str, Any]], out: Path) -> None:
     } | ({"details.png": details.getvalue()} if drawn else {})
     for name, raw in parts.items():  # all three are made before the first is written
         write_atomic(out / name, lambda part, raw=raw: part.write_bytes(raw))
+
+
+def band_losses(head: dict[str, Any]) -> dict[str, Any]:
+    """The losses by frequency of the target token as single numbers: loss_1-10, loss_11-100, …"""
+    return {f"loss_{b['band'].replace('–', '-')}": b["loss"] for b in head.get("bands") or ()}
 
 
 def show(curves: list[dict[str, Any]], console: Console) -> None:
@@ -162,7 +207,7 @@ def show(curves: list[dict[str, Any]], console: Console) -> None:
             console.print(line, highlight=False, soft_wrap=True)
         lost = [f"rank {h['rank']} lr {h['lr']:.3g} seed {h['seed']}" for h in c["heads"] if h["status"] != "ok"]
         if lost:
-            console.print(f"diverged: {', '.join(lost)}")
+            console.print(f"diverged: {', '.join(lost)}" + ("; every head did: give lower rates (optim.lr)" if len(lost) == len(c["heads"]) else ""))
 
 
 def _numbers(row: dict[str, Any]) -> list[str]:
@@ -173,11 +218,6 @@ def _numbers(row: dict[str, Any]) -> list[str]:
 
 def _cell(value: Any, form: str) -> str:
     return "–" if value is None else format(value, form)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message} (python -m bottleneck.curve --help)")
 
 
 def complete(run_dir: Path) -> dict[str, Any] | None:
@@ -191,7 +231,7 @@ def complete(run_dir: Path) -> dict[str, Any] | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = _Parser(prog="python -m bottleneck.curve", description="Merge runs into one curve.")
+    parser = Parser(prog="python -m bottleneck.curve", description="Merge runs into one curve.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="folder of a run or a multirun")
     parser.add_argument("--out", required=True, type=Path, help="folder for curve.json, curve.csv, curve.png")
     try:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import signal
-from typing import Optional
+from typing import NoReturn, Optional
 
 
 class UserError(Exception):
@@ -17,6 +18,13 @@ def check(condition: bool, message: str) -> None:
     """Raise `UserError(message)` unless `condition` holds."""
     if not condition:
         raise UserError(message)
+
+
+class Parser(argparse.ArgumentParser):
+    """Bad arguments are one line as well."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} ({self.prog} --help)")
 
 
 class LostPeers(UserError):

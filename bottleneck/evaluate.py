@@ -31,8 +31,8 @@ from rich.table import Table
 from bottleneck import cli, downstream
 from bottleneck.backbone import load_tokenizer
 from bottleneck.downstream import FULL, OURS, heads_of, identity, read_results
-from bottleneck.errors import UserError, check
-from bottleneck.export import Parser, prove, quiet, set_head
+from bottleneck.errors import Parser, UserError, check
+from bottleneck.export import prove, quiet, set_head
 from bottleneck.runs import Run, open_run
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,6 @@ Dims: N sequences, T sequence length, D hidden size, R rank, V vocabulary. W_VD 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import logging
@@ -19,7 +18,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Any, Iterator, NoReturn, Optional
+from typing import Any, Iterator, Optional
 
 import torch
 from safetensors import SafetensorError
@@ -28,8 +27,9 @@ from torch import Tensor, nn
 
 from bottleneck import cli
 from bottleneck.backbone import DTYPES, Backbone, label, load_model, load_tokenizer
+from bottleneck.checkpoint import leftovers
 from bottleneck.config import BackboneConfig
-from bottleneck.errors import UserError, check
+from bottleneck.errors import Parser, UserError, check
 from bottleneck.runs import Run, open_run
 
 FORMS = ("dense", "factored")
@@ -84,9 +84,8 @@ def new_folder(to: Path) -> Iterator[Path]:
     made = [p for p in to.parents if not p.exists()]
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
-        for beside in to.parent.iterdir():  # of a process that was killed
-            if beside.name.startswith(f".{to.name}.") and beside.suffix == ".part":
-                shutil.rmtree(beside, ignore_errors=True)
+        for beside in leftovers(to):
+            shutil.rmtree(beside, ignore_errors=True)
         part.mkdir()
         yield part
         for path in part.rglob("*"):
@@ -189,13 +188,6 @@ def export(run: Run, row: dict[str, Any], to: Path, form: str = "dense", dtype: 
     else:
         _factored(run, row, (A, B), dtype, tokenizer, to)
     return to
-
-
-class Parser(argparse.ArgumentParser):
-    """Bad arguments are one line as well."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} ({self.prog} --help)")
 
 
 def quiet() -> None:

@@ -30,10 +30,10 @@ def crossing(points: list[tuple[int, float]], target: float) -> Optional[float]:
 
 
 def knees(c: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of a curve's heads, for each start and each of PERCENT: {init, percent, rank, low, high, seeds}.
+    """Of a curve's heads, for each start and each of PERCENT: {init, percent, rank, low, high, mean, seeds, reached}.
 
-    `rank` is that of the best heads; `low` and `high` are the extremes over seeds that have a whole curve of their own,
-    null where there is one seed or one of them does not reach it. null rank: no trained rank is good enough.
+    `rank` is that of the best heads; null: no trained rank is good enough. Where there are several seeds, `reached` of them have a
+    good enough rank among the ranks that all seeds trained, and `low`, `high`, `mean` are over those.
     """
     out = []
     own = c["reference"]["loss"]
@@ -41,14 +41,16 @@ def knees(c: dict[str, Any]) -> list[dict[str, Any]]:
         heads = [h for h in c["heads"] if h["init"] == init and h["status"] == "ok" and h["loss"] is not None]
         ranks = sorted({h["rank"] for h in heads})
         seeds = sorted({h["seed"] for h in heads})
-        lines = {s: {r: min((h["loss"] for h in heads if h["rank"] == r and h["seed"] == s), default=None) for r in ranks} for s in seeds}
+        lines = {s: {r: min(h["loss"] for h in heads if h["rank"] == r and h["seed"] == s) for r in {h["rank"] for h in heads if h["seed"] == s}} for s in seeds}
+        shared = [r for r in ranks if all(r in line for line in lines.values())]
         best = [(r, min(h["loss"] for h in heads if h["rank"] == r)) for r in ranks]
         for percent in PERCENT:
             target = (1 + percent / 100) * own if own is not None else -math.inf
-            each = [crossing(list(line.items()), target) for line in lines.values() if None not in line.values()]
-            spread = len(each) > 1 and None not in each
-            row = {"init": init, "percent": percent, "rank": crossing(best, target), "low": min(each) if spread else None,
-                   "high": max(each) if spread else None, "mean": mean(each) if spread else None, "seeds": len(each)}  # fmt: skip
+            each = [crossing([(r, line[r]) for r in shared], target) for line in lines.values()]
+            found = [x for x in each if x is not None]
+            spread = found if len(each) > 1 else []
+            row = {"init": init, "percent": percent, "rank": crossing(best, target), "low": min(spread, default=None), "high": max(spread, default=None),
+                   "mean": mean(spread) if spread else None, "seeds": len(each), "reached": len(found)}  # fmt: skip
             out.append(row)
     return out
 
@@ -60,7 +62,8 @@ def told(c: dict[str, Any]) -> list[str]:
     for init in dict.fromkeys(k["init"] for k in c["knee"]):
         parts = []
         for k in (k for k in c["knee"] if k["init"] == init):
-            spread = f" ({k['low']:.0f}–{k['high']:.0f} over {k['seeds']} seeds)" if k["low"] is not None else ""
+            of = "" if k["reached"] == k["seeds"] else f"{k['reached']} of "
+            spread = f" ({k['low']:.0f}–{k['high']:.0f} over {of}{k['seeds']} seeds)" if k["low"] is not None else f" ({of}{k['seeds']} seeds)" if of and k["seeds"] > 1 else ""
             parts.append(f"{k['percent']} %: " + ("no rank tried" if k["rank"] is None else f"rank {k['rank']:.0f}{spread}"))
         lines.append(f"within x % of the own head's loss{f', {init}' if several else ''}: " + "; ".join(parts))
     return lines

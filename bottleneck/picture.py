@@ -66,9 +66,12 @@ def draw(curves: list[dict[str, Any]], file: BinaryIO) -> None:
                     axes.plot([k["rank"]], [math.exp(curve["reference"]["loss"] * (1 + k["percent"] / 100))], "|", color="0.35", ms=11)
                     axes.annotate(f"{k['percent']} %", (k["rank"], math.exp(curve["reference"]["loss"] * (1 + k["percent"] / 100))), fontsize=7, color="0.35",
                                   textcoords="offset points", xytext=(3, 6))  # fmt: skip
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    if ranks:
+    if values:
+        axes.set_yscale("log")
+    if not ranks:
+        axes.set_title("every head diverged", fontsize=10)
+    else:
+        axes.set_xscale("log", base=2)
         axes.xaxis.set_major_locator(FixedLocator(sorted(ranks)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
@@ -123,7 +126,8 @@ def draw_details(curves: list[dict[str, Any]], file: BinaryIO) -> bool:
                 if band["tokens"] and all(h["bands"][i]["loss"] is not None for h in heads):
                     right.plot(x, [h["bands"][i]["loss"] - band["loss"] for h in heads], "o-", ms=4, color=plt.cm.viridis(i / 5), label=f"{band['band']} ({band['tokens']:,} tokens)")
             right.set_title(f"by frequency of the target{'' if len(lines) == 1 else f', {name}'}", fontsize=9)
-    left.set_yscale("log")
+    if any(h["best"] and (h.get("kl") or 0) > 0 for c in curves for h in c["heads"]):  # a full-rank head that is the own one loses nothing
+        left.set_yscale("log")
     middle.set_ylim(0, 1.02)
     for axes, words in ((left, "KL from the full head, nats"), (middle, "share of tokens"), (right, "loss above the own head's, nats")):
         axes.set_xscale("log", base=2)

@@ -6,7 +6,6 @@ configuration and environment, in a single HTML file that loads nothing (charts:
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -17,7 +16,7 @@ from omegaconf import OmegaConf
 
 from bottleneck import cli, curve
 from bottleneck.checkpoint import write_atomic
-from bottleneck.errors import UserError, check
+from bottleneck.errors import Parser, UserError, check
 from bottleneck.knee import told
 from bottleneck.picture import labels
 
@@ -44,11 +43,17 @@ def _perplexity(loss: Optional[float]) -> Optional[float]:
 
 
 def configurations(folders: list[Path]) -> list[list[str]]:
-    """Title and text of what each run was made with: its config as Hydra stored it; of a multirun the first job's."""
+    """Title and text of what each run was made with: its config as Hydra stored it; of a multirun the first job's, and the
+    overrides of each."""
     out = []
     for folder in folders:
-        for file in sorted(folder.rglob(".hydra/config.yaml"))[:1]:
+        files = sorted(folder.rglob(".hydra/config.yaml"))
+        for file in files[:1]:
             out.append([f"{folder.name}: configuration", OmegaConf.to_yaml(OmegaConf.load(file))])
+        if len(files) > 1:
+            jobs = {str(f.parent.parent.relative_to(folder)): f.with_name("overrides.yaml") for f in files}
+            text = "".join(f"{job}: {' '.join(OmegaConf.load(f)) if f.is_file() else 'unknown'}\n" for job, f in jobs.items())
+            out.append([f"{folder.name}: overrides of its {len(files)} jobs", text])
     return out
 
 
@@ -75,7 +80,7 @@ def page(curves: list[dict[str, Any]], folders: list[Path]) -> str:
 
 
 def command(argv: list[str]) -> Path:
-    parser = argparse.ArgumentParser(prog="python -m bottleneck.report", description="One self-contained HTML page of curves.")
+    parser = Parser(prog="python -m bottleneck.report", description="One self-contained HTML page of curves.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="folders of runs or multiruns, or curve.json files")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page (default: report.html)")
     args = parser.parse_args(argv)

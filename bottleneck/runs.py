@@ -53,8 +53,10 @@ class Run:
                 rows = [h for h in rows if f"{h[name]:.6g}" == f"{value:.6g}"]  # six digits are what a head's name has
                 listed = ", ".join(f"{v:.6g}" for v in values)
                 check(bool(rows), f"--{name} {value:.6g}: rank {rank} in {self.folder} has no such head; it has {name} {listed}")
+        which = "".join(f", {name} {value:.6g}" for name, value in (("lr", lr), ("seed", seed)) if value is not None)
         rows = [h for h in rows if h["status"] == "ok"]
-        check(bool(rows), f"rank {rank}: diverged in {self.folder}, there is nothing to take away; ranks that did not: {', '.join(map(str, self.ranks)) or 'none'}")
+        fine = ", ".join(dict.fromkeys(f"{h['rank']} (lr {h['lr']:.6g})" for h in self.curve["heads"] if h["status"] == "ok"))
+        check(bool(rows), f"rank {rank}{which}: diverged in {self.folder}, there is nothing to take away; ranks that did not: {fine or 'none'}")
         return min(rows, key=lambda h: h["loss"])
 
     def file(self, row: dict[str, Any]) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import math
 import os
 import secrets
 from dataclasses import replace
@@ -17,12 +18,14 @@ from pytorch_lightning.utilities import rank_zero_only
 from bottleneck.checkpoint import write_atomic
 from bottleneck.compare import NUMBERS
 from bottleneck.config import LoggerConfig, TrainConfig
+from bottleneck.curve import band_losses
 from bottleneck.errors import UserError
 from bottleneck.heads import HeadKey
 from bottleneck.version import commit
 
 log = logging.getLogger(__name__)
-IDS = "wandb.json"  # ids of the W&B runs, by head
+IDS = "wandb.json"  # ids of the W&B runs, by head; and the lowest validation loss of each so far
+BEST = "best"
 AGENT = "WANDB_SWEEP_ID"  # set where W&B's agent runs the job
 FINAL = ("loss", "perplexity", "bits_per_byte", "initial_loss", *NUMBERS)
 COLUMNS = ("step", "tokens", "metric", "head", "value")
@@ -88,11 +91,11 @@ class WandbHeads(Logger):
         super().__init__()
         self.c, self.run_dir, self.group, self.heads = c, run_dir, c.group or group, heads
         self.runs: dict[str, Any] = {}
-        self.best: dict[str, float] = {}
+        self.ids: dict[str, Any] = {BEST: {}}
         if rank_zero_only.rank == 0:
-            ids = _ids(run_dir, resume_step)
+            self.ids = ids = {BEST: {}} | _ids(run_dir, resume_step)
             if AGENT in os.environ and len(heads) == 1:  # a W&B sweep: its agent has made the run
-                ids = dict.fromkeys(heads, os.environ["WANDB_RUN_ID"])
+                ids |= dict.fromkeys(heads, os.environ["WANDB_RUN_ID"])
             for name, facts in heads.items():
                 run = begin(c, run_dir, self.group, f"{c.name}-{name}" if c.name else name, "head", facts, ids.get(name) or _new_id())
                 if run.settings.mode == "offline":  # the server was waited for once
@@ -100,7 +103,10 @@ class WandbHeads(Logger):
                 self.runs[name], ids[name] = run, run.id
                 self.runs[name].define_metric("tokens")
                 self.runs[name].define_metric("*", step_metric="tokens")
-            write_atomic(run_dir / IDS, lambda part: part.write_text(json.dumps(ids)))
+            self._keep()
+
+    def _keep(self) -> None:
+        write_atomic(self.run_dir / IDS, lambda part: part.write_text(json.dumps(self.ids)))
 
     @property
     def name(self) -> str:
@@ -126,8 +132,12 @@ class WandbHeads(Logger):
         for name, row in rows.items():
             if len(row) > 1:
                 self.runs[name].log(row, step=step)
-            if "val/loss" in row:
-                self.best[name] = min(self.best.get(name, float("inf")), row["val/loss"])
+        best = self.ids[BEST]
+        validated = {name: row["val/loss"] for name, row in rows.items() if math.isfinite(row.get("val/loss", math.nan))}
+        for name, loss in validated.items():
+            best[name] = min(best.get(name, loss), loss)
+        if validated:  # a resumed run has seen what came before
+            self._keep()
 
     @rank_zero_only
     def finish(self, curve: Optional[dict[str, Any]], alone: bool) -> None:
@@ -136,7 +146,8 @@ class WandbHeads(Logger):
         for name, run in self.runs.items():
             if name in results:
                 final = {f"final/{k}": v for k, v in results[name].items() if k in FINAL and v is not None}
-                run.summary.update(final | {"best/loss": self.best.get(name), "status": results[name]["status"]})
+                final |= {f"final/{k}": v for k, v in band_losses(results[name]).items() if v is not None}
+                run.summary.update(final | {"best/loss": self.ids[BEST].get(name), "status": results[name]["status"]})
             run.finish(exit_code=0 if curve is not None else 1)
         self.runs = {}
         if curve is not None and alone and AGENT not in os.environ:
@@ -182,7 +193,7 @@ def log_curves(c: LoggerConfig, folder: Path, group: str, curves: list[dict[str,
     first = curves[0]
     facts = {k: first[k] for k in ("backbone", "hidden_size", "vocab_size", "data", "tokens")} | {"git_commit": commit()}
     run = begin(c, folder, group, c.name or group, "curve", facts, run_id)
-    rows = [h | {"backbone": curve["backbone"], "data": curve["data"]} for curve in curves for h in curve["heads"]]
+    rows = [h | band_losses(h) | {"backbone": curve["backbone"], "data": curve["data"]} for curve in curves for h in curve["heads"]]
     columns = list(dict.fromkeys(k for row in rows for k in row if not isinstance(row[k], (dict, list))))
     run.log({"heads": wandb.Table(columns=columns, data=[[row.get(k) for k in columns] for row in rows])})
     xs, ys, keys = [], [], []
@@ -195,9 +206,10 @@ def log_curves(c: LoggerConfig, folder: Path, group: str, curves: list[dict[str,
             keys.append(f"{curve['backbone']}, {key}" if len(curves) > 1 else key)
     run.log({"perplexity_against_rank": wandb.plot.line_series(xs=xs, ys=ys, keys=keys, title="Perplexity against rank", xname="rank")})
     artifact = wandb.Artifact(f"curve-{run_id}", type="curve")
-    for name in ("curve.json", "curve.csv", "curve.png"):
-        artifact.add_file(str(folder / name))
-    run.log({"curve": wandb.Image(str(folder / "curve.png"))})
+    for name in ("curve.json", "curve.csv", "curve.png", "details.png"):
+        if (folder / name).is_file():
+            artifact.add_file(str(folder / name))
+    run.log({p.stem: wandb.Image(str(p)) for p in (folder / "curve.png", folder / "details.png") if p.is_file()})
     run.log_artifact(artifact)
     run.summary.update({"heads": len(rows), "full/loss": first["reference"]["loss"], "full/perplexity": first["reference"]["perplexity"]})
     run.finish()
@@ -232,9 +244,10 @@ def facts(c: TrainConfig, key: HeadKey, hidden_size: int, vocab_size: int, data:
     """What a head is, for comparison with others: alike whether it trains alone or in company."""
     o = c.optim
     return {
-        "rank": key.rank, "parameters": key.rank * (vocab_size + hidden_size), "lr": key.lr, "seed": key.seed, "init": c.head.init, "objective": c.head.objective,
+        "rank": key.rank, "parameters": key.rank * (vocab_size + hidden_size), "lr": key.lr, "seed": key.seed, "init": c.head.init, "passes": c.head.passes if c.head.init == "refined" else None,
+        "objective": c.head.objective, "temperature": c.head.temperature if c.head.objective != "ce" else None, "mix": c.head.mix if c.head.objective == "mixed" else None,
         "backbone": backbone, "revision": c.backbone.revision, "hidden_size": hidden_size, "vocab_size": vocab_size, "data": data,
         "tokens": c.tokens // (c.batch_size * c.data.block_size) * c.batch_size * c.data.block_size, "batch_size": c.batch_size,
-        "block_size": c.data.block_size, "data_seed": c.data.seed, "weight_decay": o.weight_decay, "betas": list(o.betas), "warmup": o.warmup,
+        "block_size": c.data.block_size, "data_seed": c.data.seed, "weight_decay": o.weight_decay, "betas": list(o.betas), "eps": o.eps, "warmup": o.warmup, "lr_final": o.lr_final,
         "clip": o.clip, "calibration_tokens": c.head.calibration_tokens, "dtype": c.backbone.dtype, "git_commit": commit(),
     }  # fmt: skip

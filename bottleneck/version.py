@@ -1,10 +1,16 @@
-"""Which code this is."""
+"""Which code this is, and what it runs on."""
 
 from __future__ import annotations
 
 import functools
+import platform
 import subprocess
+from importlib import metadata
+from typing import Any
 
+import torch
+
+import bottleneck
 from bottleneck.config import ROOT
 
 
@@ -19,3 +25,10 @@ def commit() -> str:
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):  # no git, or an installed copy
         return ""
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, commit, and the kind of machine: what a result is told with. Nothing in it names a person or a place."""
+    packages = {name: metadata.version(name) for name in ("torch", "transformers", "pytorch-lightning")}
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+    return {"bottleneck": bottleneck.__version__, "commit": commit(), **packages, "python": platform.python_version(), "system": platform.system(), "device": kind}

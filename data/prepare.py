@@ -8,7 +8,6 @@ The folder is written under another name and renamed when it is whole.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import logging
@@ -27,7 +26,7 @@ from bottleneck import cli
 from bottleneck.backbone import load_tokenizer
 from bottleneck.checks import check_config
 from bottleneck.config import DataConfig
-from bottleneck.errors import UserError, check
+from bottleneck.errors import Parser, UserError, check
 from data.cache import FORMAT, PARTS, Corpus, open_prepared, read_manifest, tokenizer_hash, verify
 from data.encode import Writer, background, encoder
 from data.sources import Source
@@ -163,12 +162,11 @@ def command(overrides: list[str]) -> Corpus:
 
 def main(argv: Optional[list[str]] = None) -> int:
     """Returns the exit code: 2 for bad input, told in one line."""
-    parser = argparse.ArgumentParser(prog="python -m data.prepare", description="Prepare the tokens of a run, without weights or training.")
+    parser = Parser(prog="python -m data.prepare", description="Prepare the tokens of a run, without weights or training.")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for train.py: backbone=… data=… data.files=…")
-    args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    return cli.one_line_errors(lambda: command(args.overrides), after_interrupt="nothing is kept; the same command starts again")
+    return cli.one_line_errors(lambda: command(parser.parse_args(argv).overrides), after_interrupt="nothing is kept; the same command starts again")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -165,3 +167,10 @@ def test_a_missing_launcher_says_how_to_install_it():
 
     line = explain(MissingConfigException("In 'hydra/launcher/slurm': Could not find 'hydra/launcher/submitit_slurm'", "hydra/launcher/submitit_slurm"))
     assert "pip install -e '.[slurm]'" in line and "\n" not in line
+
+
+def test_output_that_nobody_reads_on_is_no_failure():
+    """python -m bottleneck.study experiment=paper | head -1"""
+    command = f"{sys.executable} -m bottleneck.study experiment=paper | head -1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("The commands for every figure")

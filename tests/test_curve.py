@@ -107,3 +107,58 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):
 def test_the_second_reference_is_the_trained_head_of_full_rank():
     assert made({8: 2.5})["trained_reference"] is None
     assert made({8: 2.5, 64: 1.9})["trained_reference"]["loss"] == 1.9
+
+
+def test_a_multiruns_merged_curve_is_read_where_it_is_named(tmp_path, capsys):
+    """Below the multirun's folder it is its jobs again; named itself it is a curve as any other."""
+    sweep = tmp_path / "sweep"
+    for i, r in enumerate((64, 8)):
+        save(sweep / str(i), made({r: 2.5}))
+    (sweep / "multirun.yaml").write_text("")
+    merged = curve.merge(curve.read([sweep], skip=tmp_path))
+    curve.write(merged, sweep / "curve")
+    for path in (sweep, sweep / "curve", sweep / "curve" / "curve.json"):
+        assert curve.merge(curve.read([path], skip=tmp_path)) == merged, path
+
+
+def test_losses_by_frequency_are_in_the_csv(tmp_path):
+    one = made({8: 2.5, 64: 2.1})
+    for h in one["heads"]:
+        h |= {"kl": 0.5, "top1_agreement": 0.5, "top5_agreement": 0.5, "acceptance": 0.5, "bands": [{"band": "1–10", "tokens": 4, "loss": h["loss"]}, {"band": "11–", "tokens": 0, "loss": None}]}
+    one["reference"]["bands"] = [{"band": "1–10", "tokens": 4, "loss": 2.0}, {"band": "11–", "tokens": 0, "loss": None}]
+    curve.write([one], tmp_path)
+    rows = list(csv.DictReader(open(tmp_path / "curve.csv")))
+    assert [float(r["loss_1-10"]) for r in rows] == [2.5, 2.1] and rows[0]["loss_11-"] == ""
+
+
+def test_heads_that_all_diverged_leave_a_whole_result(run, capsys, tmp_path):
+    result = run("optim.lr=1e12", "tokens=2048")
+    assert all(h["status"] == "diverged" for h in result.curve["heads"])
+    assert {p.name for p in (tmp_path / "run").iterdir()} >= {"curve.json", "curve.csv", "curve.png", "heads"}
+    assert "every head did: give lower rates (optim.lr)" in " ".join(capsys.readouterr().out.split())
+    again = run("optim.lr=1e12", "tokens=2048", "ckpt_path=last")
+    assert again.curve == json.loads((tmp_path / "run" / "curve.json").read_text())
+    assert curve.main([str(tmp_path / "run"), "--out", str(tmp_path / "merged")]) == 0
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda c: c["heads"][0].update(loss=math.nan), "a head's loss is nan, not a number or null"),
+        (lambda c: c.update(tokens="many"), "its tokens is many, not a whole number"),
+        (lambda c: c["reference"].update(loss="x"), "its reference's loss is x, not a number or null"),
+        (lambda c: c["heads"][1].update(rank="8"), "a head's rank is 8, not a whole number above 0"),
+        (lambda c: c["heads"][1].update(best=None), "a head's best is None, not true or false"),
+        (lambda c: c.update(versions=None), "its versions is None, not an object"),
+        (lambda c: c["heads"][0].update(kl=0.1, top1_agreement=1.0, bands=[{"band": "1–10", "tokens": 1, "loss": 1.0}]), "the bands of its head of rank 8 are not those of its reference"),
+        (lambda c: c["heads"][0].update(bands=[3]), "a head's bands is [3], not a list of bands"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_one_line(tmp_path, capsys, change, words):
+    content = made({8: 2.5, 64: 2.1})
+    change(content)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "curve.json").write_text(json.dumps(content))
+    assert curve.main([str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and words in line and not (tmp_path / "out").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import shutil
@@ -51,7 +52,13 @@ def _diverge(content):
         h.update(status="diverged", loss=None, best=False) if h["rank"] == 8 else None
 
 
+def _one_rate_diverged(content):
+    for h in content["heads"]:
+        h.update(status="diverged", loss=None, best=False) if h["rank"] == 8 and h["lr"] == 0.01 else None
+
+
 BAD = {
+    "one rate": (_rewrite(_one_rate_diverged), ["--lr", "0.01"], r"rank 8, lr 0.01: diverged .* ranks that did not: .*8 \(lr 0.001\)"),
     "no folder": (lambda f: shutil.rmtree(f), [], "no such folder"),
     "no curve": (lambda f: (f / "curve.json").unlink(), [], "no curve.json there; give the folder of a finished run"),
     "not json": (lambda f: (f / "curve.json").write_text("{"), [], "not a curve of bottleneck"),
@@ -61,7 +68,7 @@ BAD = {
     "seed": (lambda f: None, ["--seed", "4"], "--seed 4: rank 8 .* it has seed 0"),
     "word": (lambda f: None, ["--rank", "many"], "argument --rank: invalid int value"),
     "form": (lambda f: None, ["--form", "thin"], "argument --form: invalid choice"),
-    "diverged": (_rewrite(_diverge), [], "rank 8: diverged .* ranks that did not: 2, 32"),
+    "diverged": (_rewrite(_diverge), [], r"rank 8: diverged .* ranks that did not: 2 \(lr 0.001\), 2 \(lr 0.01\), 32"),
     "head missing": (_heads(Path.unlink), [], "r8_lr.*safetensors: no such file"),
     "head junk": (_heads(lambda p: p.write_bytes(b"junk")), [], "damaged or not a head file"),
     "head cut": (_heads(lambda p: p.write_bytes(p.read_bytes()[:-100])), [], "damaged or not a head file"),
@@ -144,3 +151,12 @@ def test_a_multiruns_folder_names_a_job(swept, tmp_path, capsys):
     shutil.copytree(swept.run_dir, tmp_path / "sweep" / "0")
     assert export.main([str(tmp_path / "sweep"), "--rank", "8", "--to", str(tmp_path / "e")]) == 2
     assert "of a multirun give one job's folder, such as" in capsys.readouterr().err
+
+
+def test_what_a_killed_export_left_goes_and_a_living_ones_stays(swept, tmp_path):
+    """Parts are named after the folder and the process that writes them."""
+    dead, alive, other = (tmp_path / name for name in (".head.999999999.part", f".head.{os.getppid()}.part", ".head.v2.999999999.part"))
+    for part in (dead, alive, other):
+        part.mkdir()
+    assert export.main([str(swept.run_dir), "--rank", "8", "--to", str(tmp_path / "head"), "--form", "factored"]) == 0
+    assert not dead.exists() and alive.exists() and other.exists()

@@ -101,6 +101,7 @@ def test_light_and_dark_wide_and_narrow(page, tmp_path, size, scheme):
 @pytest.mark.parametrize(
     "argv, words",
     [
+        ([], "the following arguments are required: DIR (python -m bottleneck.report --help)"),
         (["nowhere"], "nowhere: no such folder"),
         (["."], "no curve.json there"),
         (["{one}", "--out", "{folder}"], "is a folder"),
@@ -112,3 +113,12 @@ def test_bad_input_is_one_line(page, tmp_path, capsys, monkeypatch, argv, words)
     assert report.main(argv) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert words in line and not list(tmp_path.iterdir())
+
+
+def test_every_jobs_overrides_are_told(tmp_path):
+    """Of a multirun: the first job's config, and what each job changed."""
+    for name in ("0", "1"):
+        make(tmp_path / "sweep" / name, "small", 0.0)
+        (tmp_path / "sweep" / name / ".hydra" / "overrides.yaml").write_text(f"- ranks={name}\n- seed=1\n")
+    (_, config), (title, overrides) = report.configurations([tmp_path / "sweep"])
+    assert "tokens: 1234" in config and title == "sweep: overrides of its 2 jobs" and overrides == "0: ranks=0 seed=1\n1: ranks=1 seed=1\n"

@@ -74,7 +74,8 @@ def test_a_run_for_each_head_and_one_for_the_curve(together):
         assert {"val/loss", "val/perplexity", "val/bits_per_byte", "val/loss_full", "train/loss", "train/lr", "train/grad_norm", "val/kl"} <= set(last)
         assert r["summary"]["val/perplexity"] == r["summary"]["final/perplexity"] and r["summary"]["best/loss"] <= r["summary"]["final/loss"]
         assert r["summary"]["status"] == "ok" and 0 < r["summary"]["final/acceptance"] < 1
-    assert sorted(curve["artifacts"][-1]) == ["curve.csv", "curve.json", "curve.png"]
+        assert all(f"final/loss_{band}" in r["summary"] for band in ("1-10", "11-100")) and "lr_final" in r["config"]
+    assert sorted(curve["artifacts"][-1]) == ["curve.csv", "curve.json", "curve.png", "details.png"]
     keys = {k for h in curve["history"] for k in h}
     assert any(k.startswith("heads") for k in keys) and any(k.startswith("perplexity_against_rank") for k in keys) and any(k.startswith("curve") for k in keys)
 
@@ -117,6 +118,19 @@ def test_a_resumed_run_goes_on_in_the_same_runs(toy, quiet, together, tmp_path):
         if r["job"] == "head":
             assert heads[r["config"]["rank"]]["summary"] == r["summary"]
             assert {h["_step"] for h in heads[r["config"]["rank"]]["history"]} == {h["_step"] for h in r["history"]}
+
+
+def test_the_best_loss_is_of_all_tries(toy, quiet, tmp_path):
+    """A rate that spoils the head: the best is that of step 0, which the second try never saw."""
+    from train import train
+
+    overrides = [*toy, *OFFLINE, "ranks=[8]", "optim.lr=3", "tokens=2048", "trainer.checkpoint_every=1"]
+    train(composed(overrides), tmp_path / "run")
+    (tmp_path / "run" / "curve.json").unlink()  # as if it had been killed while it validated
+    train(composed([*overrides, "ckpt_path=last"]), tmp_path / "run")
+    (head,) = [r for r in runs(tmp_path / "run") if r["job"] == "head"]
+    assert head["files"] == 2 and head["summary"]["best/loss"] < head["summary"]["final/loss"] - 0.1
+    assert head["summary"]["best/loss"] == pytest.approx(head["summary"]["final/initial_loss"])
 
 
 def test_an_agents_run_is_the_heads_run(toy, quiet, tmp_path, monkeypatch):

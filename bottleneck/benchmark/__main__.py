@@ -6,7 +6,6 @@ only when it is asked for.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import logging
 import sys
@@ -17,7 +16,7 @@ from rich.console import Console
 
 from bottleneck import cli
 from bottleneck.benchmark import table
-from bottleneck.errors import check
+from bottleneck.errors import Parser, check
 
 WIDTH = 130  # of the table at least, also where the output is a file
 BENCHMARKS = {
@@ -38,7 +37,7 @@ def command(argv: list[str]) -> list[table.Row]:
         return []
     check(argv[0] in BENCHMARKS, f"benchmark {argv[0]}: there is no such one; allowed are {names}")
     module = importlib.import_module(f"bottleneck.benchmark.{argv[0]}")
-    parser = argparse.ArgumentParser(prog=f"python -m bottleneck.benchmark {module.NAME}", description=BENCHMARKS[module.NAME])
+    parser = Parser(prog=f"python -m bottleneck.benchmark {module.NAME}", description=BENCHMARKS[module.NAME])
     parser.add_argument("--csv", type=Path, help="write the rows there as well")
     module.add_arguments(parser)
     args = parser.parse_intermixed_args(argv[1:])
