@@ -62,7 +62,7 @@ def draw(lines: list[dict[str, Any]], widths: list[int], file: BinaryIO) -> None
         axes.plot(range(len(line["w_error_weighted"])), line["w_error_weighted"], ":", color=f"C{i}", label=f"{line['name']}, contexts by frequency")
     for d in widths:
         axes.axvline(d, color="0.7", lw=0.8, ls="--")
-    axes.set(xscale="symlog", xlabel="rank d (dashed: hidden sizes 512 … 4,096)", ylabel="W-error of the best rank-d matrix", ylim=(0, 1.02))
+    axes.set(xscale="symlog", xlabel="rank d (dashed: hidden sizes 512 … 4,096)", ylabel="W-error of the best rank-d matrix", ylim=(0, 1.02), xlim=(0, None))
     axes.legend(fontsize=7, frameon=False)
     save(figure, file)
 
@@ -94,7 +94,7 @@ def run(c: StudyConfig, folder: Path) -> dict[str, Any]:
             errors[name] = w_error(eigenvalues(matrix, device)).tolist()
             steps.end(", ".join(f"{level:g}: d = {smallest(errors[name], level):,}" for level in LEVELS))
     content = {
-        "name": f"{corpus.name}, {label(c.backbone)}", "data": corpus.name, "data_hash": corpus.fingerprint, "vocab": V, "tokens": len(tokens), "ngrams": g.ngrams,
+        "name": f"{corpus.name}, {Path(c.backbone.tokenizer).name if c.backbone.tokenizer else label(c.backbone)}, V = {V:,}", "data": corpus.name, "data_hash": corpus.fingerprint, "vocab": V, "tokens": len(tokens), "ngrams": g.ngrams,
         "contexts": g.contexts, "distinct": g.distinct, "counting_seconds": counting,
         "smallest_d": {f"{level:g}": {n: smallest(e, level) for n, e in errors.items()} for level in LEVELS}, **errors,
     }  # fmt: skip
