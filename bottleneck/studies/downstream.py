@@ -53,8 +53,9 @@ def compare(steps: list[int], scores: list[Score], metric: str, level: float, sk
 def one_model(model: str, along: list[Results], tasks: list[str] | None, level: float, skip: float) -> dict[str, Any]:
     """Every task of one model. Raises UserError naming the file that lacks a task."""
     if tasks is None:
-        tasks = sorted(set.intersection(*(set(entry.tasks) for entry in along)))
-        check(bool(tasks), f"{along[0].where}: no task in it that all {len(along)} steps of {model} have")
+        # groups of tasks have entries without numbers
+        tasks = sorted(t for t in along[0].tasks if set.intersection(*(set(entry.tasks.get(t, ())) for entry in along)))
+        check(bool(tasks), f"{along[0].where}: no task in it with a number that all {len(along)} steps of {model} have")
     out = {}
     for item in tasks:
         # a colon may be part of a task's name
