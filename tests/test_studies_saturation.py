@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from studies import run_study
 
 from bottleneck.errors import UserError
+from bottleneck.studies import ngrams
+from bottleneck.studies.output import as_text
 from bottleneck.studies.saturation import paired_error, read_losses, verdict
 from bottleneck.studies.scaling import BETA, B, E
 
@@ -92,6 +95,18 @@ def test_names_and_tokens_of_other_peoples_csvs(tmp_path):
 
 
 HEADER = "model,parameters,step,loss\n"
+
+
+def test_names_with_dollars_are_drawn_as_they_stand(tmp_path):
+    assert as_text(r"$\bad$") == r"\$\bad\$" and as_text("plain_name") == "plain_name"
+    (tmp_path / "l.csv").write_text(HEADER + "$\\bad$,5e8,1,3\n$\\bad$,5e8,2,2.9\nm $x_$ $,6e8,1,2.8\n")
+    c = run_study(tmp_path, "study=saturation", f"study.losses={tmp_path / 'l.csv'}")
+    assert [m["model"] for m in c["models"]] == [r"$\bad$", "m $x_$ $"]
+    for step in (1, 2):
+        (tmp_path / "evals" / r"$\bad$").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "evals" / r"$\bad$" / f"step{step}.json").write_text('{"results": {"$_$": {"acc": 0.5}}}')
+    assert run_study(tmp_path, "study=downstream", f"study.results={tmp_path / 'evals'}")["model"] == r"$\bad$"
+    ngrams.draw([{"name": r"$\bad$", "w_error": [1, 0], "w_error_weighted": [1, 0]}], [], io.BytesIO())
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from bottleneck.errors import UserError, check
 from bottleneck.studies.config import Geometry, StudyConfig
-from bottleneck.studies.output import canvas, save, write
+from bottleneck.studies.output import as_text, canvas, save, write
 from bottleneck.studies.ranks import interval, spearman
 
 log = logging.getLogger(__name__)
@@ -122,15 +122,15 @@ def draw(relations: list[dict[str, Any]], points: dict[Point, dict[str, float]],
                 panels[0].plot([r[e] for e in ends], [i + shift] * 2, color=colour, lw=2, alpha=0.6)
                 panels[0].plot([r[key]], [i + shift], "o", color=colour, ms=4, label={0: key.replace("rho_changes", "of changes").replace("rho", "of values")}.get(i))
     panels[0].axvline(0, color="0.5", lw=0.8)
-    panels[0].set_yticks(range(len(shown)), [r["metric"] for r in shown], fontsize=7)
+    panels[0].set_yticks(range(len(shown)), [as_text(r["metric"]) for r in shown], fontsize=7)
     panels[0].set(xlim=(-1.05, 1.05), xlabel="Spearman's ρ with the loss")
     panels[0].legend(fontsize=7, frameon=False)
     for r, axes in zip(top, panels[1:]):
         for k, model in enumerate(sorted({m for m, _ in points})):
             series = sorted(((step or 0, v) for (m, step), v in points.items() if m == model and r["metric"] in v), key=lambda p: p[0])
             own = [v for _, v in series]
-            axes.plot([v[r["metric"]] for v in own], [v["loss"] for v in own], "o-", ms=3, lw=0.7, color=f"C{k % 10}", label=model)
-        axes.set(xlabel=r["metric"], ylabel="loss, nats a token", title=f"ρ = {r['rho']:.2f}")
+            axes.plot([v[r["metric"]] for v in own], [v["loss"] for v in own], "o-", ms=3, lw=0.7, color=f"C{k % 10}", label=as_text(model))
+        axes.set(xlabel=as_text(r["metric"]), ylabel="loss, nats a token", title=f"ρ = {r['rho']:.2f}")
         axes.legend(fontsize=7, frameon=False)
     save(figure, file)
 

@@ -21,7 +21,7 @@ from bottleneck.backbone import label, load_tokenizer
 from bottleneck.errors import UserError, check
 from bottleneck.studies.config import Ngrams, StudyConfig
 from bottleneck.studies.counts import BUCKET, MOST_VOCAB, gram, w_error
-from bottleneck.studies.output import Steps, canvas, save, write
+from bottleneck.studies.output import Steps, as_text, canvas, save, write
 from bottleneck.studies.series import device_of
 from bottleneck.studies.text import entries_of
 from data.prepare import prepare
@@ -58,8 +58,8 @@ def draw(lines: list[dict[str, Any]], widths: list[int], file: BinaryIO) -> None
     """W-error against d, solid; weighted by frequency, dotted."""
     figure, (axes,) = canvas(1, width=7.0)
     for i, line in enumerate(lines):
-        axes.plot(range(len(line["w_error"])), line["w_error"], color=f"C{i}", label=line["name"])
-        axes.plot(range(len(line["w_error_weighted"])), line["w_error_weighted"], ":", color=f"C{i}", label=f"{line['name']}, contexts by frequency")
+        axes.plot(range(len(line["w_error"])), line["w_error"], color=f"C{i}", label=as_text(line["name"]))
+        axes.plot(range(len(line["w_error_weighted"])), line["w_error_weighted"], ":", color=f"C{i}", label=as_text(f"{line['name']}, contexts by frequency"))
     for d in widths:
         axes.axvline(d, color="0.7", lw=0.8, ls="--")
     axes.set(xscale="symlog", xlabel="rank d (dashed: hidden sizes 512 … 4,096)", ylabel="W-error of the best rank-d matrix", ylim=(0, 1.02))

@@ -19,7 +19,7 @@ from bottleneck.errors import UserError, check
 from bottleneck.losses.chunked import chunk_rows
 from bottleneck.metrics import full_head_loss
 from bottleneck.studies.config import Saturation, StudyConfig
-from bottleneck.studies.output import Parts, Steps, canvas, save, write
+from bottleneck.studies.output import Parts, Steps, as_text, canvas, save, write
 from bottleneck.studies.scaling import Law, fit_law
 from bottleneck.studies.series import check_same_shapes, checkpoints, device_of, say_memory, visit
 from bottleneck.studies.statistics import best_of_many, block_mean, scatter
@@ -179,12 +179,12 @@ def draw(content: dict[str, Any], file: BinaryIO) -> None:
     for i, m in enumerate(models):
         points = [p for p in m["checkpoints"] if p["tokens"] > 0] or m["checkpoints"]
         x, y = [p["tokens"] for p in points], [p["loss"] for p in points]
-        left.plot(x, y, "o-" if len(points) < 40 else "-", color=f"C{i % 10}", ms=2.5, lw=1.2, label=f"{m['model']}: {m['verdict']}")
+        left.plot(x, y, "o-" if len(points) < 40 else "-", color=f"C{i % 10}", ms=2.5, lw=1.2, label=as_text(f"{m['model']}: {m['verdict']}"))
         if all(p["stderr"] is not None for p in points):
             left.fill_between(x, [p["loss"] - (p["stderr"] or 0) for p in points], [p["loss"] + (p["stderr"] or 0) for p in points], color=f"C{i % 10}", alpha=0.15, lw=0)
         left.plot([m["best"]["tokens"]], [m["best"]["loss"]], "*", color=f"C{i % 10}", ms=9)
         right.plot([m["parameters"]], [m["final"]["loss"]], "x", color=f"C{i % 10}", ms=7)
-        right.plot([m["parameters"]], [m["best"]["loss"]], "*", color=f"C{i % 10}", ms=9, label=m["model"])
+        right.plot([m["parameters"]], [m["best"]["loss"]], "*", color=f"C{i % 10}", ms=9, label=as_text(m["model"]))
     if not single:
         left.set_xscale("log")
         # the first steps are far above everything that is of interest
