@@ -83,6 +83,23 @@ def test_on_what_the_studies_really_leave(toy_backbone, toy_text, tmp_path):
     assert len(content["checkpoints"]) == 4 and {r["metric"].split(":")[0] for r in content["relations"]} == {"head", "weighted", "last layer"}
 
 
+def test_single_models_are_joined_across_studies(toy_backbone, toy_text, tmp_path):
+    """Models without steps, one with a name that is bad mathematics: neither study makes up a step, and geometry finds both rows of each."""
+    models = toy_series(toy_backbone, tmp_path / "toys", {"a": 0.0, "b": 0.3, r"$\bad$": 0.6})
+    words = [*QUICK, "data=local", f"data.files={toy_text}", f"data.cache_dir={tmp_path / 'cache'}", "backbone.path=unused"]
+    words.append("study.models=[" + ",".join(f"'{models / name}'" for name in ("a", "b", r"$\bad$")) + "]")
+    saturation = run_study(tmp_path / "done" / "one", "study=saturation", *words)
+    assert [(m["final"]["step"], m["final"]["tokens"], m["from_step"]) for m in saturation["models"]] == [(None, 0, None)] * 3
+    run_study(tmp_path / "done" / "two", "study=spectrum", "study.hidden=false", *words)
+    run_study(tmp_path / "drawn", "study=anisotropy", *words)
+    for file in ("one/saturation.csv", "two/spectrum.csv"):
+        assert [row["step"] for row in csv.DictReader(open(tmp_path / "done" / file))] == [""] * 3
+    content = run_study(tmp_path / "out", "study=geometry", f"study.results={tmp_path / 'done'}", "study.draws=50")
+    assert [(p["model"], p["step"]) for p in content["checkpoints"]] == [("a", None), ("b", None), (r"$\bad$", None)]
+    assert all(p["loss"] > 0 and p["head: entropy"] > 0 for p in content["checkpoints"])
+    assert {r["metric"]: (r["pairs"], r["changes"]) for r in content["relations"]}["head: entropy"] == (3, 0)
+
+
 def test_bad_input_names_the_file(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         collect([str(tmp_path / "nowhere")])
