@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import csv
 import itertools
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +16,7 @@ import pytest
 from bottleneck.errors import UserError
 from bottleneck.studies.geometry import changes, collect
 from bottleneck.studies.ranks import interval, places, spearman
+from conftest import ROOT
 from studies import QUICK, run_study, toy_series
 
 
@@ -74,6 +79,18 @@ def test_what_follows_is_told_from_what_drifts(tmp_path):
     assert len(dx) == 78 and np.sign(dx).tolist() == np.sign(dy).tolist()
 
 
+def test_numbers_are_the_same_in_every_process(tmp_path):
+    """Also the intervals of changes, whatever seed Python hashes names with."""
+    rng = np.random.default_rng(2)
+    rows = [{"model": f"m{k}", "step": step, "matrix": "head", "entropy": rng.normal(), "loss": rng.normal()} for k in range(8) for step in range(4)]
+    table(tmp_path / "in" / "spectrum.csv", rows)
+    table(tmp_path / "in" / "saturation.csv", rows)
+    words = [sys.executable, "-m", "bottleneck.study", "study=geometry", f"study.results={tmp_path / 'in'}", "study.draws=50"]
+    for seed in "12":
+        subprocess.run([*words, f"hydra.run.dir={tmp_path / seed}"], cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": seed}, check=True, capture_output=True)
+    assert (tmp_path / "1" / "geometry.csv").read_text() == (tmp_path / "2" / "geometry.csv").read_text()
+
+
 def test_on_what_the_studies_really_leave(toy_backbone, toy_text, tmp_path):
     series = toy_series(toy_backbone, tmp_path / "toy", {f"step{n}": 0.1 * n for n in range(4)})
     words = [*QUICK, "data=local", f"data.files={toy_text}", f"data.cache_dir={tmp_path / 'cache'}", "backbone=local", f"backbone.path={series}"]
@@ -108,6 +125,14 @@ def test_bad_input_names_the_file(tmp_path):
     table(tmp_path / "x" / "saturation.csv", [{"model": "a", "step": 1, "loss": "high"}])
     with pytest.raises(UserError, match="saturation.csv: loss=high of a, step 1: is not a number"):
         collect([str(tmp_path)])
-    table(tmp_path / "x" / "saturation.csv", [{"name": "a"}])
-    with pytest.raises(UserError, match="saturation.csv: not a table of a study"):
-        collect([str(tmp_path)])
+    for name, text, words in (
+        ("saturation", "name\na\n", "not a table of study=saturation: it has no column model, step, loss"), ("spectrum", "model,step,entropy\na,1,2\n", "has no column matrix"),
+        ("anisotropy", "model,step,loss,mean_cosine\na,1,2,3\n", "has no column layer, layers"), ("spectrum", "model,step,matrix,entropy\n", "spectrum.csv: has no rows"),
+        ("spectrum", "", "has no column model, step, matrix"), ("spectrum", "model,step,matrix,entropy\na,1\n", "line 2 ends too early"),
+    ):  # fmt: skip
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.csv").write_text(text)
+        with pytest.raises(UserError) as caught:
+            collect([str(tmp_path / name)])
+        assert words in str(caught.value) and f"{name}.csv" in str(caught.value)
+        shutil.rmtree(tmp_path / name)

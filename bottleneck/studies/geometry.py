@@ -26,16 +26,22 @@ log = logging.getLogger(__name__)
 COLUMNS = ("metric", "pairs", "rho", "low", "high", "changes", "rho_changes", "low_changes", "high_changes", "reading")
 SPECTRUM = ("entropy", "effective_rank", "stable_rank", "participation_ratio", "condition", "top_share")
 ANISOTROPY = ("mean_cosine", "mean_cosine_centred", "mean_norm", "top_dimension_share")
+NEEDED = {"spectrum": ("model", "step", "matrix"), "anisotropy": ("model", "step", "layer", "layers"), "saturation": ("model", "step", "loss")}  # columns
 Point = tuple[str, Optional[int]]  # model, step
 
 
 def _rows(file: Path) -> list[dict[str, str]]:
     try:
         with open(file, newline="") as f:
-            rows = list(csv.DictReader(f))
+            reader = csv.DictReader(f)
+            columns, rows = reader.fieldnames or (), list(reader)
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{file}: cannot be read: {error}") from error
-    check(bool(rows) and {"model", "step"} <= rows[0].keys(), f"{file}: not a table of a study: it has no columns model and step")
+    absent = [k for k in NEEDED[file.stem] if k not in columns]
+    check(not absent, f"{file}: not a table of study={file.stem}: it has no column {', '.join(absent)}")
+    check(bool(rows), f"{file}: has no rows")
+    for line, row in enumerate(rows, 2):
+        check(None not in (row[k] for k in NEEDED[file.stem]), f"{file}: line {line} ends too early")
     return rows
 
 
@@ -78,7 +84,7 @@ def collect(folders: list[str]) -> tuple[dict[Point, dict[str, float]], list[str
 def changes(points: dict[Point, dict[str, float]], metric: str) -> tuple[np.ndarray, np.ndarray]:
     """Differences of a metric and of the loss between neighbouring checkpoints of one model, over all models."""
     dx, dy = [], []
-    for model in {m for m, _ in points}:
+    for model in dict.fromkeys(m for m, _ in points):  # in order: the bootstrap draws by place
         own = sorted(((s or 0, v) for (m, s), v in points.items() if m == model and metric in v), key=lambda p: p[0])
         for (_, a), (_, b) in zip(own, own[1:]):
             dx.append(b[metric] - a[metric])
