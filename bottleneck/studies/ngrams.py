@@ -87,6 +87,7 @@ def run(c: StudyConfig, folder: Path) -> dict[str, Any]:
         began = time.monotonic()
         g = gram(tokens, V, eos, steps.at)
         counting = time.monotonic() - began
+        check(g.ngrams > 0, f"data: {corpus.name} has no 5-gram in {len(tokens)} training tokens: among any five in a row a text ends")
         steps.end(f"{g.ngrams:,} 5-grams after {g.contexts:,} contexts, {len(tokens) / counting / 1e6:.2f}M tokens/s")
         errors = {}
         for name, matrix in (("w_error", g.plain), ("w_error_weighted", g.weighted)):
