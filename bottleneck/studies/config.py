@@ -59,7 +59,7 @@ class Downstream:
 class Spectrum(Series):
     """Fig. 4 and 5: singular values of the head along training."""
 
-    hidden: bool = True  # spectrum of W Sigma^1/2 as well, which needs the text and the whole model; false: the head alone is read
+    hidden: bool = True  # spectrum of W Sigma^1/2 as well, which needs the text and the whole model; false: the head alone is read, the other weights are not looked at
     drop_padding: bool = False  # leave out the rows that no token has; they are counted in any case
 
 

@@ -75,6 +75,8 @@ def measure(c: StudyConfig, folder: Path) -> tuple[list[dict[str, Any]], dict[st
     shapes = check_same_shapes(series)
     device = device_of(c)
     text = study_text(c, series) if s.hidden else None
+    if text is None:
+        log.info("study.hidden=false: only the head is read; the other weights are not looked at")
     width, vocabulary = max(shapes.values(), key=lambda shape: shape[0] * shape[1])
     work = 8 * (min(ROWS, vocabulary) + 6 * width) * width + 4 * vocabulary * width
     say_memory(series, device, work + (4 * c.trainer.micro_batch_size * text.block * 24 * width if text else 0))
