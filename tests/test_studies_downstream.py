@@ -102,7 +102,8 @@ def test_layouts_that_the_harness_and_people_make(tmp_path):
 @pytest.mark.parametrize(
     "name, content, words",
     [("step2.json", {"results": {"piqa": {"acc": 0.5}}}, "step2.json: no task sciq in it; it has piqa"), ("step2.json", "{", "step2.json: not a result"),
-     ("step2.json", {"acc": 1}, "step2.json: not a result of lm-evaluation-harness: it has no results"),
+     ("step2.json", {"results": [1]}, "step2.json: not a result of lm-evaluation-harness: its results are no tables"),
+     ("step2.json", {"results": {"sciq": {"acc": 10**400}}}, "step2.json: acc of sciq is inf"),
      ("final.json", {"results": {"sciq": {"acc": 0.5}}}, "final.json: no step in its name"),
      ("step2.json", {"results": {"sciq": {"f1": 0.5}}}, "no metric that the other steps have too"),
      ("step2.json", {"results": {"sciq": {"acc": float("nan")}}}, "step2.json: acc of sciq is nan"),
@@ -123,3 +124,62 @@ def test_missing_folders_and_metrics(tmp_path):
     old(tmp_path / "m", 1, sciq={"acc": 0.4})
     with pytest.raises(UserError, match="step1.json: task sciq has no metric acc_nrm; it has acc"):
         run_study(tmp_path / "out", "study=downstream", f"study.results={tmp_path / 'm'}", "study.tasks=sciq:acc_nrm")
+
+
+def test_models_of_a_flat_folder_stay_apart(tmp_path, monkeypatch):
+    """No folder names a model: the files' own words do, whatever they call the step; files without such words are not joined to them."""
+    for name, told, step in (
+        ("a", "pretrained=EleutherAI/pythia-70m,revision=step1000,dtype=float", ""), ("b", {"pretrained": "EleutherAI/pythia-70m", "revision": "step3000"}, ""),
+        ("c", "pretrained=EleutherAI/pythia-160m,revision=step2000", ""), ("d", "pretrained=/ckpts/mine/checkpoint-500", ""), ("e", "pretrained=/ckpts/mine/checkpoint-900/", ""),
+        ("f", "pretrained=/ckpts/other/700", ""), ("g", "pretrained=EleutherAI/pythia-160m,peft=me/adapter", "_step5"), ("h", "", "_step2500"),
+    ):  # fmt: skip
+        table = {"results": {"sciq": {"acc": 0.5, "acc_stderr": 0.01}}, "config": {"model_args": told}, "model_name": "k3jz81qd"}
+        (tmp_path / f"results_{name}{step}.json").write_text(json.dumps(table))
+    want = {"EleutherAI/pythia-70m": [1000, 3000], "EleutherAI/pythia-160m": [2000], "/ckpts/mine": [500, 900], "/ckpts/other": [700], "me/adapter": [5], tmp_path.name: [2500]}
+    assert {m: [r.step for r in along] for m, along in read_results(tmp_path).items()} == want
+    monkeypatch.chdir(tmp_path)
+    assert {m: [r.step for r in along] for m, along in read_results(Path(".")).items()} == want
+    (tmp_path / "results_h_step2500.json").write_text(json.dumps(table | {"model_name": "me/named"}))
+    assert "me/named" in read_results(tmp_path) and tmp_path.name not in read_results(tmp_path)
+
+
+def test_a_folder_that_joins_models_is_told(tmp_path, caplog):
+    caplog.set_level("WARNING")
+    current(tmp_path / "zero-shot", "step1", "01", sciq={"acc": 0.4})
+    assert list(read_results(tmp_path)) == ["zero-shot"] and not caplog.records
+    other = json.loads(next((tmp_path / "zero-shot").iterdir()).read_text().replace("160m", "70m").replace("step1", "step2"))
+    (tmp_path / "zero-shot" / "other.json").write_text(json.dumps(other))
+    assert list(read_results(tmp_path)) == ["zero-shot"] and "zero-shot: its files are of EleutherAI/pythia-160m, EleutherAI/pythia-70m" in caplog.text
+
+
+def test_groups_without_numbers_are_left_out_of_the_default_tasks(tmp_path):
+    """As current versions write them; asked for by name, such a group is one line."""
+    for step in (1, 2):
+        (tmp_path / f"step{step}.json").write_text(json.dumps({"results": {
+            "sciq": {"alias": "sciq", "acc,none": 0.5, "acc_stderr,none": 0.01}, "bare": {"alias": "bare"}, "old": {" ": " ", "alias": "old"},
+            "new": {"name": "new", "alias": "new", "sample_len": 7}, "changed": {"acc,none": 0.5} if step == 1 else {"f1,none": 0.5},
+        }}))  # fmt: skip
+    words = ["study=downstream", f"study.results={tmp_path}"]
+    assert list(run_study(tmp_path / "out", *words)["tasks"]) == ["sciq"]
+    with pytest.raises(UserError, match="step1.json: task old has no numbers"):
+        run_study(tmp_path / "out", *words, "study.tasks=old")
+    # a file that has a group's mean beside one that has only its name
+    (tmp_path / "step1-more.json").write_text(json.dumps({"results": {"bare": {"acc,none": 0.7}}}))
+    assert read_results(tmp_path)[tmp_path.name][0].tasks["bare"] == {"acc": Score(0.7, None)}
+
+
+def test_other_json_files_are_passed_over(tmp_path, caplog):
+    """A study's own results silently, others with a note: the study runs again in the folder of its results."""
+    caplog.set_level("INFO")
+    for step in (1, 2):
+        old(tmp_path / "m" / f"step{step}", step, sciq={"acc": 0.4, "acc_stderr": 0.01})
+    words = ["study=downstream", f"study.results={tmp_path / 'm'}"]
+    first = run_study(tmp_path / "m", *words)
+    assert "passed over" not in caplog.text
+    (tmp_path / "m" / "step2" / "config.json").write_text('{"model_type": "gpt_neox"}')
+    (tmp_path / "m" / "list.json").write_text("[1]")
+    assert run_study(tmp_path / "m", *words) == first and "passed over, without results of lm-evaluation-harness: list.json, step2/config.json" in caplog.text
+    for step in (1, 2):
+        (tmp_path / "m" / f"step{step}" / f"step{step}.json").unlink()
+    with pytest.raises(UserError, match="no results of lm-evaluation-harness there; not one of its 3 JSON files has any"):
+        run_study(tmp_path / "m", *words)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import csv
 import itertools
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +16,7 @@ import pytest
 from bottleneck.errors import UserError
 from bottleneck.studies.geometry import changes, collect
 from bottleneck.studies.ranks import interval, places, spearman
+from conftest import ROOT
 from studies import QUICK, run_study, toy_series
 
 
@@ -74,6 +79,18 @@ def test_what_follows_is_told_from_what_drifts(tmp_path):
     assert len(dx) == 78 and np.sign(dx).tolist() == np.sign(dy).tolist()
 
 
+def test_numbers_are_the_same_in_every_process(tmp_path):
+    """Also the intervals of changes, whatever seed Python hashes names with."""
+    rng = np.random.default_rng(2)
+    rows = [{"model": f"m{k}", "step": step, "matrix": "head", "entropy": rng.normal(), "loss": rng.normal()} for k in range(8) for step in range(4)]
+    table(tmp_path / "in" / "spectrum.csv", rows)
+    table(tmp_path / "in" / "saturation.csv", rows)
+    words = [sys.executable, "-m", "bottleneck.study", "study=geometry", f"study.results={tmp_path / 'in'}", "study.draws=50"]
+    for seed in "12":
+        subprocess.run([*words, f"hydra.run.dir={tmp_path / seed}"], cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": seed}, check=True, capture_output=True)
+    assert (tmp_path / "1" / "geometry.csv").read_text() == (tmp_path / "2" / "geometry.csv").read_text()
+
+
 def test_on_what_the_studies_really_leave(toy_backbone, toy_text, tmp_path):
     series = toy_series(toy_backbone, tmp_path / "toy", {f"step{n}": 0.1 * n for n in range(4)})
     words = [*QUICK, "data=local", f"data.files={toy_text}", f"data.cache_dir={tmp_path / 'cache'}", "backbone=local", f"backbone.path={series}"]
@@ -81,6 +98,23 @@ def test_on_what_the_studies_really_leave(toy_backbone, toy_text, tmp_path):
         run_study(tmp_path / "done" / name, f"study={name}", *words)
     content = run_study(tmp_path / "out", "study=geometry", f"study.results={tmp_path / 'done'}", "study.draws=50")
     assert len(content["checkpoints"]) == 4 and {r["metric"].split(":")[0] for r in content["relations"]} == {"head", "weighted", "last layer"}
+
+
+def test_single_models_are_joined_across_studies(toy_backbone, toy_text, tmp_path):
+    """Models without steps, one with a name that is bad mathematics: neither study makes up a step, and geometry finds both rows of each."""
+    models = toy_series(toy_backbone, tmp_path / "toys", {"a": 0.0, "b": 0.3, r"$\bad$": 0.6})
+    words = [*QUICK, "data=local", f"data.files={toy_text}", f"data.cache_dir={tmp_path / 'cache'}", "backbone.path=unused"]
+    words.append("study.models=[" + ",".join(f"'{models / name}'" for name in ("a", "b", r"$\bad$")) + "]")
+    saturation = run_study(tmp_path / "done" / "one", "study=saturation", *words)
+    assert [(m["final"]["step"], m["final"]["tokens"], m["from_step"]) for m in saturation["models"]] == [(None, 0, None)] * 3
+    run_study(tmp_path / "done" / "two", "study=spectrum", "study.hidden=false", *words)
+    run_study(tmp_path / "drawn", "study=anisotropy", *words)
+    for file in ("one/saturation.csv", "two/spectrum.csv"):
+        assert [row["step"] for row in csv.DictReader(open(tmp_path / "done" / file))] == [""] * 3
+    content = run_study(tmp_path / "out", "study=geometry", f"study.results={tmp_path / 'done'}", "study.draws=50")
+    assert [(p["model"], p["step"]) for p in content["checkpoints"]] == [("a", None), ("b", None), (r"$\bad$", None)]
+    assert all(p["loss"] > 0 and p["head: entropy"] > 0 for p in content["checkpoints"])
+    assert {r["metric"]: (r["pairs"], r["changes"]) for r in content["relations"]}["head: entropy"] == (3, 0)
 
 
 def test_bad_input_names_the_file(tmp_path):
@@ -91,6 +125,14 @@ def test_bad_input_names_the_file(tmp_path):
     table(tmp_path / "x" / "saturation.csv", [{"model": "a", "step": 1, "loss": "high"}])
     with pytest.raises(UserError, match="saturation.csv: loss=high of a, step 1: is not a number"):
         collect([str(tmp_path)])
-    table(tmp_path / "x" / "saturation.csv", [{"name": "a"}])
-    with pytest.raises(UserError, match="saturation.csv: not a table of a study"):
-        collect([str(tmp_path)])
+    for name, text, words in (
+        ("saturation", "name\na\n", "not a table of study=saturation: it has no column model, step, loss"), ("spectrum", "model,step,entropy\na,1,2\n", "has no column matrix"),
+        ("anisotropy", "model,step,loss,mean_cosine\na,1,2,3\n", "has no column layer, layers"), ("spectrum", "model,step,matrix,entropy\n", "spectrum.csv: has no rows"),
+        ("spectrum", "", "has no column model, step, matrix"), ("spectrum", "model,step,matrix,entropy\na,1\n", "line 2 ends too early"),
+    ):  # fmt: skip
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.csv").write_text(text)
+        with pytest.raises(UserError) as caught:
+            collect([str(tmp_path / name)])
+        assert words in str(caught.value) and f"{name}.csv" in str(caught.value)
+        shutil.rmtree(tmp_path / name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from string import ascii_letters
 
 import numpy as np
 import pytest
@@ -82,3 +83,11 @@ def test_the_study(toy_backbone, toy_text, tmp_path):
     assert two["tokens"] == 5000 and two["contexts"] < one["contexts"]
     with pytest.raises(UserError, match="not a result of study=ngrams"):
         beside([str(ROOT / "pyproject.toml")])
+
+
+def test_a_text_without_5_grams_is_one_line(toy_backbone, tmp_path):
+    (tmp_path / "short.jsonl").write_text("".join(f'{{"text": "{a}{b}"}}\n' for a in ascii_letters for b in ascii_letters))  # two tokens each at most
+    words = [*QUICK, "data=local", f"data.files={tmp_path / 'short.jsonl'}", f"data.cache_dir={tmp_path / 'cache'}", "backbone=local", f"backbone.path={toy_backbone}"]
+    with pytest.raises(UserError, match=r"^data: short.jsonl has no 5-gram in 1000 training tokens"):
+        run_study(tmp_path / "out", "study=ngrams", "study.max_tokens=1000", *words)
+    assert not (tmp_path / "out" / "ngrams.json").exists()

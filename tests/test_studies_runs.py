@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import weakref
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from studies import QUICK, composed, run_study, toy_series
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -118,7 +120,7 @@ def test_spectra_along_a_series(tmp_path, quick, steps, text):
             assert torch.allclose(torch.tensor(e[name]["singular_values"], dtype=torch.float64), S, rtol=1e-3, atol=1e-4 * S[0].item())
     
 
-def test_only_the_head_is_read_where_that_is_enough(tmp_path, quick, steps, monkeypatch):
+def test_only_the_head_is_read_where_that_is_enough(tmp_path, quick, steps, monkeypatch, caplog):
     def never(*_):
         raise AssertionError("the whole model was loaded")
 
@@ -127,6 +129,13 @@ def test_only_the_head_is_read_where_that_is_enough(tmp_path, quick, steps, monk
     c = run_study(tmp_path / "b", "study=spectrum", f"backbone.path={steps}", "study.hidden=false", *quick)
     for a, b in zip(with_text["checkpoints"], c["checkpoints"]):
         assert b["head"]["entropy"] == pytest.approx(a["head"]["entropy"], rel=1e-9) and "weighted" not in b
+    # what is wrong elsewhere is not seen, and that is said once
+    caplog.set_level("INFO")
+    shutil.copytree(steps / "step20", tmp_path / "bad")
+    tensors = load_file(tmp_path / "bad" / "model.safetensors")
+    save_file({k: v if k == "embed_out.weight" else v * float("nan") for k, v in tensors.items()}, tmp_path / "bad" / "model.safetensors", metadata={"format": "pt"})
+    c = run_study(tmp_path / "c", "study=spectrum", f"study.models=[{steps / 'step20'},{tmp_path / 'bad'}]", "backbone.path=unused", "study.hidden=false", *quick)
+    assert c["checkpoints"][0]["head"] == c["checkpoints"][1]["head"] and caplog.text.count("only the head is read; the other weights are not looked at") == 1
 
 
 def test_padding_is_reported_and_dropped(tmp_path, quick, toy_backbone, toy_text):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from studies import run_study
 
 from bottleneck.errors import UserError
-from bottleneck.studies.saturation import paired_error, read_losses, verdict
+from bottleneck.studies import ngrams
+from bottleneck.studies.output import as_text
+from bottleneck.studies.saturation import difference_error, read_losses, verdict
 from bottleneck.studies.scaling import BETA, B, E
 
 SIZES = {"pythia-70m": 70_426_624, "pythia-160m": 162_322_944, "pythia-410m": 405_334_016, "pythia-1b": 1_011_781_632, "pythia-2.8b": 2_775_208_960}
@@ -28,7 +31,7 @@ def write_csv(path, noise=5e-4, turn=90_000, rise=0.08):
             for step in STEPS:
                 loss = 119.09 / n**0.246 + B / max(1, step * PER_STEP) ** BETA + E
                 loss *= 1 + (rise * max(0.0, (step - turn) / (143_000 - turn)) if n < 4e8 else 0.0)
-                out.writerow([name, n, step, loss * (1 + noise * torch.randn((), generator=rng).item()), 0.05])
+                out.writerow([name, n, step, loss * (1 + noise * torch.randn((), generator=rng).item()), 0.01])
     return path
 
 
@@ -81,8 +84,8 @@ def test_errors_of_differences_are_paired():
     rng = torch.Generator().manual_seed(2)
     hard = 3 + torch.randn(25, generator=rng)
     points = [{"loss": 3.0, "sums": (2000 * hard).tolist(), "counts": [2000] * 25}, {"loss": 3.1, "sums": (2000 * (hard + 0.1 + 0.01 * torch.randn(25, generator=rng))).tolist(), "counts": [2000] * 25}]
-    assert 0.001 < paired_error({"checkpoints": points}) < 0.004 < hard.std().item() / 5
-    assert paired_error({"checkpoints": points[::-1]}) is None, "the lowest is the last: nothing to compare"
+    assert 0.001 < difference_error({"checkpoints": points}) < 0.004 < hard.std().item() / 5
+    assert difference_error({"checkpoints": points[::-1]}) is None, "the lowest is the last: nothing to compare"
 
 
 def test_names_and_tokens_of_other_peoples_csvs(tmp_path):
@@ -92,6 +95,40 @@ def test_names_and_tokens_of_other_peoples_csvs(tmp_path):
 
 
 HEADER = "model,parameters,step,loss\n"
+TOKENS = "model,parameters,step,tokens,loss,stderr\n"
+
+
+def test_errors_of_a_csv_count(tmp_path):
+    """The same rise with errors that explain it, with such as do not, and without any."""
+    for name, errors, says in (("a", (0.05, 0.05), False), ("b", (0.001, 0.001), True), ("c", ("", ""), None), ("d", (0.001, ""), None), ("e", (0, 0), True)):
+        (tmp_path / "l.csv").write_text(TOKENS + "".join(f"{name},5e8,{1000 * i + 1000},{2e9 * (i + 1)},{loss},{e}\n" for i, (loss, e) in enumerate(zip((3.0, 3.01), errors))))
+        (m,) = run_study(tmp_path / "out", "study=saturation", f"study.losses={tmp_path / 'l.csv'}")["models"]
+        assert m["saturates"] is says and m["rise"] == pytest.approx(0.01), name
+        if says is None:
+            assert m["error"] is None and m["chance"] is None and m["from_step"] is None and m["verdict"].startswith("cannot be said: neither errors")
+        else:
+            assert m["error"] == pytest.approx(math.hypot(*errors)) and (m["chance"] < 0.05) is says
+    # too small a rise needs no error, nor does a fall
+    assert verdict([1, 2], [3.0, 3.001], None, 0.001, 0.05)["saturates"] is False and verdict([1, 2], [3.0, 2.9], None, 0.001, 0.05)["saturates"] is False
+
+
+def test_many_points_tell_the_noise_without_a_column_of_errors(tmp_path):
+    rows = list(csv.reader(open(write_csv(tmp_path / "l.csv"))))
+    (tmp_path / "l.csv").write_text("\n".join(",".join(row[:4]) for row in rows))
+    c = run_study(tmp_path / "out", "study=saturation", f"study.losses={tmp_path / 'l.csv'}")
+    assert [m["saturates"] for m in c["models"]] == [n < 4e8 for n in SIZES.values()] and all(m["error"] > 0 for m in c["models"])
+
+
+def test_names_with_dollars_are_drawn_as_they_stand(tmp_path):
+    assert as_text(r"$\bad$") == r"\$\bad\$" and as_text("plain_name") == "plain_name"
+    (tmp_path / "l.csv").write_text(HEADER + "$\\bad$,5e8,1,3\n$\\bad$,5e8,2,2.9\nm $x_$ $,6e8,1,2.8\n")
+    c = run_study(tmp_path, "study=saturation", f"study.losses={tmp_path / 'l.csv'}")
+    assert [m["model"] for m in c["models"]] == [r"$\bad$", "m $x_$ $"]
+    for step in (1, 2):
+        (tmp_path / "evals" / r"$\bad$").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "evals" / r"$\bad$" / f"step{step}.json").write_text('{"results": {"$_$": {"acc": 0.5}}}')
+    assert run_study(tmp_path, "study=downstream", f"study.results={tmp_path / 'evals'}")["model"] == r"$\bad$"
+    ngrams.draw([{"name": r"$\bad$", "w_error": [1, 0], "w_error_weighted": [1, 0]}], [], io.BytesIO())
 
 
 @pytest.mark.parametrize(
@@ -99,12 +136,18 @@ HEADER = "model,parameters,step,loss\n"
     [("", "no rows"), ("model,step,loss\na,1,2\n", "lacks the column parameters"), (HEADER + "a,10,1,x\n", "line 2: loss is 'x', not a number"),
      (HEADER + "a,10,1,nan\n", "line 2: loss is nan"), (HEADER + "a,10,2,3\na,10,1,3\n", "line 3: step 1 of a comes after step 2"),
      (HEADER + "a,10,2,3\na,10,2,3\n", "steps must rise"), (HEADER + "a,10,2,3\na,11,3,3\n", "has 11 parameters here and 10 before"),
-     (HEADER + "a,10,nan,3\n", "whole number"), (HEADER + "a,10,1\n", "loss is '', not a number")],
+     (HEADER + "a,10,nan,3\n", "whole number"), (HEADER + "a,10,1\n", "loss is '', not a number"),
+     (HEADER + "a,0.5,1,3\n", "line 2: parameters is 0.5, must be a whole number from 1 to 1e+15"), (HEADER + "a,1.5,1,3\n", "parameters is 1.5, must be a whole number"),
+     (HEADER + "a,10,1e300,3\n", "line 2: step is 1e+300, must be a whole number from 0 to 1e+15"), (HEADER + "a,10,1e15,3\n", "line 2: step 1000000000000000 x study.tokens_per_step=2097152"),
+     (HEADER + "a,10,1,1e308\n", "line 2: loss is 1e+308, must be from 1e-09 to 1e+06"), (HEADER + ",10,1,3\n", "line 2: has no model"),
+     (TOKENS + "a,10,1,inf,3,0.1\n", "line 2: tokens is inf"), (TOKENS + "a,10,1,nan,3,\n", "line 2: tokens is nan"), (TOKENS + "a,10,1,-5,3,\n", "tokens is -5.0, must be from 0 to 1e+18"),
+     (TOKENS + "a,10,1,5,3,\na,10,2,4,3,\n", "line 3: 4 tokens of a come after 5"),
+     *[(TOKENS + f"a,10,1,5,3,{bad}\n", f"line 2: stderr is {float(bad)}, must be from 0 to 1e+06") for bad in ("-1", "nan", "inf")]],
 )  # fmt: skip
 def test_bad_csvs_are_one_line_that_names_the_file(tmp_path, text, words):
     (tmp_path / "bad.csv").write_text(text)
     with pytest.raises(UserError) as caught:
-        read_losses(tmp_path / "bad.csv", 1)
+        read_losses(tmp_path / "bad.csv", PER_STEP)
     assert words in str(caught.value) and "bad.csv" in str(caught.value) and "\n" not in str(caught.value)
 
 

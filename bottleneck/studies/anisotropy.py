@@ -19,7 +19,7 @@ from bottleneck.losses.chunked import chunk_rows
 from bottleneck.metrics import full_head_loss
 from bottleneck.studies.config import StudyConfig
 from bottleneck.studies.cosines import Cosines
-from bottleneck.studies.output import Parts, Steps, canvas, save, shades, write
+from bottleneck.studies.output import Parts, Steps, as_text, canvas, save, shades, write
 from bottleneck.studies.series import check_same_shapes, checkpoints, device_of, say_memory, visit
 from bottleneck.studies.text import StudyText, study_text
 from data.module import IGNORE
@@ -125,14 +125,14 @@ def draw(entries: list[dict[str, Any]], file: BinaryIO) -> None:
             e = own[k]
             depth = [x["layer"] / (len(e["layers"]) - 1) for x in e["layers"]]
             name = m if e["step"] is None else f"{m}, step {e['step']}"
-            left.plot(depth, [x["mean_cosine"] for x in e["layers"]], "o-", ms=2.5, lw=1.2, color=colours[k], label=name)
+            left.plot(depth, [x["mean_cosine"] for x in e["layers"]], "o-", ms=2.5, lw=1.2, color=colours[k], label=as_text(name))
             left.plot(depth, [x["mean_cosine_centred"] for x in e["layers"]], "--", lw=0.9, color=colours[k])
             middle.plot(depth, [x["mean_norm"] for x in e["layers"]], "o-", ms=2.5, lw=1.2, color=colours[k])
         for right in rest:
             x, y = [e["loss"] for e in own], [e["layers"][-1]["mean_cosine"] for e in own]
             right.plot(x, y, "-" if along else "", color="0.7", lw=0.8)
             for k, e in enumerate(own):
-                right.plot(x[k], y[k], "o", ms=4, color=colours[k], label=m if k == len(own) - 1 else None)
+                right.plot(x[k], y[k], "o", ms=4, color=colours[k], label=as_text(m) if k == len(own) - 1 else None)
     left.set_ylabel("mean cosine of pairs (dashed: centred)")
     middle.set(yscale="log", ylabel="mean norm |h|")
     for axes in (left, middle):

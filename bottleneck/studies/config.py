@@ -49,8 +49,8 @@ class Downstream:
     """Table 1: best against final checkpoint in results of lm-evaluation-harness."""
 
     name: str = "downstream"  # of the study
-    results: str = "???"  # folder of result files of one model (step1000.json, step2000/results_….json), or of folders of those
-    tasks: Any = None  # a task or a list, each TASK or TASK:METRIC (sciq:acc_norm); default: every task that all files have
+    results: str = "???"  # folder of result files (step1000.json, step2000/results_….json), or a folder a model; where none names it, their model_args do
+    tasks: Any = None  # a task or a list, each TASK or TASK:METRIC (sciq:acc_norm); default: every task that has a number in all files
     skip: float = 0.02  # share of the training, its warm-up, whose checkpoints are not looked at for the best
     level: float = 0.05  # chance of calling noise a drop, over all checkpoints that could have been best
 
@@ -59,7 +59,7 @@ class Downstream:
 class Spectrum(Series):
     """Fig. 4 and 5: singular values of the head along training."""
 
-    hidden: bool = True  # spectrum of W Sigma^1/2 as well, which needs the text and the whole model; false: the head alone is read
+    hidden: bool = True  # spectrum of W Sigma^1/2 as well, which needs the text and the whole model; false: the head alone is read, the other weights are not looked at
     drop_padding: bool = False  # leave out the rows that no token has; they are counted in any case
 
 

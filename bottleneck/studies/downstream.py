@@ -13,7 +13,7 @@ from rich.table import Table
 from bottleneck.errors import check
 from bottleneck.studies.config import Downstream, StudyConfig
 from bottleneck.studies.evals import Results, Score, is_perplexity, lower_is_better, pick_metric, read_results
-from bottleneck.studies.output import canvas, save, write
+from bottleneck.studies.output import as_text, canvas, save, write
 from bottleneck.studies.statistics import best_of_many
 
 log = logging.getLogger(__name__)
@@ -53,8 +53,9 @@ def compare(steps: list[int], scores: list[Score], metric: str, level: float, sk
 def one_model(model: str, along: list[Results], tasks: list[str] | None, level: float, skip: float) -> dict[str, Any]:
     """Every task of one model. Raises UserError naming the file that lacks a task."""
     if tasks is None:
-        tasks = sorted(set.intersection(*(set(entry.tasks) for entry in along)))
-        check(bool(tasks), f"{along[0].where}: no task in it that all {len(along)} steps of {model} have")
+        # groups of tasks have entries without numbers
+        tasks = sorted(t for t in along[0].tasks if set.intersection(*(set(entry.tasks.get(t, ())) for entry in along)))
+        check(bool(tasks), f"{along[0].where}: no task in it with a number that all {len(along)} steps of {model} have")
     out = {}
     for item in tasks:
         # a colon may be part of a task's name
@@ -80,9 +81,9 @@ def draw(models: list[dict[str, Any]], file: BinaryIO) -> None:
             share = [(best / p["value"] if t["lower_is_better"] else p["value"] / best) if best and p["value"] else math.nan for p in points]
             errors = [s * (p["stderr"] or 0.0) / abs(p["value"]) if p["value"] else 0.0 for s, p in zip(share, points)]
             said = {True: "saturates", False: "no significant drop", None: "cannot be said"}[t["saturates"]]
-            axes.errorbar([p["step"] for p in points], share, yerr=errors, fmt="o-", ms=2.5, lw=1.1, elinewidth=0.6, color=f"C{i % 10}", label=f"{name} {t['metric']}: {said}")
+            axes.errorbar([p["step"] for p in points], share, yerr=errors, fmt="o-", ms=2.5, lw=1.1, elinewidth=0.6, color=f"C{i % 10}", label=as_text(f"{name} {t['metric']}: {said}"))
         axes.set_ylim(0, 1.12)
-        axes.set_title(m["model"], fontsize=10)
+        axes.set_title(as_text(m["model"]), fontsize=10)
         axes.set_xlabel("training step")
         axes.legend(fontsize=7, frameon=False, loc="lower right")
     panels[0].set_ylabel("score as a share of the best checkpoint's\n(perplexities inverted; bars: standard error)")

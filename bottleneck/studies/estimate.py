@@ -25,7 +25,7 @@ from bottleneck.losses.chunked import chunk_rows
 from bottleneck.refine import refine
 from bottleneck.studies.agreement import Agreement
 from bottleneck.studies.config import Estimate, StudyConfig, ranks_of
-from bottleneck.studies.output import Parts, Steps, canvas, save, write
+from bottleneck.studies.output import Parts, Steps, as_text, canvas, save, write
 from bottleneck.studies.series import check_same_shapes, device_of, loaded, one_checkpoint, say_memory
 from bottleneck.studies.text import StudyText, study_text
 from bottleneck.studies.trained import Trained, read_trained
@@ -147,7 +147,7 @@ def draw(content: dict[str, Any], file: BinaryIO) -> None:
         right.plot([h["rank"] for h in wrong], [1 - h["top1_agreement"] for h in wrong], ":", lw=1.2, color=f"C{i}", label=f"{init}: other top token")
     if content["trained"]:
         losses = content["trained"]["losses"]
-        left.plot([int(r) for r in losses], [math.exp(x) for x in losses.values()], "k*--", ms=7, lw=1, label=f"trained, {content['trained']['tokens']:,} tokens ({content['trained']['data']})")
+        left.plot([int(r) for r in losses], [math.exp(x) for x in losses.values()], "k*--", ms=7, lw=1, label=as_text(f"trained, {content['trained']['tokens']:,} tokens ({content['trained']['data']})"))
     left.axhline(reference, color="0.4", ls="--", lw=1, label=f"own head ({reference:.4g})")
     ceiling = 30 * max(shown) if len(shown) > 1 else 1e6  # random starts are far above what is of interest
     left.set_ylim(reference / 1.3, min(ceiling, 1.5 * max([h["perplexity"] for h in content["heads"] if h["perplexity"]], default=1e6)))

@@ -7,19 +7,23 @@ the name of a filter after the comma, and write "N/A" where there is no error.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Iterator, Optional
 
 from bottleneck.errors import UserError, check
 from bottleneck.studies.config import step_number
 
+log = logging.getLogger(__name__)
 # of a task with several, the first that it has: Table 1 has LAMBADA's perplexity and accuracies elsewhere
 PREFERRED = ("perplexity", "ppl", "word_perplexity", "byte_perplexity", "bits_per_byte", "acc", "exact_match", "em", "f1", "mc2", "acc_norm")
 LOWER = re.compile(r"ppl|perplexity|bits_per_byte|loss|brier|nll|likelihood_diff|error|\bwer\b|\bter\b")
 FILTERS = ("none", "strict-match", "get-answer")  # of current files; the plain one first
+NAMING = ("peft", "delta", "pretrained")  # arguments that say which model it was, in the harness's own order
+STEP = re.compile(r"[-_./]?(?:global[-_]?)?(?:step|checkpoint|ckpt|iter)[-_]?\d+|(?<=/)\d+/?$", re.IGNORECASE)  # in a model's name or path
 
 
 @dataclass(frozen=True)
@@ -63,18 +67,43 @@ def scores(table: dict[str, Any]) -> dict[str, Score]:
     chosen = {name: next((kinds[f] for f in ("", *FILTERS) if f in kinds), next(iter(kinds.values()))) for name, kinds in plain.items()}
     out = {}
     for name, value in chosen.items():
-        if name.endswith("_stderr") or isinstance(value, bool) or not isinstance(value, (int, float)):
-            continue
-        error = chosen.get(f"{name}_stderr")
-        known = isinstance(error, (int, float)) and not isinstance(error, bool) and math.isfinite(error)
-        out[name] = Score(float(value), float(error) if known else None)
+        number, error = _number(value), _number(chosen.get(f"{name}_stderr"))
+        if number is not None and not name.endswith("_stderr"):
+            out[name] = Score(number, error if error is not None and math.isfinite(error) else None)
     out.pop("sample_len", None)
     return out
 
 
-def _place(file: Path, root: Path, content: dict[str, Any]) -> tuple[str, Optional[int]]:
-    """Model and step of a result file: from the names of file and folders below `root`, else from the model's arguments in it."""
-    parts = [*file.relative_to(root).parts[:-1], file.stem]
+def _number(value: Any) -> Optional[float]:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # whole numbers of JSON have no limit
+        return math.inf if value > 0 else -math.inf
+
+
+def _argument(content: dict[str, Any], name: str) -> str:
+    """One of the model's arguments in a result file, which are a dict or text such as pretrained=…,revision=…; empty without it."""
+    config = content.get("config") if isinstance(content.get("config"), dict) else {}
+    arguments = config.get("model_args")
+    if isinstance(arguments, dict):
+        return str(arguments.get(name) or "")
+    return next(iter(re.findall(rf"\b{name}=([^,]+)", str(arguments))), "").strip()
+
+
+def _told(content: dict[str, Any]) -> str:
+    """The model that a result file names: pretrained=… of its arguments, or model_name; empty without one."""
+    told = next(filter(None, (_argument(content, name) for name in NAMING)), "")
+    name = content.get("model_name")
+    # for a model without arguments the harness makes up eight random letters, other ones in every file
+    return told or (name if isinstance(name, str) and not re.fullmatch("[a-z0-9]{8}", name) else "")
+
+
+def _place(file: Path, content: dict[str, Any]) -> tuple[str, str, Optional[int]]:
+    """Model by the folders of a result file, model by its content (either may be empty) and step: from the names of file and
+    folders, which are below the folder of results, else from the model's arguments in it."""
+    parts = [*file.parts[:-1], file.stem]
     step, rest = None, []
     for i, part in enumerate(parts):
         number = step_number(part)
@@ -82,39 +111,63 @@ def _place(file: Path, root: Path, content: dict[str, Any]) -> tuple[str, Option
             step = number
         elif i < len(parts) - 1:  # a file's own name, such as results_2024-05-01T12-00-00.123, names no model
             rest.append(part)
+    told = _told(content)
     if step is None:
         config = content.get("config") if isinstance(content.get("config"), dict) else {}
-        arguments = config.get("model_args")
-        told = arguments.get("revision") if isinstance(arguments, dict) else next(iter(re.findall(r"revision=([^,\s]+)", str(arguments))), None)
-        step = step_number(str(told or config.get("model_revision") or ""))
-    return "/".join(rest) or root.name, step
+        step = step_number(_argument(content, "revision") or str(config.get("model_revision") or ""))
+    if step is None:
+        step = step_number(told.rstrip("/").rpartition("/")[2])
+    return "/".join(rest), STEP.sub("", told).rstrip("/"), step
 
 
-def read_results(root: Path) -> dict[str, list[Results]]:
-    """All result files below a folder: model -> results by rising step.
-
-    Raises: UserError naming the file for one that is no result of the harness, has no step, or says another number for a task
-        than a second file of the same step; or where the folder has no files.
-    """
+def _read(root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The result files below a folder with their content. What a study wrote is passed over, and with a note what has no results."""
     check(root.is_dir(), f"study.results={root}: no such folder")
     files = sorted(p for p in root.rglob("*.json") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(root).parts))
     check(bool(files), f"study.results={root}: no result files (*.json) there")
-    found: dict[tuple[str, int], Results] = {}
+    others: list[Path] = []
+    studies = 0
     for file in files:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{file}: not a result of lm-evaluation-harness: {error}") from error
-        tables = content.get("results") if isinstance(content, dict) else None
-        check(isinstance(tables, dict) and all(isinstance(t, dict) for t in tables.values()), f"{file}: not a result of lm-evaluation-harness: it has no results")
-        model, step = _place(file, root.resolve() if root.name in ("", "..") else root, content)
+        if isinstance(content, dict) and {"study", "schema"} <= content.keys():
+            studies += 1  # downstream.json itself names its folder under results
+        elif not isinstance(content, dict) or "results" not in content:
+            others.append(file.relative_to(root))
+        else:
+            tables = content["results"]
+            check(isinstance(tables, dict) and all(isinstance(t, dict) for t in tables.values()), f"{file}: not a result of lm-evaluation-harness: its results are no tables")
+            yield file, content
+    check(studies + len(others) < len(files), f"study.results={root}: no results of lm-evaluation-harness there; not one of its {len(files)} JSON files has any")
+    if others:
+        log.info("passed over, without results of lm-evaluation-harness: %s", _some(map(str, others)))
+
+
+def read_results(root: Path) -> dict[str, list[Results]]:
+    """All result files below a folder: model -> results by rising step.
+
+    Raises: UserError naming the file for one that cannot be read, has no step, or says another number for a task than a second
+        file of the same step; or where the folder has no results.
+    """
+    found: dict[tuple[str, int], Results] = {}
+    named: dict[str, set[str]] = {}
+    for file, content in _read(root):
+        folder, told, step = _place(file.relative_to(root), content)
+        model = folder or told or (root.resolve() if root.name in ("", "..") else root).name
+        if not told.startswith(("/", ".", "~")):  # one model may have been scored in different places
+            named.setdefault(model, set()).add(told)
         check(step is not None, f"{file}: no step in its name, its folders or its model_args; call it step1000.json or put it in a folder step1000")
         entry = found.setdefault((model, step), Results(model, step))
         entry.files.append(file)
-        for task, table in tables.items():
-            new = scores(table)
-            old = entry.tasks.setdefault(task, new)
-            check(old == new, f"{file}: task {task} of {model} at step {step} is in {entry.files[0]} with other numbers; keep one of them")
+        for task, table in content["results"].items():
+            new, old = scores(table), entry.tasks.get(task)
+            check(not old or not new or old == new, f"{file}: task {task} of {model} at step {step} is in {entry.files[0]} with other numbers; keep one of them")
+            entry.tasks[task] = old or new  # of a group one file may have the mean, and another none
+    for model, names in named.items():
+        if len(names - {""}) > 1:
+            log.warning("%s: its files are of %s, and read as one model; give each model a folder of its own", model, _some(names - {""}))
     models: dict[str, list[Results]] = {}
     for (model, _), entry in sorted(found.items()):
         models.setdefault(model, []).append(entry)

@@ -19,23 +19,29 @@ from rich.table import Table
 
 from bottleneck.errors import UserError, check
 from bottleneck.studies.config import Geometry, StudyConfig
-from bottleneck.studies.output import canvas, save, write
+from bottleneck.studies.output import as_text, canvas, save, write
 from bottleneck.studies.ranks import interval, spearman
 
 log = logging.getLogger(__name__)
 COLUMNS = ("metric", "pairs", "rho", "low", "high", "changes", "rho_changes", "low_changes", "high_changes", "reading")
 SPECTRUM = ("entropy", "effective_rank", "stable_rank", "participation_ratio", "condition", "top_share")
 ANISOTROPY = ("mean_cosine", "mean_cosine_centred", "mean_norm", "top_dimension_share")
+NEEDED = {"spectrum": ("model", "step", "matrix"), "anisotropy": ("model", "step", "layer", "layers"), "saturation": ("model", "step", "loss")}  # columns
 Point = tuple[str, Optional[int]]  # model, step
 
 
 def _rows(file: Path) -> list[dict[str, str]]:
     try:
         with open(file, newline="") as f:
-            rows = list(csv.DictReader(f))
+            reader = csv.DictReader(f)
+            columns, rows = reader.fieldnames or (), list(reader)
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{file}: cannot be read: {error}") from error
-    check(bool(rows) and {"model", "step"} <= rows[0].keys(), f"{file}: not a table of a study: it has no columns model and step")
+    absent = [k for k in NEEDED[file.stem] if k not in columns]
+    check(not absent, f"{file}: not a table of study={file.stem}: it has no column {', '.join(absent)}")
+    check(bool(rows), f"{file}: has no rows")
+    for line, row in enumerate(rows, 2):
+        check(None not in (row[k] for k in NEEDED[file.stem]), f"{file}: line {line} ends too early")
     return rows
 
 
@@ -78,7 +84,7 @@ def collect(folders: list[str]) -> tuple[dict[Point, dict[str, float]], list[str
 def changes(points: dict[Point, dict[str, float]], metric: str) -> tuple[np.ndarray, np.ndarray]:
     """Differences of a metric and of the loss between neighbouring checkpoints of one model, over all models."""
     dx, dy = [], []
-    for model in {m for m, _ in points}:
+    for model in dict.fromkeys(m for m, _ in points):  # in order: the bootstrap draws by place
         own = sorted(((s or 0, v) for (m, s), v in points.items() if m == model and metric in v), key=lambda p: p[0])
         for (_, a), (_, b) in zip(own, own[1:]):
             dx.append(b[metric] - a[metric])
@@ -122,15 +128,15 @@ def draw(relations: list[dict[str, Any]], points: dict[Point, dict[str, float]],
                 panels[0].plot([r[e] for e in ends], [i + shift] * 2, color=colour, lw=2, alpha=0.6)
                 panels[0].plot([r[key]], [i + shift], "o", color=colour, ms=4, label={0: key.replace("rho_changes", "of changes").replace("rho", "of values")}.get(i))
     panels[0].axvline(0, color="0.5", lw=0.8)
-    panels[0].set_yticks(range(len(shown)), [r["metric"] for r in shown], fontsize=7)
+    panels[0].set_yticks(range(len(shown)), [as_text(r["metric"]) for r in shown], fontsize=7)
     panels[0].set(xlim=(-1.05, 1.05), xlabel="Spearman's ρ with the loss")
     panels[0].legend(fontsize=7, frameon=False)
     for r, axes in zip(top, panels[1:]):
         for k, model in enumerate(sorted({m for m, _ in points})):
             series = sorted(((step or 0, v) for (m, step), v in points.items() if m == model and r["metric"] in v), key=lambda p: p[0])
             own = [v for _, v in series]
-            axes.plot([v[r["metric"]] for v in own], [v["loss"] for v in own], "o-", ms=3, lw=0.7, color=f"C{k % 10}", label=model)
-        axes.set(xlabel=r["metric"], ylabel="loss, nats a token", title=f"ρ = {r['rho']:.2f}")
+            axes.plot([v[r["metric"]] for v in own], [v["loss"] for v in own], "o-", ms=3, lw=0.7, color=f"C{k % 10}", label=as_text(model))
+        axes.set(xlabel=as_text(r["metric"]), ylabel="loss, nats a token", title=f"ρ = {r['rho']:.2f}")
         axes.legend(fontsize=7, frameon=False)
     save(figure, file)
 

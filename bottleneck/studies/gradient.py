@@ -24,7 +24,7 @@ from bottleneck.errors import check
 from bottleneck.losses.chunked import chunk_rows
 from bottleneck.studies.config import Gradient, StudyConfig, ranks_of
 from bottleneck.studies.estimate import start_heads
-from bottleneck.studies.output import Parts, Steps, canvas, save, write
+from bottleneck.studies.output import Parts, Steps, as_text, canvas, save, write
 from bottleneck.studies.reach import BINS, Reach
 from bottleneck.studies.series import check_same_shapes, device_of, loaded, one_checkpoint, say_memory
 from bottleneck.studies.text import StudyText, study_text
@@ -103,7 +103,7 @@ def draw(content: dict[str, Any], file: BinaryIO) -> None:
     left.set(xscale="log", yscale="log", xlabel="rank r of the head", ylabel="share of the logit gradient's norm")
     left.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     middle.stairs([n / sum(full["histogram"]) for n in full["histogram"]], [i / BINS for i in range(BINS + 1)], fill=True, alpha=0.6)
-    middle.set(xlabel="share that reaches the hidden state", ylabel="share of tokens", title=f"{content['backbone']}, full head")
+    middle.set(xlabel="share that reaches the hidden state", ylabel="share of tokens", title=as_text(f"{content['backbone']}, full head"))
     places = range(len(content["band_names"]))
     for label, row in (("full head", full), *((f"rank {h['rank_of_head']}", h) for h in heads[:: max(1, len(heads) // 3)])):
         right.plot(places, [b["share"] for b in row["bands"]], "o-", ms=4, label=label)

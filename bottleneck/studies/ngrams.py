@@ -21,7 +21,7 @@ from bottleneck.backbone import label, load_tokenizer
 from bottleneck.errors import UserError, check
 from bottleneck.studies.config import Ngrams, StudyConfig
 from bottleneck.studies.counts import BUCKET, MOST_VOCAB, gram, w_error
-from bottleneck.studies.output import Steps, canvas, save, write
+from bottleneck.studies.output import Steps, as_text, canvas, save, write
 from bottleneck.studies.series import device_of
 from bottleneck.studies.text import entries_of
 from data.prepare import prepare
@@ -58,8 +58,8 @@ def draw(lines: list[dict[str, Any]], widths: list[int], file: BinaryIO) -> None
     """W-error against d, solid; weighted by frequency, dotted."""
     figure, (axes,) = canvas(1, width=7.0)
     for i, line in enumerate(lines):
-        axes.plot(range(len(line["w_error"])), line["w_error"], color=f"C{i}", label=line["name"])
-        axes.plot(range(len(line["w_error_weighted"])), line["w_error_weighted"], ":", color=f"C{i}", label=f"{line['name']}, contexts by frequency")
+        axes.plot(range(len(line["w_error"])), line["w_error"], color=f"C{i}", label=as_text(line["name"]))
+        axes.plot(range(len(line["w_error_weighted"])), line["w_error_weighted"], ":", color=f"C{i}", label=as_text(f"{line['name']}, contexts by frequency"))
     for d in widths:
         axes.axvline(d, color="0.7", lw=0.8, ls="--")
     axes.set(xscale="symlog", xlabel="rank d (dashed: hidden sizes 512 … 4,096)", ylabel="W-error of the best rank-d matrix", ylim=(0, 1.02), xlim=(0, None))
@@ -87,6 +87,7 @@ def run(c: StudyConfig, folder: Path) -> dict[str, Any]:
         began = time.monotonic()
         g = gram(tokens, V, eos, steps.at)
         counting = time.monotonic() - began
+        check(g.ngrams > 0, f"data: {corpus.name} has no 5-gram in {len(tokens)} training tokens: among any five in a row a text ends")
         steps.end(f"{g.ngrams:,} 5-grams after {g.contexts:,} contexts, {len(tokens) / counting / 1e6:.2f}M tokens/s")
         errors = {}
         for name, matrix in (("w_error", g.plain), ("w_error_weighted", g.weighted)):

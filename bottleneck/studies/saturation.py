@@ -19,7 +19,7 @@ from bottleneck.errors import UserError, check
 from bottleneck.losses.chunked import chunk_rows
 from bottleneck.metrics import full_head_loss
 from bottleneck.studies.config import Saturation, StudyConfig
-from bottleneck.studies.output import Parts, Steps, canvas, save, write
+from bottleneck.studies.output import Parts, Steps, as_text, canvas, save, write
 from bottleneck.studies.scaling import Law, fit_law
 from bottleneck.studies.series import check_same_shapes, checkpoints, device_of, say_memory, visit
 from bottleneck.studies.statistics import best_of_many, block_mean, scatter
@@ -28,26 +28,37 @@ from data.module import IGNORE
 
 log = logging.getLogger(__name__)
 COLUMNS = ("model", "parameters", "step", "tokens", "loss", "stderr", "law", "gap")
+# of what a CSV says, lowest and highest: beyond that it is a slip, and the law would overflow
+LIMITS = {"parameters": (1, 1e15), "step": (0, 1e15), "loss": (1e-9, 1e6), "tokens": (0, 1e18), "stderr": (0, 1e6)}
+WHOLE = ("parameters", "step")
 ALIASES = {"params": "parameters", "n": "parameters", "t": "tokens", "train_tokens": "tokens", "std_err": "stderr", "se": "stderr"}
 
 
-def verdict(steps: list[int], losses: list[float], paired_error: Optional[float], margin: float, level: float) -> dict[str, Any]:
+def verdict(steps: list[Optional[int]], losses: list[float], difference_error: Optional[float], margin: float, level: float) -> dict[str, Any]:
     """Whether a model saturates: the last loss is above the lowest by more than noise, and by more than `margin` of it.
 
-    Noise has two parts: what the text does, `paired_error`, the standard error of the difference of the two losses on the same
-    tokens; and what training does from one checkpoint to the next, taken from the series itself (`statistics.scatter`, twice,
-    since two checkpoints are compared). The chance that noise explains the rise counts every checkpoint that could have been
-    the lowest.
+    Noise has two parts: what the text does, `difference_error`, the standard error of the difference of the two losses; and what
+    training does from one checkpoint to the next, taken from the series itself (`statistics.scatter`, twice, since two
+    checkpoints are compared). The chance that noise explains the rise counts every checkpoint that could have been the lowest.
 
-    Returns: best and final step and loss, `rise` in nats, `error` of the rise, `chance`, `saturates` (None for a single
-        checkpoint), `from_step` and the sentence `verdict`.
+    Returns: best and final step and loss, `rise` in nats, `error` of the rise and `chance` (None where neither part of the noise
+        is known), `saturates` (None where it cannot be said), `from_step` and the sentence `verdict`.
     """
     low = min(range(len(losses)), key=losses.__getitem__)
     rise = losses[-1] - losses[low]
-    error = math.hypot(paired_error or 0.0, math.sqrt(2) * scatter(losses))
-    chance = best_of_many(rise / error if error else (math.inf if rise else 0.0), len(losses) - 1)
-    saturates = None if len(losses) < 2 else rise > margin * losses[low] and chance < level
-    said = {None: "cannot be said of a single checkpoint", True: f"saturates from step {steps[low]}", False: "does not saturate"}[saturates]
+    noise = math.sqrt(2) * scatter(losses)
+    error = chance = None
+    if difference_error is not None or noise > 0:
+        error = math.hypot(difference_error or 0.0, noise)
+        chance = best_of_many(rise / error if error else (math.inf if rise else 0.0), len(losses) - 1)
+    said = "does not saturate"
+    saturates: Optional[bool] = False
+    if len(losses) < 2:
+        saturates, said = None, "cannot be said of a single checkpoint"
+    elif rise > margin * losses[low] and chance is None:
+        saturates, said = None, "cannot be said: neither errors nor scatter tell its rise from noise"
+    elif rise > margin * losses[low] and chance < level:
+        saturates, said = True, f"saturates from step {steps[low]}"
     return {
         "best": {"step": steps[low], "loss": losses[low]}, "final": {"step": steps[-1], "loss": losses[-1]},
         "rise": rise, "error": error, "chance": chance, "saturates": saturates, "from_step": steps[low] if saturates else None, "verdict": said,
@@ -57,7 +68,7 @@ def verdict(steps: list[int], losses: list[float], paired_error: Optional[float]
 def read_losses(file: Path, tokens_per_step: int) -> list[dict[str, Any]]:
     """Losses from a CSV with columns model, parameters, step, loss and perhaps tokens, stderr: models in order, steps rising.
 
-    Raises: UserError naming the file and line for missing columns, what is no number, and steps out of order.
+    Raises: UserError naming the file and line for missing columns, what is no number or out of `LIMITS`, and steps out of order.
     """
     check(file.is_file(), f"study.losses={file}: no such file")
     try:
@@ -77,15 +88,19 @@ def read_losses(file: Path, tokens_per_step: int) -> list[dict[str, Any]]:
                 numbers[key] = float(text) if text or key in ("parameters", "step", "loss") else None
             except ValueError:
                 raise UserError(f"study.losses={file}: line {line}: {key} is {text!r}, not a number") from None
-        for key in ("parameters", "loss"):
-            check(math.isfinite(numbers[key]) and numbers[key] > 0, f"study.losses={file}: line {line}: {key} is {numbers[key]}, must be above 0")
-        check(numbers["step"] >= 0 and numbers["step"] % 1 == 0, f"study.losses={file}: line {line}: step is {numbers['step']}, must be a whole number of at least 0")
-        name = row[names["model"]]
+        for key, number in numbers.items():
+            low, high = LIMITS[key]
+            fits = number is None or (low <= number <= high and (key not in WHOLE or number % 1 == 0))
+            check(fits, f"study.losses={file}: line {line}: {key} is {number}, must be {'a whole number ' if key in WHOLE else ''}from {low:g} to {high:g}")
+        name = (row[names["model"]] or "").strip()
+        check(bool(name), f"study.losses={file}: line {line}: has no model")
         entry = models.setdefault(name, {"model": name, "parameters": int(numbers["parameters"]), "checkpoints": []})
         check(entry["parameters"] == numbers["parameters"], f"study.losses={file}: line {line}: {name} has {numbers['parameters']:.0f} parameters here and {entry['parameters']} before")
-        before = entry["checkpoints"][-1]["step"] if entry["checkpoints"] else -1
+        before, seen = (entry["checkpoints"][-1]["step"], entry["checkpoints"][-1]["tokens"]) if entry["checkpoints"] else (-1, 0)
         check(numbers["step"] > before, f"study.losses={file}: line {line}: step {numbers['step']:.0f} of {name} comes after step {before}; steps must rise, each once")
-        tokens = numbers["tokens"] if numbers["tokens"] is not None else numbers["step"] * tokens_per_step
+        tokens = numbers["tokens"] if numbers["tokens"] is not None else int(numbers["step"]) * tokens_per_step
+        check(tokens <= LIMITS["tokens"][1], f"study.losses={file}: line {line}: step {numbers['step']:.0f} x study.tokens_per_step={tokens_per_step} tokens, must be at most {LIMITS['tokens'][1]:g}")
+        check(tokens >= seen, f"study.losses={file}: line {line}: {tokens:g} tokens of {name} come after {seen:g}; tokens must not fall")
         entry["checkpoints"].append({"step": int(numbers["step"]), "tokens": tokens, "loss": numbers["loss"], "stderr": numbers["stderr"]})
     return list(models.values())
 
@@ -128,19 +143,23 @@ def measure(c: StudyConfig, folder: Path) -> tuple[list[dict[str, Any]], dict[st
                 part = parts.put(cp.key, part)
             loss, error = block_mean(part["sums"], part["counts"])
             entry = models.setdefault(cp.model, {"model": cp.model, "parameters": part["parameters"], "checkpoints": []})
-            step = cp.step or 0
-            entry["checkpoints"].append({"step": step, "tokens": step * s.tokens_per_step, "loss": loss, "stderr": error, "sums": part["sums"], "counts": part["counts"]})
+            entry["checkpoints"].append({"step": cp.step, "tokens": (cp.step or 0) * s.tokens_per_step, "loss": loss, "stderr": error, "sums": part["sums"], "counts": part["counts"]})
             steps.end(f"loss {loss:.4f} ± {error:.4f}", kept)
     return list(models.values()), {"data": text.corpus.name, "tokens": text.tokens, "block_size": text.block}
 
 
-def paired_error(model: dict[str, Any]) -> Optional[float]:
-    """Standard error of (final − lowest loss) from the differences by block; None where there are no blocks to compare."""
+def difference_error(model: dict[str, Any]) -> Optional[float]:
+    """Standard error of (final − lowest loss): from the differences by block, which are on the same tokens; without blocks from the
+    two standard errors as if they were on different ones, which is rather too much. None where neither is there."""
     points = model["checkpoints"]
-    low = min(points, key=lambda p: p["loss"])
-    if "sums" not in low or low is points[-1]:
+    low, last = min(points, key=lambda p: p["loss"]), points[-1]
+    if low is last:
         return None
-    return block_mean([a - b for a, b in zip(points[-1]["sums"], low["sums"])], low["counts"])[1]
+    if "sums" in low:
+        error = block_mean([a - b for a, b in zip(last["sums"], low["sums"])], low["counts"])[1]
+    else:
+        error = math.nan if low["stderr"] is None or last["stderr"] is None else math.hypot(low["stderr"], last["stderr"])
+    return error if math.isfinite(error) else None
 
 
 def fit(models: list[dict[str, Any]], fit_from: Optional[float], skip: float) -> tuple[Optional[Law], list[str]]:
@@ -164,9 +183,9 @@ def conclude(models: list[dict[str, Any]], s: Saturation) -> dict[str, Any]:
         for p in points:
             p["law"] = law(m["parameters"], p["tokens"]) if law and p["tokens"] > 0 else None
             p["gap"] = p["loss"] / p["law"] - 1 if p["law"] else None
-        said = verdict([p["step"] for p in points], [p["loss"] for p in points], paired_error(m), s.margin, s.level)
+        said = verdict([p["step"] for p in points], [p["loss"] for p in points], difference_error(m), s.margin, s.level)
         for which in ("best", "final"):
-            said[which] = next(p for p in points if p["step"] == said[which]["step"])
+            said[which] = next(p for p in points if p["step"] == said[which]["step"])  # a model without steps has one point
         out.append({"model": m["model"], "parameters": m["parameters"], "fitted": m["model"] in names, **said, "gap_best": said["best"]["gap"], "gap_final": said["final"]["gap"], "checkpoints": points})
     return {"fit": law and {**law.as_dict(), "models": names}, "models": out}
 
@@ -179,12 +198,12 @@ def draw(content: dict[str, Any], file: BinaryIO) -> None:
     for i, m in enumerate(models):
         points = [p for p in m["checkpoints"] if p["tokens"] > 0] or m["checkpoints"]
         x, y = [p["tokens"] for p in points], [p["loss"] for p in points]
-        left.plot(x, y, "o-" if len(points) < 40 else "-", color=f"C{i % 10}", ms=2.5, lw=1.2, label=f"{m['model']}: {m['verdict']}")
+        left.plot(x, y, "o-" if len(points) < 40 else "-", color=f"C{i % 10}", ms=2.5, lw=1.2, label=as_text(f"{m['model']}: {m['verdict']}"))
         if all(p["stderr"] is not None for p in points):
             left.fill_between(x, [p["loss"] - (p["stderr"] or 0) for p in points], [p["loss"] + (p["stderr"] or 0) for p in points], color=f"C{i % 10}", alpha=0.15, lw=0)
         left.plot([m["best"]["tokens"]], [m["best"]["loss"]], "*", color=f"C{i % 10}", ms=9)
         right.plot([m["parameters"]], [m["final"]["loss"]], "x", color=f"C{i % 10}", ms=7)
-        right.plot([m["parameters"]], [m["best"]["loss"]], "*", color=f"C{i % 10}", ms=9, label=m["model"])
+        right.plot([m["parameters"]], [m["best"]["loss"]], "*", color=f"C{i % 10}", ms=9, label=as_text(m["model"]))
     if not single:
         left.set_xscale("log")
         # the first steps are far above everything that is of interest
@@ -219,7 +238,8 @@ def run(c: StudyConfig, folder: Path) -> dict[str, Any]:
     content = {**about, **conclude(models, s)}
     for m in content["models"]:
         gap = "" if m["gap_final"] is None else f"; {100 * m['gap_final']:+.1f} % from the law at the end, {100 * m['gap_best']:+.1f} % at its best"
-        log.info("%s: %s (lowest %.4f at step %d, final %.4f)%s", m["model"], m["verdict"], m["best"]["loss"], m["best"]["step"], m["final"]["loss"], gap)
+        lowest = f"lowest {m['best']['loss']:.4f}" + ("" if m["best"]["step"] is None else f" at step {m['best']['step']}")
+        log.info("%s: %s (%s, final %.4f)%s", m["model"], m["verdict"], lowest, m["final"]["loss"], gap)
     if content["fit"]:
         log.info("law: A = %.4g, alpha = %.4f from %s", content["fit"]["A"], content["fit"]["alpha"], ", ".join(content["fit"]["models"]))
     rows = [(m["model"], m["parameters"], p["step"], p["tokens"], p["loss"], p["stderr"], p["law"], p["gap"]) for m in content["models"] for p in m["checkpoints"]]

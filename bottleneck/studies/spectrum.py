@@ -15,7 +15,7 @@ from torch import Tensor
 from bottleneck.backbone import load_tokenizer
 from bottleneck.errors import UserError, check
 from bottleneck.studies.config import Spectrum, StudyConfig
-from bottleneck.studies.output import Parts, Steps, canvas, save, shades, write
+from bottleneck.studies.output import Parts, Steps, as_text, canvas, save, shades, write
 from bottleneck.studies.series import Checkpoint, Head, check_same_shapes, checkpoints, device_of, is_tied, load_head, say_memory, visit
 from bottleneck.studies.singular import ROWS, padding, singular_values, square_root, summary, triangle
 from bottleneck.studies.text import StudyText, entries_of, study_text
@@ -75,6 +75,8 @@ def measure(c: StudyConfig, folder: Path) -> tuple[list[dict[str, Any]], dict[st
     shapes = check_same_shapes(series)
     device = device_of(c)
     text = study_text(c, series) if s.hidden else None
+    if text is None:
+        log.info("study.hidden=false: only the head is read; the other weights are not looked at")
     width, vocabulary = max(shapes.values(), key=lambda shape: shape[0] * shape[1])
     work = 8 * (min(ROWS, vocabulary) + 6 * width) * width + 4 * vocabulary * width
     say_memory(series, device, work + (4 * c.trainer.micro_batch_size * text.block * 24 * width if text else 0))
@@ -115,8 +117,8 @@ def draw(entries: list[dict[str, Any]], file: BinaryIO) -> None:
         for i, (e, shade) in enumerate(zip(own, shades(len(own)))):
             named = len(own) <= 8 or i in (0, len(own) // 4, len(own) // 2, 3 * len(own) // 4, len(own) - 1)
             values = e[k]["singular_values"]
-            axes.plot(range(1, len(values) + 1), values, color=shade, lw=1.2, label=(m if e["step"] is None else f"step {e['step']}") if named else None)
-        axes.set(xscale="log", yscale="log", xlabel="index i", ylabel=f"singular value σ_i of {MATRICES[k]}", title=m)
+            axes.plot(range(1, len(values) + 1), values, color=shade, lw=1.2, label=(as_text(m) if e["step"] is None else f"step {e['step']}") if named else None)
+        axes.set(xscale="log", yscale="log", xlabel="index i", ylabel=f"singular value σ_i of {MATRICES[k]}", title=as_text(m))
         axes.legend(fontsize=7, frameon=False, loc="lower left")
     if len(entries) > 1:
         _entropies(entries, models, kinds, along, panels[-1])
@@ -128,12 +130,12 @@ def _entropies(entries: list[dict[str, Any]], models: list[str], kinds: list[str
         own = [e for e in entries if e["model"] == m]
         for k, style in zip(kinds, ("o-", "s--")):
             x = [e["step"] or 0 for e in own] if along else [i]
-            last.plot(x, [e[k]["entropy"] for e in own], style, color=f"C{i % 10}", ms=3, lw=1.2, label=f"{m}, {MATRICES[k]}")
+            last.plot(x, [e[k]["entropy"] for e in own], style, color=f"C{i % 10}", ms=3, lw=1.2, label=as_text(f"{m}, {MATRICES[k]}"))
     if along:
         last.set_xscale("symlog", linthresh=1)
         last.set_xlabel("training step")
     else:
-        last.set_xticks(range(len(models)), models)
+        last.set_xticks(range(len(models)), [as_text(m) for m in models])
     last.set_ylabel("singular entropy KL(σ/Σσ ‖ uniform), nats")
     last.legend(fontsize=7, frameon=False)
 

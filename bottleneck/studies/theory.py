@@ -34,7 +34,7 @@ from bottleneck.initial import Calibration, calibrate, roots
 from bottleneck.losses.chunked import chunk_rows
 from bottleneck.refine import divergence
 from bottleneck.studies.config import StudyConfig, Theory, ranks_of
-from bottleneck.studies.output import Parts, Steps, canvas, save, write
+from bottleneck.studies.output import Parts, Steps, as_text, canvas, save, write
 from bottleneck.studies.series import check_same_shapes, device_of, loaded, one_checkpoint, say_memory
 from bottleneck.studies.singular import ROWS, singular_values, tails, triangle
 from bottleneck.studies.text import study_text
@@ -159,7 +159,7 @@ def draw(content: dict[str, Any], file: BinaryIO) -> None:
     for axes in (left, right):
         axes.set(xscale="log", yscale="log", xlabel="rank r")
         axes.legend(fontsize=7, frameon=False)
-    figure.suptitle(f"{content['backbone']} on {content['data']}", fontsize=10)
+    figure.suptitle(as_text(f"{content['backbone']} on {content['data']}"), fontsize=10)
     save(figure, file)
 
 
