@@ -17,6 +17,7 @@ from typing import Any, Callable, Iterable
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from bottleneck.checkpoint import write_atomic
@@ -189,7 +190,7 @@ def band_losses(head: dict[str, Any]) -> dict[str, Any]:
 def show(curves: list[dict[str, Any]], console: Console) -> None:
     """Print the best head of every rank beside the backbone's own head."""
     for c in curves:
-        table = Table(title=f"{c['backbone']} on {c['data']}, {c['tokens']:,} training tokens", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+        table = Table(title=escape(f"{c['backbone']} on {c['data']}, {c['tokens']:,} training tokens"), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
         for column in ("rank", "lr", "loss", "perplexity", "start", "KL", "top-1", "accept"):
             table.add_column(column, justify="right")
         inits = sorted({h["init"] for h in c["heads"]})

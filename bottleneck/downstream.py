@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Iterator, Optional
 
 from bottleneck.checkpoint import write_atomic
+from bottleneck.picture import as_text
 from bottleneck.runs import Run
 
 FULL = "full"  # the backbone's own head, among the names of heads
@@ -98,10 +99,10 @@ def draw(table: list[dict[str, Any]], tasks: list[str], file: BinaryIO) -> None:
         if points:
             bars = [r["stderr"] or 0 for r in points]
             count = f", n = {points[0]['samples']}" if points[0]["samples"] else ""  # groups have none of their own
-            label = f"{task} ({points[0]['metric']}{count})"
+            label = f"{as_text(task)} ({points[0]['metric']}{count})"
             axes.errorbar([r["rank"] for r in points], [r["value"] for r in points], bars, fmt="o-", ms=5, capsize=3, color=colour, label=label)
         for own in (r for r in table if r["task"] == task and r["rank"] is None):
-            axes.axhline(own["value"], color=colour, ls="--", lw=1, label=f"{task}, own head ({own['value']:.4g})")
+            axes.axhline(own["value"], color=colour, ls="--", lw=1, label=f"{as_text(task)}, own head ({own['value']:.4g})")
             if own["stderr"]:
                 axes.axhspan(own["value"] - own["stderr"], own["value"] + own["stderr"], color=colour, alpha=0.08, lw=0)
     if ranks:

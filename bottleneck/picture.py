@@ -8,6 +8,11 @@ from typing import Any, BinaryIO
 PAPER_MARK = 1000  # "degrades visibly below r ≈ 1000, whatever the model's size" (Godey et al. 2024, Fig. 6)
 
 
+def as_text(name: Any) -> str:
+    """A name for a picture as it stands: between two dollars Matplotlib would read mathematics."""
+    return str(name).replace("$", r"\$")
+
+
 def labels(curves: list[dict[str, Any]]) -> list[str]:
     """Names of the lines: the backbone, and whatever else tells them apart."""
     parts = [[c["backbone"]] for c in curves]
@@ -39,7 +44,7 @@ def draw(curves: list[dict[str, Any]], file: BinaryIO) -> None:
     ranks: set[int] = set()
     values: list[float] = []
     number = 0
-    for curve, label in zip(curves, labels(curves)):
+    for curve, label in zip(curves, map(as_text, labels(curves))):
         inits = sorted({h["init"] for h in curve["heads"]})
         first = colours[number % len(colours)]
         for init in inits:
@@ -111,7 +116,7 @@ def draw_details(curves: list[dict[str, Any]], file: BinaryIO) -> bool:
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4.2), dpi=130, layout="constrained")
     colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
     ranks: set[int] = set()
-    lines = [(c, label, init) for c, label in zip(curves, labels(curves)) for init in sorted({h["init"] for h in c["heads"]})]
+    lines = [(c, label, init) for c, label in zip(curves, map(as_text, labels(curves))) for init in sorted({h["init"] for h in c["heads"]})]
     for number, (c, label, init) in enumerate(lines):
         colour = colours[number % len(colours)]
         heads = [h for h in c["heads"] if h["best"] and h["init"] == init and h.get("kl") is not None]

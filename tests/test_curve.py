@@ -8,6 +8,7 @@ import json
 import math
 
 import pytest
+from rich.console import Console
 
 from bottleneck import curve
 from bottleneck.errors import UserError
@@ -162,3 +163,11 @@ def test_values_of_the_wrong_kind_are_one_line(tmp_path, capsys, change, words):
     assert curve.main([str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 2
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and words in line and not (tmp_path / "out").exists()
+
+
+def test_names_are_drawn_and_told_as_they_stand(tmp_path, capsys):
+    """Dollars are mathematics to Matplotlib, brackets are colours to Rich."""
+    one = made({8: 2.5, 64: 2.1}, backbone=r"$\bad$ [bold]x")
+    curve.write([one], tmp_path)
+    curve.show([one], Console(width=200))
+    assert r"$\bad$ [bold]x on text" in capsys.readouterr().out

@@ -12,7 +12,7 @@ from studies import run_study
 
 from bottleneck.errors import UserError
 from bottleneck.studies import ngrams
-from bottleneck.studies.output import as_text
+from bottleneck.picture import as_text
 from bottleneck.studies.saturation import difference_error, read_losses, verdict
 from bottleneck.studies.scaling import BETA, B, E
 

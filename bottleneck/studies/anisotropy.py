@@ -17,9 +17,10 @@ from bottleneck.backbone import Backbone
 from bottleneck.errors import check
 from bottleneck.losses.chunked import chunk_rows
 from bottleneck.metrics import full_head_loss
+from bottleneck.picture import as_text
 from bottleneck.studies.config import StudyConfig
 from bottleneck.studies.cosines import Cosines
-from bottleneck.studies.output import Parts, Steps, as_text, canvas, save, shades, write
+from bottleneck.studies.output import Parts, Steps, canvas, save, shades, write
 from bottleneck.studies.series import check_same_shapes, checkpoints, device_of, say_memory, visit
 from bottleneck.studies.text import StudyText, study_text
 from data.module import IGNORE

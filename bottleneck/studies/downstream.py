@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from bottleneck.errors import check
+from bottleneck.picture import as_text
 from bottleneck.studies.config import Downstream, StudyConfig
 from bottleneck.studies.evals import Results, Score, is_perplexity, lower_is_better, pick_metric, read_results
-from bottleneck.studies.output import as_text, canvas, save, write
+from bottleneck.studies.output import canvas, save, write
 from bottleneck.studies.statistics import best_of_many
 
 log = logging.getLogger(__name__)
@@ -93,7 +95,7 @@ def draw(models: list[dict[str, Any]], file: BinaryIO) -> None:
 def show(models: list[dict[str, Any]], console: Console) -> None:
     """Table 1: best and final score of each task, the drop in standard errors, the verdict."""
     for m in models:
-        table = Table(title=f"{m['model']}: {len(m['steps'])} checkpoints to step {m['steps'][-1]}", title_justify="left")
+        table = Table(title=escape(f"{m['model']}: {len(m['steps'])} checkpoints to step {m['steps'][-1]}"), title_justify="left")
         for column in ("task", "metric", "best", "at step", "final", "drop / error", "chance", "saturates"):
             table.add_column(column, justify="left" if column in ("task", "metric") else "right")
         for name, t in m["tasks"].items():

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, Iterable
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -22,10 +23,11 @@ from bottleneck.compare import NUMBERS
 from bottleneck.errors import check
 from bottleneck.heads import HeadKey
 from bottleneck.losses.chunked import chunk_rows
+from bottleneck.picture import as_text
 from bottleneck.refine import refine
 from bottleneck.studies.agreement import Agreement
 from bottleneck.studies.config import Estimate, StudyConfig, ranks_of
-from bottleneck.studies.output import Parts, Steps, as_text, canvas, save, write
+from bottleneck.studies.output import Parts, Steps, canvas, save, write
 from bottleneck.studies.series import check_same_shapes, device_of, loaded, one_checkpoint, say_memory
 from bottleneck.studies.text import StudyText, study_text
 from bottleneck.studies.trained import Trained, read_trained
@@ -166,7 +168,7 @@ def draw(content: dict[str, Any], file: BinaryIO) -> None:
 def show(content: dict[str, Any], console: Console) -> None:
     """The curves as a table: a row a rank, a column a start."""
     inits = list(dict.fromkeys(h["init"] for h in content["heads"]))
-    table = Table(title=f"{content['backbone']} on {content['data']}: perplexity without training", title_justify="left")
+    table = Table(title=escape(f"{content['backbone']} on {content['data']}: perplexity without training"), title_justify="left")
     trained = content["trained"]["losses"] if content["trained"] else {}
     for column in ("rank", *inits, *(["trained"] if trained else []), f"KL ({inits[0]})", "same top token"):
         table.add_column(column, justify="right")

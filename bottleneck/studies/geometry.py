@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bottleneck.errors import UserError, check
+from bottleneck.picture import as_text
 from bottleneck.studies.config import Geometry, StudyConfig
-from bottleneck.studies.output import as_text, canvas, save, write
+from bottleneck.studies.output import canvas, save, write
 from bottleneck.studies.ranks import interval, spearman
 
 log = logging.getLogger(__name__)

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from bottleneck import initial
@@ -22,9 +23,10 @@ from bottleneck.backbone import Backbone
 from bottleneck.compare import band_names, bands_of
 from bottleneck.errors import check
 from bottleneck.losses.chunked import chunk_rows
+from bottleneck.picture import as_text
 from bottleneck.studies.config import Gradient, StudyConfig, ranks_of
 from bottleneck.studies.estimate import start_heads
-from bottleneck.studies.output import Parts, Steps, as_text, canvas, save, write
+from bottleneck.studies.output import Parts, Steps, canvas, save, write
 from bottleneck.studies.reach import BINS, Reach
 from bottleneck.studies.series import check_same_shapes, device_of, loaded, one_checkpoint, say_memory
 from bottleneck.studies.text import StudyText, study_text
@@ -121,7 +123,7 @@ def run(c: StudyConfig, folder: Path) -> dict[str, Any]:
     named = [("full", content["full"]), *((str(h["rank_of_head"]), h) for h in content["heads"])]
     rows = [(content["backbone"], name, *(r[n] for n in NUMBERS), chance(r["rank"], V)) for name, r in named]
     result = write(folder, c.study.name, content, COLUMNS, rows, lambda file: draw(content, file))
-    table = Table(title=f"{content['backbone']}: share of the logit gradient's norm that reaches the hidden state", title_justify="left")
+    table = Table(title=escape(f"{content['backbone']}: share of the logit gradient's norm that reaches the hidden state"), title_justify="left")
     for column in ("head", "reaches it", "lost", "chance", "effective rank of the update"):
         table.add_column(column, justify="right")
     for name, r in named:

@@ -19,9 +19,10 @@ import torch
 
 from bottleneck.backbone import label, load_tokenizer
 from bottleneck.errors import UserError, check
+from bottleneck.picture import as_text
 from bottleneck.studies.config import Ngrams, StudyConfig
 from bottleneck.studies.counts import BUCKET, MOST_VOCAB, gram, w_error
-from bottleneck.studies.output import Steps, as_text, canvas, save, write
+from bottleneck.studies.output import Steps, canvas, save, write
 from bottleneck.studies.series import device_of
 from bottleneck.studies.text import entries_of
 from data.prepare import prepare

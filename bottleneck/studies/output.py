@@ -108,11 +108,6 @@ def canvas(panels: int = 1, width: float = 6.4, height: float = 4.4) -> tuple[An
     return figure, axes[:panels]
 
 
-def as_text(name: Any) -> str:
-    """A name for a picture as it stands: between two dollars Matplotlib would read mathematics."""
-    return str(name).replace("$", r"\$")
-
-
 def save(figure: Any, file: BinaryIO) -> None:
     """The figure as PNG; closed, so that many studies in one process hold none."""
     import matplotlib.pyplot as plt

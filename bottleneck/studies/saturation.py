@@ -18,8 +18,9 @@ from bottleneck.backbone import Backbone
 from bottleneck.errors import UserError, check
 from bottleneck.losses.chunked import chunk_rows
 from bottleneck.metrics import full_head_loss
+from bottleneck.picture import as_text
 from bottleneck.studies.config import Saturation, StudyConfig
-from bottleneck.studies.output import Parts, Steps, as_text, canvas, save, write
+from bottleneck.studies.output import Parts, Steps, canvas, save, write
 from bottleneck.studies.scaling import Law, fit_law
 from bottleneck.studies.series import check_same_shapes, checkpoints, device_of, say_memory, visit
 from bottleneck.studies.statistics import best_of_many, block_mean, scatter

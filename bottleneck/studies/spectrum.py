@@ -14,8 +14,9 @@ from torch import Tensor
 
 from bottleneck.backbone import load_tokenizer
 from bottleneck.errors import UserError, check
+from bottleneck.picture import as_text
 from bottleneck.studies.config import Spectrum, StudyConfig
-from bottleneck.studies.output import Parts, Steps, as_text, canvas, save, shades, write
+from bottleneck.studies.output import Parts, Steps, canvas, save, shades, write
 from bottleneck.studies.series import Checkpoint, Head, check_same_shapes, checkpoints, device_of, is_tied, load_head, say_memory, visit
 from bottleneck.studies.singular import ROWS, padding, singular_values, square_root, summary, triangle
 from bottleneck.studies.text import StudyText, entries_of, study_text

@@ -32,9 +32,10 @@ from bottleneck.backbone import FullHead
 from bottleneck.errors import check
 from bottleneck.initial import Calibration, calibrate, roots
 from bottleneck.losses.chunked import chunk_rows
+from bottleneck.picture import as_text
 from bottleneck.refine import divergence
 from bottleneck.studies.config import StudyConfig, Theory, ranks_of
-from bottleneck.studies.output import Parts, Steps, as_text, canvas, save, write
+from bottleneck.studies.output import Parts, Steps, canvas, save, write
 from bottleneck.studies.series import check_same_shapes, device_of, loaded, one_checkpoint, say_memory
 from bottleneck.studies.singular import ROWS, singular_values, tails, triangle
 from bottleneck.studies.text import study_text
