@@ -105,6 +105,8 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
     def hurry(self, job: str) -> None:
         """A requeued job waits two minutes: not here."""
         self.until(lambda: self.state(job) == "PENDING", 90, f"job {job} is not back in the queue")
+        # slurmd refuses a job that begins in the second in which it ended ("already killed, do not launch batch job")
+        time.sleep(3)
         self.until(lambda: self.run("scontrol", "update", f"jobid={job}", "starttime=now") is not None and self.state(job) == "RUNNING", 90, f"job {job} does not start again")
 
     def until(self, condition, seconds: float, words: str) -> None:
