@@ -6,11 +6,10 @@ import functools
 import platform
 import subprocess
 from importlib import metadata
-from typing import Any
+from typing import Any, Iterable
 
 import torch
 
-import bottleneck
 from bottleneck.config import ROOT
 
 
@@ -27,8 +26,18 @@ def commit() -> str:
         return ""
 
 
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Of installed packages; "" for those that are not."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = ""
+    return found
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, commit, and the kind of machine: what a result is told with. Nothing in it names a person or a place."""
-    packages = {name: metadata.version(name) for name in ("torch", "transformers", "pytorch-lightning")}
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
-    return {"bottleneck": bottleneck.__version__, "commit": commit(), **packages, "python": platform.python_version(), "system": platform.system(), "device": kind}
+    return {**versions(("bottleneck", "torch", "transformers", "pytorch-lightning")), "commit": commit(), "python": platform.python_version(), "system": platform.system(), "device": kind}

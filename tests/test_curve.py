@@ -6,6 +6,7 @@ import copy
 import csv
 import json
 import math
+from importlib import metadata
 
 import pytest
 from rich.console import Console
@@ -137,6 +138,9 @@ def test_heads_that_all_diverged_leave_a_whole_result(run, capsys, tmp_path):
     assert all(h["status"] == "diverged" for h in result.curve["heads"])
     assert {p.name for p in (tmp_path / "run").iterdir()} >= {"curve.json", "curve.csv", "curve.png", "heads"}
     assert "every head did: give lower rates (optim.lr)" in " ".join(capsys.readouterr().out.split())
+    told = result.curve["versions"]
+    assert set(told) == {"bottleneck", "torch", "transformers", "pytorch-lightning", "commit", "python", "system", "device"}  # no name, no place
+    assert told["torch"] == metadata.version("torch") and told["device"].endswith("CPU")
     again = run("optim.lr=1e12", "tokens=2048", "ckpt_path=last")
     assert again.curve == json.loads((tmp_path / "run" / "curve.json").read_text())
     assert curve.main([str(tmp_path / "run"), "--out", str(tmp_path / "merged")]) == 0

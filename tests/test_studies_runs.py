@@ -17,7 +17,6 @@ from bottleneck.backbone import Backbone
 from bottleneck.studies import saturation, series, spectrum
 from bottleneck.studies.config import check_study
 from bottleneck.studies.cosines import brute_force
-from bottleneck.studies.singular import summary
 from bottleneck.studies.text import study_text
 
 NOISES = {"step0": 2.0, "step20": 0.1, "step100": 0.0, "step1000": 0.7}  # by number, not as names sort

@@ -12,7 +12,6 @@ import tempfile
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import datasets

@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> list[Row]:
                 start = one.until(1)
                 if folder.name == "cut":
                     one.until(2 * every + 1)
-                    workers = [p for p in family(one.process.pid) if trains(p) and p != one.process.pid and b"torch.distributed.run" not in Path(f"/proc/{p}/cmdline").read_bytes()]
+                    workers = [p for p in family(one.process.pid)[1:] if trains(p)]  # the first is torchrun's agent
                     killed = time.monotonic()
                     os.kill(workers[-1], signal.SIGKILL)
                     time.sleep(1.0)  # what was on its way to the log arrives

@@ -8,7 +8,6 @@ import io
 import platform
 import time
 from dataclasses import asdict, dataclass, fields
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Callable, Optional
 
@@ -17,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bottleneck.checkpoint import write_atomic
-from bottleneck.version import commit
+from bottleneck.version import commit, versions
 from data.encode import cores
 
 PACKAGES = ("bottleneck", "torch", "transformers", "triton", "datasets", "tokenizers")
@@ -73,13 +72,7 @@ def hardware(device: str = "cpu") -> str:
 
 def environment() -> dict[str, str]:
     """Versions, commit (+ where files were changed since) and date: the same for all rows of a run."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = ""
-    return found | {"python": platform.python_version(), "commit": commit(), "date": datetime.date.today().isoformat()}
+    return versions(PACKAGES) | {"python": platform.python_version(), "commit": commit(), "date": datetime.date.today().isoformat()}
 
 
 def _records(rows: list[Row]) -> list[dict[str, Any]]:
