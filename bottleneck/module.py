@@ -157,13 +157,21 @@ class HeadSweep(pl.LightningModule):
         if self.global_step % self.log_every == 0 or self.global_step == self.steps:
             self._log_step(losses, norms, rates)
 
-    def on_fit_end(self) -> None:
-        # Lightning moves everything to the CPU now: gradients and AdamW's moments, three times the heads, are not needed there
+    def on_train_end(self) -> None:
+        # Lightning moves everything to the CPU next: gradients and AdamW's moments, three times the heads, are not needed there
         for optimizer in self.trainer.optimizers:
             optimizer.state.clear()
         for p in self.bank.parameters():
             p.grad = None
-        # runs also where a finished run is resumed, so its curve can be written again
+        self.conclude()
+
+    def on_fit_end(self) -> None:
+        if not self.final:  # a run that had all its steps is resumed: there was no training, so its curve is made here
+            self.to(self.trainer.strategy.root_device)
+            self.conclude()
+
+    def conclude(self) -> None:
+        """The last validation, and the heads beside the full one. All processes call it together."""
         log.info("validating")
         self.final = self.validate()
         trainer = self.trainer
