@@ -156,3 +156,12 @@ def test_single_checkpoints_are_compared_without_a_verdict(tmp_path):
     (tmp_path / "l.csv").write_text(HEADER + rows)
     c = run_study(tmp_path, "study=saturation", f"study.losses={tmp_path / 'l.csv'}")
     assert all(m["saturates"] is None and "single" in m["verdict"] for m in c["models"]) and math.isclose(c["fit"]["alpha"], 0.246, rel_tol=1e-4)
+
+
+def test_losses_below_the_laws_fixed_part_have_no_law(tmp_path, caplog):
+    """B / T^β + E is of a vocabulary of 50,000: short series over 8,192 entries end below it, and no A > 0 fits."""
+    path = tmp_path / "l.csv"
+    path.write_text("model,parameters,step,loss,tokens\n" + "".join(
+        f"w{n},{n},{step},{1.5 + 2e3 / n**0.5 / step**0.1},{32768 * step}\n" for n in (10**6, 10**7) for step in (2000, 4000, 7000)))  # fmt: skip
+    c = run_study(tmp_path / "out", "study=saturation", f"study.losses={path}", "study.fit_from=null")
+    assert c["fit"] is None and all(m["gap_final"] is None for m in c["models"]) and "not below these losses" in caplog.text

@@ -121,14 +121,17 @@ def draw(entries: list[dict[str, Any]], file: BinaryIO) -> None:
     for i, m in enumerate(models):
         own = [e for e in entries if e["model"] == m]
         colours = shades(len(own)) if len(models) == 1 and along else [f"C{i % 10}"] * len(own)
+        several = len(models) > 1 and along
         drawn = range(len(own)) if len(models) == 1 and len(own) <= 8 else sorted({0, len(own) // 2, len(own) - 1})
-        for k in drawn:
+        for n, k in enumerate(drawn):
             e = own[k]
             depth = [x["layer"] / (len(e["layers"]) - 1) for x in e["layers"]]
-            name = m if e["step"] is None else f"{m}, step {e['step']}"
-            left.plot(depth, [x["mean_cosine"] for x in e["layers"]], "o-", ms=2.5, lw=1.2, color=colours[k], label=as_text(name))
-            left.plot(depth, [x["mean_cosine_centred"] for x in e["layers"]], "--", lw=0.9, color=colours[k])
-            middle.plot(depth, [x["mean_norm"] for x in e["layers"]], "o-", ms=2.5, lw=1.2, color=colours[k])
+            steps = ", ".join(str(own[j]["step"]) for j in drawn) if several else e["step"]
+            name = m if e["step"] is None else f"{m}, step {steps}"
+            look = {"color": colours[k], "alpha": (n + 1) / len(drawn) if several else 1.0}  # early steps are pale
+            left.plot(depth, [x["mean_cosine"] for x in e["layers"]], "o-", ms=2.5, lw=1.2, **look, label=as_text(name) if not several or n == len(drawn) - 1 else None)
+            left.plot(depth, [x["mean_cosine_centred"] for x in e["layers"]], "--", lw=0.9, **look)
+            middle.plot(depth, [x["mean_norm"] for x in e["layers"]], "o-", ms=2.5, lw=1.2, **look)
         for right in rest:
             x, y = [e["loss"] for e in own], [e["layers"][-1]["mean_cosine"] for e in own]
             right.plot(x, y, "-" if along else "", color="0.7", lw=0.8)

@@ -32,6 +32,7 @@ COLUMNS = ("model", "parameters", "step", "tokens", "loss", "stderr", "law", "ga
 # of what a CSV says, lowest and highest: beyond that it is a slip, and the law would overflow
 LIMITS = {"parameters": (1, 1e15), "step": (0, 1e15), "loss": (1e-9, 1e6), "tokens": (0, 1e18), "stderr": (0, 1e6)}
 WHOLE = ("parameters", "step")
+NEGLIGIBLE = 1e-3  # share of the loss that A / N^α must have at the least, or the fit says nothing about sizes
 ALIASES = {"params": "parameters", "n": "parameters", "t": "tokens", "train_tokens": "tokens", "std_err": "stderr", "se": "stderr"}
 
 
@@ -172,7 +173,12 @@ def fit(models: list[dict[str, Any]], fit_from: Optional[float], skip: float) ->
         limit = "" if fit_from is None else f" of {fit_from:.3g} parameters and more (study.fit_from)"
         log.info("no scaling law: it needs two sizes of models%s, there are %d", limit, len({n for n, _, _ in points}))
         return None, []
-    return fit_law(*zip(*points)), names
+    law = fit_law(*zip(*points))
+    n, t = (math.exp(sum(math.log(p[i]) for p in points) / len(points)) for i in range(2))
+    if law(n, t) - law.floor(t) < NEGLIGIBLE * law(n, t):
+        log.warning("no scaling law: its fixed part, B / T^β + E = %.3f after %.3g tokens, is not below these losses; it is Hoffmann et al. 2022's, for text and tokenizers like The Pile's", law.floor(t), t)
+        return None, []
+    return law, names
 
 
 def conclude(models: list[dict[str, Any]], s: Saturation) -> dict[str, Any]:

@@ -38,7 +38,12 @@ class Law:
 
     def __call__(self, parameters: float, tokens: float) -> float:
         """Loss in nats a token of a model with `parameters` after `tokens` > 0 training tokens."""
-        return self.A / parameters**self.alpha + B / tokens**BETA + E
+        return self.A / parameters**self.alpha + self.floor(tokens)
+
+    @staticmethod
+    def floor(tokens: float) -> float:
+        """What the law says of a model without end: B / T^β + E."""
+        return B / tokens**BETA + E
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "B": B, "beta": BETA, "E": E}
