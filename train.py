@@ -172,7 +172,7 @@ def build_curve(c: TrainConfig, module: HeadSweep, corpus: Corpus) -> dict[str, 
         "validation_tokens": tokens, "recipe": recipe,
         "reference": derived(module.reference, tokens, corpus.validation_bytes) | module.details["reference"],
         "heads": heads,
-        "versions": environment(module.device),
+        "versions": environment(module.trainer.strategy.root_device),
     })  # fmt: skip
 
 
@@ -244,7 +244,7 @@ def _train(cfg: DictConfig, run_dir: Path, at_end: contextlib.ExitStack) -> Resu
         sharding.connect(trainer.strategy)
         backbone = sharding.load(c.backbone, t.shard, trainer.strategy.root_device)
     else:
-        backbone = Backbone.load(c.backbone, device_type)
+        backbone = Backbone.load(c.backbone, trainer.strategy.root_device)
     shape = (backbone.vocab_size, backbone.hidden_size)
     check(shape == (vocab_size, hidden_size), f"backbone {backbone.name}: its head is {list(shape)}, its config says {[vocab_size, hidden_size]}")
     log.info("%s: d = %d, V = %d; %d heads, %d steps of %d tokens", backbone.name, hidden_size, vocab_size, len(bank),
@@ -253,7 +253,7 @@ def _train(cfg: DictConfig, run_dir: Path, at_end: contextlib.ExitStack) -> Resu
         compiled = backbone.compile_layers((t.micro_batch_size, c.data.block_size))
         log.info("backbone: %s", "layers are compiled" if compiled else f"family {backbone.family} does not name its layers, not compiled")
     if c.head.objective != "ce":
-        bank.objective = Objective(backbone.head.logits, c.head.temperature, 1.0 if c.head.objective == "distill" else c.head.mix)
+        bank.objective = Objective(backbone.head.float_logits, c.head.temperature, 1.0 if c.head.objective == "distill" else c.head.mix)
     module = HeadSweep(
         backbone, bank, c.optim, steps, t.micro_batch_size, lambda b: start_heads(c, backbone, data, b),
         sharding.even(data.validation_batches) if sharded else data.validation_batches, stored, corpus.fingerprint,

@@ -9,7 +9,7 @@ import contextlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from bottleneck.config import BackboneConfig
 from bottleneck.errors import UserError, check
+from bottleneck.losses.products import matmul_f32
 from bottleneck.parts import hash_weights, layers_of, materialise, randoms, shape_hash, units
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,17 @@ class FullHead:
 
     def logits(self, h: Tensor) -> Tensor:
         """Hidden states [..., D] to logits [..., V], in the dtype of W."""
-        z = F.linear(h.to(self.W_VD.dtype), self.W_VD, self.bias_V)
+        return self._capped(F.linear(h.to(self.W_VD.dtype), self.W_VD, self.bias_V))
+
+    def float_logits(self, h_ND: Tensor) -> Tensor:
+        """Hidden states [N, D] to float32 logits [N, V]: of 16-bit weights the sums of products as they are, not rounded again.
+
+        Between 16 and 32 bfloat16 has steps of 0.125: rounded logits tie at the top, and the loss gains up to a hundredth of a nat.
+        """
+        z = matmul_f32(h_ND.to(self.W_VD.dtype), self.W_VD.T)
+        return self._capped(z if self.bias_V is None else z + self.bias_V.float())
+
+    def _capped(self, z: Tensor) -> Tensor:
         if self.scale != 1.0:
             z = z * self.scale
         return z if self.softcap is None else torch.tanh(z / self.softcap) * self.softcap
@@ -186,14 +197,14 @@ class Backbone(nn.Module):
         self.hash = weights_hash or hash_weights(self)
 
     @classmethod
-    def load(cls, cfg: BackboneConfig, device_type: str = "cpu") -> "Backbone":
+    def load(cls, cfg: BackboneConfig, device: Union[torch.device, str] = "cpu") -> "Backbone":
         """Load weights from the Hub, a local folder or a GGUF file, and prove that the hidden states are right.
 
         Args:
-            device_type: "cuda" or "cpu": what dtype "auto" stands for (bfloat16 or float32).
+            device: where it goes, and the proof runs; decides what dtype "auto" stands for (bfloat16 on a GPU, else float32).
         Raises: UserError where it cannot be loaded, or the family's logits are not its hidden states times its head.
         """
-        model = load_model(cfg, device_type)
+        model = load_model(cfg, torch.device(device).type).to(device)
         return cls(model, label(cfg), shape_hash(model) if cfg.weights == "random" else None)
 
     @property

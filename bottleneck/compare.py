@@ -86,7 +86,7 @@ def compare(backbone: Backbone, bank: HeadBank, batches: Iterable[tuple[Tensor, 
         for h_nD, y_n in zip(h.split(rows), y.split(rows)):
             band_n = band_V[y_n]
             counts += torch.bincount(band_n, minlength=len(BANDS))
-            log_p = torch.log_softmax(backbone.head.logits(h_nD).float(), -1)
+            log_p = torch.log_softmax(backbone.head.float_logits(h_nD), -1)
             top_p = top(log_p)
             for i, (A, B) in enumerate(weights):
                 log_q = torch.log_softmax(matmul_f32(h_nD @ B.T, A.T), -1)

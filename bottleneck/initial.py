@@ -54,7 +54,7 @@ def calibrate(hidden: Iterable[Tensor], head: FullHead) -> Calibration:
     tokens = 0
     for h in hidden:
         for part in h.reshape(-1, D).split(chunk_rows(V, device.type)):
-            p = torch.softmax(head.logits(part).float(), dim=-1)
+            p = torch.softmax(head.float_logits(part), dim=-1)
             mean += p.sum(0)
             square += p.square_().sum(0)
             wide = part.double()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bottleneck.backbone import Backbone, FullHead
 from bottleneck.heads import HeadBank
-from bottleneck.losses import choose, logit_step, targets
+from bottleneck.losses import logit_step, targets
 from bottleneck.losses.chunked import chunk_rows, token_losses
 
 
@@ -23,15 +23,12 @@ def full_head_loss(h_ND: Tensor, head: FullHead, y_N: Tensor, ignore_index: int 
     """Summed cross-entropy of the backbone's own head (bias, scale and cap included): float64 scalar, nats."""
     W = head.W_VD
     if head.plain:
-        impl = choose(h_ND.device, h_ND.dtype, len(h_ND), *W.shape)
-        # the kernels want few-dimensional heads padded; no real backbone is that small
-        impl = "chunked" if impl == "fused" and W.shape[1] <= 256 else impl
-        return logit_step(h_ND, W, targets(y_N, ignore_index), impl)[0].sum(dtype=torch.float64)
+        return logit_step(h_ND, W, targets(y_N, ignore_index), "chunked")[0].sum(dtype=torch.float64)
     total = torch.zeros((), dtype=torch.float64, device=h_ND.device)
     rows = chunk_rows(len(W), h_ND.device.type)
     for h, y in zip(h_ND.split(rows), y_N.split(rows)):
         keep = y != ignore_index
-        loss, _ = token_losses(head.logits(h).float(), y.masked_fill(~keep, 0))
+        loss, _ = token_losses(head.float_logits(h), y.masked_fill(~keep, 0))
         total += loss.masked_fill(~keep, 0.0).sum(dtype=torch.float64)
     return total
 

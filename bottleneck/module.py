@@ -160,7 +160,7 @@ class HeadSweep(pl.LightningModule):
     def on_train_end(self) -> None:
         # Lightning moves everything to the CPU next: gradients and AdamW's moments, three times the heads, are not needed there
         for optimizer in self.trainer.optimizers:
-            optimizer.state.clear()
+            getattr(optimizer, "inner", optimizer).state.clear()  # ZeRO-2 keeps them one deeper
         for p in self.bank.parameters():
             p.grad = None
         self.conclude()
@@ -177,6 +177,11 @@ class HeadSweep(pl.LightningModule):
         trainer = self.trainer
         self.details = compare(self.backbone, self.bank, self.validation(trainer.global_rank, trainer.world_size), self.bands)
         rows = {f"val/{n}/{name}": found[n] for name, found in self.details["heads"].items() for n in NUMBERS if found[n] is not None}
+        if self.device.type == "cuda":
+            peak = torch.tensor(torch.cuda.max_memory_allocated(self.device) / 2**30, device=self.device)
+            if torch.distributed.is_initialized():
+                torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX)
+            rows["train/peak_memory_gib/all"] = peak.item()
         self._log(rows)
 
     def validate(self) -> dict[str, float]:

@@ -82,7 +82,7 @@ def divergence(heads: Sequence[tuple[Tensor, Tensor]], hidden_ND: Tensor, head: 
     totals = torch.zeros(len(heads), dtype=torch.float64, device=hidden_ND.device)
     weights = [(A.to(hidden_ND.device, torch.float32), B.to(hidden_ND.device, torch.float32)) for A, B in heads]
     for h in _chunks(hidden_ND, len(head.W_VD)):
-        log_target = torch.log_softmax(head.logits(h).float(), dim=-1)
+        log_target = torch.log_softmax(head.float_logits(h), dim=-1)
         target = log_target.exp()
         for i, (A, B) in enumerate(weights):
             log_p = torch.log_softmax((h.float() @ B.T) @ A.T, dim=-1)
@@ -149,7 +149,7 @@ def refine(
             order = torch.randperm(len(h_ND), generator=generator).to(h_ND.device)
         picked = order[k % per_pass * batch :][:batch]
         for part in _chunks(h_ND[picked], V):
-            target = torch.softmax(head.logits(part).float(), dim=-1)
+            target = torch.softmax(head.float_logits(part), dim=-1)
             x = part.float() @ whiten
             for pupil in pupils.values():
                 pupil.learn(x, target, 1 / batch)

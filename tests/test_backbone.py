@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers as T
 
-from bottleneck.backbone import Backbone, label, load_shape, load_tokenizer
+from bottleneck.backbone import Backbone, FullHead, label, load_shape, load_tokenizer
 from bottleneck.config import BackboneConfig
 from bottleneck.errors import UserError
 from bottleneck.metrics import full_head_loss
@@ -52,6 +52,20 @@ def test_full_head_loss_is_the_models_own(family):
     got = full_head_loss(h, backbone.head, ids[:, 1:].flatten()).item() / (3 * 19)
     assert abs(got - want) < 1e-5
     assert backbone.head.plain == (family not in NOT_PLAIN)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["gpt_neox", *sorted(NOT_PLAIN)])
+def test_float_logits_are_not_rounded(family, dtype):
+    """They are those of the same numbers in float32; the model's own, in 16 bits, lie further off."""
+    backbone = Backbone(model_of(family).to(dtype), family)
+    h = backbone(torch.arange(24).view(2, 12)).flatten(0, 1)
+    wide = FullHead(backbone.head.W_VD.float(), None if backbone.head.bias_V is None else backbone.head.bias_V.float(), backbone.head.scale, backbone.head.softcap)
+    want, got = wide.logits(h.float()), backbone.head.float_logits(h)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    if dtype == torch.bfloat16:
+        assert (backbone.head.logits(h).float() - want).abs().max() > 1e-4
 
 
 def test_frozen_also_after_train():

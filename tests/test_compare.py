@@ -148,3 +148,22 @@ def test_the_knee_tells_of_seeds_that_do_not_reach_it():
     wide = curve_of(lucky | {(r, 1): 2 + 1.5 / r for r in (2, 4, 8, 16, 32, 64)}, 2.0)
     *_, ten = knees(wide)
     assert ten["seeds"] == ten["reached"] == 2 and ten["low"] < ten["high"]
+
+
+def test_the_last_validation_runs_where_the_training_did(run, tmp_path, monkeypatch):
+    """Before Lightning takes the run apart, which moves the backbone to the CPU; a finished run that is resumed moves it back."""
+    from pytorch_lightning.strategies import SingleDeviceStrategy
+
+    import bottleneck.module
+    from bottleneck.module import HeadSweep
+
+    events, compare, teardown, to = [], bottleneck.module.compare, SingleDeviceStrategy.teardown, HeadSweep.to
+    monkeypatch.setattr(bottleneck.module, "compare", lambda *a: (events.append("compared"), compare(*a))[1])
+    monkeypatch.setattr(SingleDeviceStrategy, "teardown", lambda self: (events.append("taken apart"), teardown(self))[1])
+    monkeypatch.setattr(HeadSweep, "to", lambda self, device: (events.append(f"to {device}"), to(self, device))[1])
+    run("tokens=1024")
+    assert events.index("compared") < events.index("taken apart") and events.count("compared") == 1
+    (tmp_path / "run" / "curve.json").unlink()
+    events.clear()
+    run("tokens=1024", "ckpt_path=last")
+    assert events[-3:] == ["taken apart", "to cpu", "compared"]

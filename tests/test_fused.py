@@ -53,6 +53,15 @@ def test_a_nearly_certain_head_keeps_its_small_gradients():
     assert (loss - want_loss).norm() < 2e-3 * want_loss.norm() and (dz - want_dz).norm() < 2e-3 * want_dz.norm()
 
 
+@pytest.mark.parametrize("rank", [FLASH_RANK + 16] + [16] * (DEVICE == "cuda"))  # Triton's interpreter has no true bfloat16
+def test_a_loss_alone_keeps_its_logits_in_float32(rank):
+    """A validation of 16-bit heads is that of the same numbers in float32, at any rank; logits of 16 bits would be off by 1e-3."""
+    z, A, y = problem(40, rank, 300)
+    z, A = z.bfloat16(), (A / 2).bfloat16()
+    want = exact(z.float(), A.float(), y)[0]
+    assert (logit_step(z, A, y, "fused")[0] - want).abs().max() < 2e-5 * want.max()
+
+
 @pytest.mark.parametrize("rank", [4, FLASH_RANK + 1])
 def test_many_tokens_are_taken_in_parts(rank, monkeypatch):
     """However many there are, memory stays bounded; masked tokens and the order of losses survive the cuts."""

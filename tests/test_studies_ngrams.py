@@ -7,11 +7,12 @@ from string import ascii_letters
 
 import numpy as np
 import pytest
+import torch
 
 from bottleneck.errors import UserError
 from bottleneck.studies import counts
 from bottleneck.studies.counts import gram, w_error
-from bottleneck.studies.ngrams import beside, smallest
+from bottleneck.studies.ngrams import beside, eigenvalues, smallest
 from conftest import ROOT
 from studies import QUICK, run_study
 
@@ -91,3 +92,11 @@ def test_a_text_without_5_grams_is_one_line(toy_backbone, tmp_path):
     with pytest.raises(UserError, match=r"^data: short.jsonl has no 5-gram in 1000 training tokens"):
         run_study(tmp_path / "out", "study=ngrams", "study.max_tokens=1000", *words)
     assert not (tmp_path / "out" / "ngrams.json").exists()
+
+
+def test_a_matrix_that_the_gpu_cannot_take_goes_to_the_cpu(caplog):
+    """The meta device takes it and gives nothing back."""
+    matrix = np.diag([3.0, 1.0, 2.0])
+    assert eigenvalues(matrix, torch.device("meta")).tolist() == [1.0, 2.0, 3.0] and "cannot take a matrix of 3 x 3" in caplog.text
+    caplog.clear()
+    assert eigenvalues(matrix, torch.device("cpu")).tolist() == [1.0, 2.0, 3.0] and not caplog.text

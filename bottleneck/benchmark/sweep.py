@@ -3,7 +3,7 @@
 Ours is `python train.py` as it stands, in a process of its own; its speed is the one it logs. The backbone has random weights
 and the tokens are random, since speed depends on shapes alone. A backbone that needs several GPUs:
 
-    python -m bottleneck.benchmark sweep --shape neox-30b --stock-steps 0 trainer=fsdp trainer.devices=2
+    python -m bottleneck.benchmark sweep --shape neox-30b --ranks 64,512,2048 --stock-steps 0 trainer=fsdp trainer.devices=2
 """
 
 from __future__ import annotations

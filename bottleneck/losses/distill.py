@@ -43,7 +43,7 @@ def steps(h_ND: Tensor, heads: list[Weights], y_N: Tensor, gradients: list[tuple
         part = slice(start, start + rows)
         h, keep = h_ND[part], y_N[part] >= 0
         y = y_N[part].clamp(min=0).long()[:, None]
-        log_p = torch.log_softmax(o.teacher(h).float() / T, -1)
+        log_p = torch.log_softmax(o.teacher(h) / T, -1)
         p = log_p.exp()
         for i, (w, (dA, dB)) in enumerate(zip(heads, gradients)):
             z = h @ w.B.T

@@ -19,7 +19,7 @@ import triton
 from torch import Tensor
 
 import bottleneck.losses.kernels as kernels
-from bottleneck.losses.products import add_product
+from bottleneck.losses.products import add_product, matmul_f32
 
 FLASH_RANK = 256
 MEMORY = 240 << 20  # bytes at high rank, beyond inputs and gradients; what is not counted here keeps it under 256 MiB
@@ -102,19 +102,20 @@ def _flash(z: Tensor, A: Tensor, y: Tensor, dA: Optional[Tensor], scale: float, 
 
 
 def _chunks(z: Tensor, A: Tensor, y: Tensor, dA: Optional[Tensor], scale: float):
-    N, V = len(z), len(A)
+    N, V, grad = len(z), len(A), dA is not None
     loss = torch.empty(N, dtype=torch.float32, device=z.device)
-    rows = chunk_rows(N, V, z.shape[1], z.element_size())
-    buffer = torch.empty(rows, V, dtype=z.dtype, device=z.device)
+    # a loss alone, which is a validation, has the time and the memory for logits that are not rounded to 16 bits
+    rows = chunk_rows(N, V, z.shape[1], z.element_size() if grad else 4)
+    buffer = torch.empty(rows, V, dtype=z.dtype, device=z.device) if grad else None
     for start in range(0, N, rows):
         part = z[start : start + rows]
-        G = torch.mm(part, A.T, out=buffer[: len(part)])
+        G = torch.mm(part, A.T, out=buffer[: len(part)]) if grad else matmul_f32(part, A.T)
         at = slice(start, start + rows)
-        kernels.soften[(len(G),)](G, y[at], loss[at], V, G.stride(0), BLOCK=8192, GRAD=dA is not None, num_warps=16)
-        if dA is not None:
+        kernels.soften[(len(G),)](G, y[at], loss[at], V, G.stride(0), BLOCK=8192, GRAD=grad, num_warps=16)
+        if grad:
             add_product(dA, G.T, part, scale)
             torch.mm(G, A, out=part)  # dz in the place of z, which is not read again
-    return loss, z if dA is not None else None
+    return loss, z if grad else None
 
 
 def chunk_rows(N: int, V: int, R: int, itemsize: int) -> int:

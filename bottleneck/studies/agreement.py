@@ -40,7 +40,7 @@ class Agreement:
         """Take in hidden states and their targets, none of them to be ignored. Six chunks of logits are held at a time."""
         rows = chunk_rows(len(head.W_VD), h_ND.device.type)
         for h, y in zip(h_ND.split(rows), y_N.split(rows)):
-            log_full = torch.log_softmax(head.logits(h).float(), dim=-1)
+            log_full = torch.log_softmax(head.float_logits(h), dim=-1)
             self.full += _loss(log_full, y)
             likeliest = top(log_full)
             self.tokens += len(y)

@@ -48,7 +48,7 @@ def sweep(heads: list[tuple[torch.Tensor, torch.Tensor]], backbone: Backbone, te
         keep = y != IGNORE
         hidden, y = backbone(inputs.to(device)).flatten(0, 1)[keep], y[keep]
         for h, y_n in zip(hidden.split(rows), y.split(rows)):
-            found[0].add(torch.softmax(backbone.head.logits(h).float(), -1), y_n, bands[y_n])
+            found[0].add(torch.softmax(backbone.head.float_logits(h), -1), y_n, bands[y_n])
             for (A, B), reach in zip(heads, found[1:]):
                 found_logits = (h.float() @ B.T) @ A.T
                 reach.add(torch.softmax(found_logits, -1), y_n, bands[y_n])

@@ -39,7 +39,12 @@ def smallest(errors: list[float], level: float) -> int:
 
 def eigenvalues(matrix: np.ndarray, device: torch.device) -> np.ndarray:
     """Of a symmetric V x V matrix in float64; on a GPU where there is one, since the work is (4/3) V³."""
-    return torch.linalg.eigvalsh(torch.from_numpy(matrix).to(device)).cpu().numpy()
+    if device.type != "cpu":
+        try:
+            return torch.linalg.eigvalsh(torch.from_numpy(matrix).to(device)).cpu().numpy()
+        except RuntimeError as error:  # too little memory, or CUDA's solver before version 13, which counts entries in 32 bits
+            log.warning("the GPU cannot take a matrix of %d x %d (%s); the CPU does, in hours if it is that large", *matrix.shape, str(error).split("\n")[0])
+    return torch.linalg.eigvalsh(torch.from_numpy(matrix)).numpy()
 
 
 def beside(paths: list[str]) -> list[dict[str, Any]]:
@@ -77,7 +82,7 @@ def run(c: StudyConfig, folder: Path) -> dict[str, Any]:
     check(V <= MOST_VOCAB, f"backbone: its tokenizer has {V} entries; 5-grams are counted for up to {MOST_VOCAB}")
     device = device_of(c)
     need = (16 + 8) * V * V + 100 * BUCKET
-    log.info("memory: about %.1f GiB for counts and Gram matrices%s", need / 2**30, f", {16 * V * V / 2**30:.1f} GiB on the GPU" if device.type == "cuda" else "")
+    log.info("memory: about %.1f GiB for counts and Gram matrices%s", need / 2**30, f", {16 * V * V / 2**30:.1f} GiB and the solver's workspace on the GPU" if device.type == "cuda" else "")
     corpus = prepare(c.data, tokenizer)
     tokens = corpus.train[: s.max_tokens]
     check(len(tokens) >= 5, f"data: {corpus.name} has {len(tokens)} training tokens, 5 are needed")

@@ -163,14 +163,13 @@ def loaded(cp: Checkpoint, device: torch.device, shapes: dict[str, tuple[int, in
     Raises: UserError where it cannot be loaded, has NaN weights, or is of another shape than its model's first.
     """
     try:
-        backbone = Backbone.load(cp.backbone, device.type)
+        backbone = Backbone.load(cp.backbone, device)
     except UserError:
         bad = _first_bad_tensor(cp.backbone)  # NaN fails the proof that the hidden states are right, in other words
         check(bad is None, f"{cp.where}: its weights are not numbers: {bad} holds NaN or infinity")
         raise
     compare(cp, shapes[cp.model], (backbone.hidden_size, backbone.vocab_size))
     check_finite(cp, backbone.head.W_VD)
-    backbone.to(device)
     try:
         yield backbone
     finally:
