@@ -13,7 +13,7 @@ Dims: n tokens of a chunk, D hidden size, R rank, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Callable, NamedTuple
+from typing import Callable, Iterator, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,30 @@ class Objective(NamedTuple):
     mix: float  # 0: cross-entropy alone, 1: KL alone
 
 
+class Goal(NamedTuple):
+    """weight · (least − Σ_v target_v log softmax(s / temperature)_v) is a part of the loss; `least` is Σ_v of what the full head says."""
+
+    target_nV: Tensor
+    least_n: Tensor
+    temperature: float
+    weight: float
+
+
+def _goals(o: Objective, h_nD: Tensor, y_n1: Tensor) -> Iterator[Goal]:
+    """The parts of the loss of some tokens, the same for every head. At T = 1 they are one, with one softmax for both."""
+    T, m = o.temperature, o.mix
+    log_p = torch.log_softmax(o.teacher(h_nD) if T == 1 else o.teacher(h_nD) / T, -1)
+    p = log_p.exp()
+    least = log_p.mul_(p).sum(-1)
+    if T == 1:
+        target = p.mul_(m).scatter_add_(1, y_n1, p.new_full(y_n1.shape, 1 - m)) if m < 1 else p
+        yield Goal(target, m * least, 1.0, 1.0)
+        return
+    yield Goal(p, least, T, m * T * T)
+    if m < 1:
+        yield Goal(torch.zeros_like(p).scatter_(1, y_n1, 1.0), torch.zeros_like(least), 1.0, 1 - m)
+
+
 def steps(h_ND: Tensor, heads: list[Weights], y_N: Tensor, gradients: list[tuple[Tensor, Tensor]], scale: float, o: Objective) -> Tensor:
     """Losses [H, N] of heads on the same tokens; scale · the gradient of each summed loss is added to its (dA [V, R], dB [R, D]).
 
@@ -38,23 +62,22 @@ def steps(h_ND: Tensor, heads: list[Weights], y_N: Tensor, gradients: list[tuple
     """
     N, V, T = len(h_ND), len(heads[0].A), o.temperature
     losses = torch.zeros(len(heads), N, dtype=torch.float32, device=h_ND.device)
-    rows = max(1, chunk_rows(V, h_ND.device.type) // 2)  # two chunks of V-wide numbers are held instead of one
+    rows = max(1, chunk_rows(V, h_ND.device.type) // 2)  # more chunks of V-wide numbers are held than without a teacher
     for start in range(0, N, rows):
         part = slice(start, start + rows)
         h, keep = h_ND[part], y_N[part] >= 0
-        y = y_N[part].clamp(min=0).long()[:, None]
-        log_p = torch.log_softmax(o.teacher(h) / T, -1)
-        p = log_p.exp()
+        goals = list(_goals(o, h, y_N[part].clamp(min=0).long()[:, None]))
         for i, (w, (dA, dB)) in enumerate(zip(heads, gradients)):
             z = h @ w.B.T
             logits = matmul_f32(z, w.A.T)
-            log_q = torch.log_softmax(logits / T, -1)
-            loss = o.mix * T * T * (p * (log_p - log_q)).sum(-1)
-            G = log_q.exp_().sub_(p).mul_(o.mix * T)
-            if o.mix < 1:
-                log_1 = torch.log_softmax(logits, -1)
-                loss -= (1 - o.mix) * log_1.gather(1, y).squeeze(1)
-                G.add_(log_1.exp_().scatter_add_(1, y, log_1.new_full((len(y), 1), -1.0)), alpha=1 - o.mix)
+            loss, G = torch.zeros_like(losses[i, part]), None
+            for goal in goals:
+                log_q = torch.log_softmax(logits if goal.temperature == 1 else logits / goal.temperature, -1)
+                loss += goal.weight * (goal.least_n - (goal.target_nV * log_q).sum(-1))
+                g = log_q.exp_().sub_(goal.target_nV)
+                slope = goal.weight / goal.temperature
+                g = g if slope == 1 else g.mul_(slope)
+                G = g if G is None else G.add_(g)
             losses[i, part] = loss.masked_fill(~keep, 0.0)
             G, keep_z = G.to(z.dtype), keep[:, None]
             add_product(dA, G.T, (z * keep_z)[:, : w.rank], scale)
