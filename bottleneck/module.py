@@ -113,7 +113,9 @@ class HeadSweep(pl.LightningModule):
         for key in self.bank.keys:
             chosen.setdefault(self.bank.impl(key, self.backbone.dtype), set()).add(key.rank)
         if self.bank.objective is not None:
-            log.info("objective: KL from the full head, a chunk of logits at a time")
+            share = self.bank.objective.mix
+            mixed = "" if share == 1 else f", {share:g} of it, and {1 - share:g} cross-entropy"
+            log.info("objective: KL from the full head%s, a chunk of logits at a time", mixed)
         else:
             log.info("loss: %s", "; ".join(f"{impl} for rank {', '.join(map(str, sorted(ranks)))}" for impl, ranks in chosen.items()))
 
