@@ -60,7 +60,7 @@ def steps(h_ND: Tensor, heads: list[Weights], y_N: Tensor, gradients: list[tuple
 
     Args: y_N: from `linear.targets`; tokens with -1 do not count, nor does their KL.
     """
-    N, V, T = len(h_ND), len(heads[0].A), o.temperature
+    N, V = len(h_ND), len(heads[0].A)
     losses = torch.zeros(len(heads), N, dtype=torch.float32, device=h_ND.device)
     rows = max(1, chunk_rows(V, h_ND.device.type) // 2)  # more chunks of V-wide numbers are held than without a teacher
     for start in range(0, N, rows):
