@@ -121,7 +121,8 @@ def _check_source(d: DataConfig) -> None:
     """Exactly one source of text, and only keys that it has."""
     given = [name for name in ("files", "dataset", "prepared") if getattr(d, name) is not None]
     either = "either data.files (local) or data.dataset (Hub name) or data.prepared (folder of prepared tokens)"
-    check(len(given) == 1, f"data: give {either}{'; here are ' + ' and '.join(given) if given else ''}")
+    found = f"; here are {' and '.join(given)}{' (data=prepared brings no other)' if 'prepared' in given else ''}" if given else ""
+    check(len(given) == 1, f"data: give {either}{found}")
     if d.prepared is not None:  # these would change nothing any more
         lost = [k for k in ("validation_files", "subset", "validation_split", "document_start", "max_tokens") if getattr(d, k) is not None]
         check(not lost, f"data.{lost[0] if lost else ''}: was decided when data.prepared={d.prepared} was made; leave it out")

@@ -116,6 +116,7 @@ class Ngrams:
 
     name: str = "ngrams"  # of the study
     max_tokens: Any = 150_000_000  # training tokens that are counted, at most
+    precision: str = "float64"  # of matrix and spectrum: float64, or float32 in half the memory and time, with errors below 1e-4 of the W-error
     beside: Any = None  # folders of other runs of this study (other texts, other tokenizers) to draw as well: one or a list
 
 
@@ -220,6 +221,7 @@ def _check_own(s: Any) -> None:
         check(len(s.ranks) > 0, "study.ranks=[]: give at least one rank")
     if isinstance(s, Ngrams):
         s.max_tokens = as_count("study.max_tokens", s.max_tokens, 5)
+        check(s.precision in ("float64", "float32"), f"study.precision={s.precision}: must be float64 or float32")
         s.beside = [] if s.beside is None else [str(b) for b in as_list(s.beside)]
     if isinstance(s, Geometry):
         s.results = [str(r) for r in as_list(s.results)]

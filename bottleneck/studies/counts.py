@@ -18,6 +18,7 @@ import scipy.sparse as sparse
 N = 5
 BUCKET = 16_000_000  # 5-grams counted at once: about 100 bytes each
 PIECE = 1 << 24  # tokens looked at at once
+STRIP = 1 << 25  # entries of a Gram matrix summed up at once, in float64
 MOST_VOCAB = 1 << 16  # four token ids must fit 64 bits
 
 
@@ -77,48 +78,53 @@ def buckets_of(tokens: np.ndarray, eos: int, size: int = BUCKET) -> Iterator[tup
 
 @dataclass
 class Gram:
-    """MᵀM [V, V] float64 of the rows as they are, and of rows times the root of their context's count."""
+    """MᵀM [V, V] of the rows as they are, or of rows times the root of their context's count, and what was counted."""
 
-    plain: np.ndarray
-    weighted: np.ndarray
+    matrix: np.ndarray
     contexts: int = 0
     ngrams: int = 0
     distinct: int = 0  # different 5-grams
 
     @property
-    def energies(self) -> tuple[float, float]:
-        """‖M‖² of both."""
-        return float(np.trace(self.plain)), float(np.trace(self.weighted))
+    def energy(self) -> float:
+        """‖M‖²."""
+        return float(np.trace(self.matrix, dtype=float))
 
 
-def gram(tokens: np.ndarray, vocab: int, eos: int, at: Callable[[float], None] = lambda share: None, size: int = BUCKET) -> Gram:
-    """Count a stream and sum up its Gram matrices: 16 V² bytes, and about 100 bytes for each of `size` 5-grams."""
-    out = Gram(np.zeros((vocab, vocab)), np.zeros((vocab, vocab)))
+def gram(
+    tokens: np.ndarray, vocab: int, eos: int, weighted: bool = False, dtype: type = np.float64, at: Callable[[float], None] = lambda share: None, size: int = BUCKET
+) -> Gram:
+    """Count a stream and sum up its Gram matrix: V² entries of `dtype`, up to 30 bytes for each of STRIP entries, and about 100 for each of `size` 5-grams.
+
+    Args: weighted: contexts by how often they occur.
+    """
+    out = Gram(np.zeros((vocab, vocab), dtype))
+    diagonal = np.zeros(vocab)  # of rows with one token: millions of ones, which float32 would stop counting
     for c, share in buckets_of(tokens, eos, size):
-        _add(out, c, vocab)
+        _add(out, diagonal, c, weighted)
         at(share)
+    out.matrix[np.arange(vocab), np.arange(vocab)] += diagonal.astype(dtype)
     return out
 
 
-def _add(out: Gram, c: Counts, vocab: int) -> None:
+def _add(out: Gram, diagonal: np.ndarray, c: Counts, weighted: bool) -> None:
     if not len(c.rows):
         return
+    vocab = len(diagonal)
     totals = np.bincount(c.rows, weights=c.counts, minlength=c.contexts)
     kinds = np.bincount(c.rows, minlength=c.contexts)
     single = kinds[c.rows] == 1
-    diagonal = np.arange(vocab)
-    out.plain[diagonal, diagonal] += np.bincount(c.tokens[single], minlength=vocab)
-    out.weighted[diagonal, diagonal] += np.bincount(c.tokens[single], weights=c.counts[single], minlength=vocab)
+    diagonal += np.bincount(c.tokens[single], weights=c.counts[single] if weighted else None, minlength=vocab)
     rows, tokens, counts = (x[~single] for x in (c.rows, c.tokens, c.counts))
     if len(rows):
         _, rows_new = np.unique(rows, return_inverse=True)
-        shares = counts / totals[rows]
-        for matrix, values in ((out.plain, shares), (out.weighted, shares * np.sqrt(totals[rows]))):
-            M = sparse.csr_matrix((values, (rows_new, tokens)), shape=(int(rows_new.max()) + 1, vocab))
-            # a strip of columns at a time: the whole product may be dense
-            for first in range(0, vocab, 2048):
-                strip = (M[:, first : first + 2048].T @ M).tocoo()
-                matrix[strip.row + first, strip.col] += strip.data
+        values = counts / (np.sqrt(totals[rows]) if weighted else totals[rows])
+        M = sparse.csr_matrix((values, (rows_new, tokens)), shape=(int(rows_new.max()) + 1, vocab))
+        # a strip of columns at a time: the whole product may be dense
+        width = max(1, STRIP // vocab)
+        for first in range(0, vocab, width):
+            strip = (M[:, first : first + width].T @ M).tocoo()
+            out.matrix[strip.row + first, strip.col] += strip.data.astype(out.matrix.dtype)
     out.contexts += c.contexts
     out.ngrams += int(c.counts.sum())
     out.distinct += len(c.rows)

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import psutil
 import torch
 
 from bottleneck.backbone import label, load_tokenizer
 from bottleneck.errors import UserError, check
 from bottleneck.picture import as_text
 from bottleneck.studies.config import Ngrams, StudyConfig
-from bottleneck.studies.counts import BUCKET, MOST_VOCAB, gram, w_error
+from bottleneck.studies.counts import BUCKET, MOST_VOCAB, STRIP, gram, w_error
 from bottleneck.studies.output import Steps, canvas, save, write
 from bottleneck.studies.series import device_of
 from bottleneck.studies.text import entries_of
@@ -38,13 +39,25 @@ def smallest(errors: list[float], level: float) -> int:
 
 
 def eigenvalues(matrix: np.ndarray, device: torch.device) -> np.ndarray:
-    """Of a symmetric V x V matrix in float64; on a GPU where there is one, since the work is (4/3) V³."""
+    """Of a symmetric V x V matrix, in its precision; on a GPU where there is one, since the work is (4/3) V³."""
     if device.type != "cpu":
         try:
             return torch.linalg.eigvalsh(torch.from_numpy(matrix).to(device)).cpu().numpy()
         except RuntimeError as error:  # too little memory, or CUDA's solver before version 13, which counts entries in 32 bits
-            log.warning("the GPU cannot take a matrix of %d x %d (%s); the CPU does, in hours if it is that large", *matrix.shape, str(error).split("\n")[0])
+            log.warning("the GPU cannot take a matrix of %d x %d (%s); the CPU does", *matrix.shape, str(error).split("\n")[0])
     return torch.linalg.eigvalsh(torch.from_numpy(matrix)).numpy()
+
+
+def room(vocab: int, precision: str, device: torch.device) -> None:
+    """Say how much memory the study takes, and refuse what this machine has not. Raises UserError."""
+    one = np.dtype(precision).itemsize * vocab**2
+    on_cpu = device.type == "cpu"
+    # while counting: the matrix, a bucket, a strip; then the matrix and, on a CPU, the solver's copy
+    need = max(one + 100 * BUCKET + 30 * STRIP, 2 * one if on_cpu else 0)
+    free = psutil.virtual_memory().available
+    log.info("memory: about %.1f GiB, %.1f GiB are free%s", need / 2**30, free / 2**30, "" if on_cpu else f"; {2 * one / 2**30:.1f} GiB on the GPU")
+    less = "; study.precision=float32 takes half" if precision == "float64" else ""
+    check(need <= free, f"backbone: 5-gram matrices of {vocab} x {vocab} tokens take {need / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free{less}")
 
 
 def beside(paths: list[str]) -> list[dict[str, Any]]:
@@ -81,28 +94,31 @@ def run(c: StudyConfig, folder: Path) -> dict[str, Any]:
     V = entries_of(tokenizer)
     check(V <= MOST_VOCAB, f"backbone: its tokenizer has {V} entries; 5-grams are counted for up to {MOST_VOCAB}")
     device = device_of(c)
-    need = (16 + 8) * V * V + 100 * BUCKET
-    log.info("memory: about %.1f GiB for counts and Gram matrices%s", need / 2**30, f", {16 * V * V / 2**30:.1f} GiB and the solver's workspace on the GPU" if device.type == "cuda" else "")
+    room(V, s.precision, device)
     corpus = prepare(c.data, tokenizer)
     tokens = corpus.train[: s.max_tokens]
     check(len(tokens) >= 5, f"data: {corpus.name} has {len(tokens)} training tokens, 5 are needed")
     # where the stream was prepared elsewhere its end of text is the manifest's
     eos = int(corpus.manifest.get("eos", tokenizer.eos_token_id))
-    with Steps(3, c.trainer.progress, "part") as steps:
-        steps.begin("counting")
-        began = time.monotonic()
-        g = gram(tokens, V, eos, steps.at)
-        counting = time.monotonic() - began
-        check(g.ngrams > 0, f"data: {corpus.name} has no 5-gram in {len(tokens)} training tokens: among any five in a row a text ends")
-        steps.end(f"{g.ngrams:,} 5-grams after {g.contexts:,} contexts, {len(tokens) / counting / 1e6:.2f}M tokens/s")
-        errors = {}
-        for name, matrix in (("w_error", g.plain), ("w_error_weighted", g.weighted)):
+    errors, counting = {}, 0.0
+    with Steps(4, c.trainer.progress, "part") as steps:
+        # one after the other: a matrix of 50,000 tokens takes 20 GB, counting again takes minutes
+        for name, weighted in (("w_error", False), ("w_error_weighted", True)):
+            steps.begin(f"counting for {name}")
+            began = time.monotonic()
+            g = gram(tokens, V, eos, weighted, np.dtype(s.precision).type, steps.at)
+            counting += time.monotonic() - began
+            check(g.ngrams > 0, f"data: {corpus.name} has no 5-gram in {len(tokens)} training tokens: among any five in a row a text ends")
+            steps.end(f"{g.ngrams:,} 5-grams after {g.contexts:,} contexts")
             steps.begin(name)
-            errors[name] = w_error(eigenvalues(matrix, device)).tolist()
-            steps.end(", ".join(f"{level:g}: d = {smallest(errors[name], level):,}" for level in LEVELS))
+            values = eigenvalues(g.matrix, device)
+            lost = abs(values.sum(dtype=float) / g.energy - 1)
+            errors[name] = w_error(values).tolist()
+            del g.matrix
+            steps.end(", ".join(f"{level:g}: d = {smallest(errors[name], level):,}" for level in LEVELS) + f"; eigenvalues add up to the trace within {lost:.0e}")
     content = {
         "name": f"{corpus.name}, {Path(c.backbone.tokenizer).name if c.backbone.tokenizer else label(c.backbone)}, V = {V:,}", "data": corpus.name, "data_hash": corpus.fingerprint, "vocab": V, "tokens": len(tokens), "ngrams": g.ngrams,
-        "contexts": g.contexts, "distinct": g.distinct, "counting_seconds": counting,
+        "contexts": g.contexts, "distinct": g.distinct, "counting_seconds": counting, "precision": s.precision,
         "smallest_d": {f"{level:g}": {n: smallest(e, level) for n, e in errors.items()} for level in LEVELS}, **errors,
     }  # fmt: skip
     widths = [d for d in (512, 1024, 2048, 4096) if d < V]

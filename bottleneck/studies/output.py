@@ -123,6 +123,16 @@ def shades(count: int) -> list[Any]:
     return [matplotlib.colormaps["viridis"](0.0 if count == 1 else 0.92 * i / (count - 1)) for i in range(count)]
 
 
+def step_bar(figure: Any, axes: Any, steps: Sequence[int]) -> None:
+    """A bar beside the axes that names the steps of `shades(len(steps))`, where they are too many for a legend."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, NoNorm
+
+    named = sorted({round(k * (len(steps) - 1) / 5) for k in range(6)})
+    bar = figure.colorbar(ScalarMappable(NoNorm(0, len(steps) - 1), ListedColormap(shades(len(steps)))), ax=axes, ticks=named, label="training step")
+    bar.set_ticklabels([f"{steps[i]:,}" for i in named])
+
+
 class Steps:
     """Progress through the parts of a study: a bar on a terminal, elsewhere a line a part and one every few seconds.
 

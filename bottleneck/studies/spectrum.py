@@ -16,7 +16,7 @@ from bottleneck.backbone import load_tokenizer
 from bottleneck.errors import UserError, check
 from bottleneck.picture import as_text
 from bottleneck.studies.config import Spectrum, StudyConfig
-from bottleneck.studies.output import Parts, Steps, canvas, save, shades, write
+from bottleneck.studies.output import Parts, Steps, canvas, save, shades, step_bar, write
 from bottleneck.studies.series import Checkpoint, Head, check_same_shapes, checkpoints, device_of, is_tied, load_head, say_memory, visit
 from bottleneck.studies.singular import ROWS, padding, singular_values, square_root, summary, triangle
 from bottleneck.studies.text import StudyText, entries_of, study_text
@@ -24,6 +24,8 @@ from bottleneck.studies.text import StudyText, entries_of, study_text
 log = logging.getLogger(__name__)
 METRICS = ("entropy", "effective_rank", "stable_rank", "participation_ratio", "condition", "top_share", "largest", "smallest", "energy")
 COLUMNS = ("model", "step", "matrix", "d", "rows", "padding_rows", "tied", *METRICS)
+MOST_NAMED = 8  # lines that a legend names
+LOWEST = 1e-4  # of the largest singular value: where a panel ends
 MATRICES = {"head": "W", "weighted": "W Σ^½"}
 
 
@@ -109,18 +111,28 @@ def measure(c: StudyConfig, folder: Path) -> tuple[list[dict[str, Any]], dict[st
 def draw(entries: list[dict[str, Any]], file: BinaryIO) -> None:
     """First Fig. 4, a panel a model and matrix: σ_i against i, dark to light along training; last Fig. 5, entropy against
     step or model, where there are several."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     models = list(dict.fromkeys(e["model"] for e in entries))
     kinds = [k for k in MATRICES if k in entries[0]]
     along = any(sum(e["model"] == m for e in entries) > 1 for m in models)
     figure, panels = canvas(len(models) * len(kinds) + (len(entries) > 1), width=4.8)
     for (m, k), axes in zip([(m, k) for m in models for k in kinds], panels):
         own = [e for e in entries if e["model"] == m]
-        for i, (e, shade) in enumerate(zip(own, shades(len(own)))):
-            named = len(own) <= 8 or i in (0, len(own) // 4, len(own) // 2, 3 * len(own) // 4, len(own) - 1)
+        many = len(own) > MOST_NAMED
+        for e, shade in zip(own, shades(len(own))):
             values = e[k]["singular_values"]
-            axes.plot(range(1, len(values) + 1), values, color=shade, lw=1.2, label=(as_text(m) if e["step"] is None else f"step {e['step']}") if named else None)
+            axes.plot(range(1, len(values) + 1), values, color=shade, lw=1.2, label=None if many else as_text(m) if e["step"] is None else f"step {e['step']}")
         axes.set(xscale="log", yscale="log", xlabel="index i", ylabel=f"singular value σ_i of {MATRICES[k]}", title=as_text(m))
-        axes.legend(fontsize=7, frameon=False, loc="lower left")
+        # a direction that the last norm takes away would stretch the axis over ten decades
+        axes.set_ylim(bottom=max(min(min(e[k]["singular_values"]) for e in own), LOWEST * max(max(e[k]["singular_values"]) for e in own)) * 0.8)
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        if many:
+            step_bar(figure, axes, [e["step"] for e in own])
+        else:
+            axes.legend(fontsize=7, frameon=False, loc="lower left")
     if len(entries) > 1:
         _entropies(entries, models, kinds, along, panels[-1])
     save(figure, file)
