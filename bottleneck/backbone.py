@@ -266,6 +266,7 @@ class Backbone(nn.Module):
         model.train(was_training)
         if got.shape == wanted.shape:
             error = ((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)).item()
+            check(error == error, f"backbone {self.name}: its weights are not numbers: its logits hold NaN or infinity")
             # both sides run the same product in the same dtype: what is allowed is another order of summation
             if error < (1e-4 if self.lm_head.weight.dtype == torch.float32 else 6e-3):
                 return

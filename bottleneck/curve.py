@@ -13,7 +13,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any, Callable, Iterable
+from typing import Any, Callable, Iterable, Optional
 
 from rich import box
 from rich.console import Console
@@ -134,13 +134,13 @@ def fault(c: Any) -> str | None:
     return None
 
 
-def read(paths: Iterable[Path], skip: Path) -> list[dict[str, Any]]:
+def read(paths: Iterable[Path], skip: Optional[Path] = None) -> list[dict[str, Any]]:
     """Every curve.json below some run folders (a multirun's folder holds its jobs'). Raises UserError for bad ones."""
     curves: list[dict[str, Any]] = []
     for path in paths:
         files = [path] if path.is_file() else sorted(path.rglob("curve.json"))
         # a multirun leaves its own merged curve: its jobs' are taken, unless that one is asked for
-        files = [f for f in files if f.parent.resolve() != skip.resolve() and (f.parent == path or f == path or not _merged(f.parent))]
+        files = [f for f in files if (skip is None or f.parent.resolve() != skip.resolve()) and (f.parent == path or f == path or not _merged(f.parent))]
         check(bool(files), f"{path}: no curve.json there; give the folder of a finished run, or of a multirun")
         for file in files:
             try:

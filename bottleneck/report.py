@@ -87,7 +87,7 @@ def command(argv: list[str]) -> Path:
     for path in args.runs:
         check(path.exists(), f"{path}: no such folder")
     check(not args.out.is_dir(), f"--out {args.out}: is a folder; give the name of a file")
-    curves = curve.merge(curve.read(args.runs, skip=args.out.parent / ".none"))
+    curves = curve.merge(curve.read(args.runs))
     html = page(curves, [p if p.is_dir() else p.parent for p in args.runs])
     write_atomic(args.out, lambda part: part.write_text(html, encoding="utf-8"))
     print(f"wrote {args.out} ({len(html) / 1e6:.1f} MB)")

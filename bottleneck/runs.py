@@ -115,7 +115,7 @@ def open_run(folder: Path, backbone: Optional[str] = None) -> Run:
     jobs = sorted(p.parent.name for p in folder.glob("*/curve.json"))
     hint = f"; of a multirun give one job's folder, such as {folder / jobs[0]}" if jobs else ""
     check((folder / "curve.json").is_file(), f"{folder}: no curve.json there; give the folder of a finished run{hint}")
-    curves = curve.read([folder / "curve.json"], skip=folder / "heads")
+    curves = curve.read([folder / "curve.json"])
     check(len(curves) == 1 and (folder / "heads").is_dir(), f"{folder}: a merged curve without heads; give the folder of one run")
     if (folder / LAST).is_file():
         where, tree = folder / LAST, read_checkpoint(folder / LAST)["bottleneck"]["config"].get("backbone")

@@ -10,6 +10,7 @@ from studies import run_study
 
 from bottleneck.errors import UserError
 from bottleneck.studies.downstream import compare
+from bottleneck.studies.config import step_number
 from bottleneck.studies.evals import Score, lower_is_better, read_results, scores
 
 
@@ -32,11 +33,11 @@ def test_planted_drops_in_both_formats(tmp_path):
         old(tmp_path / "old", 1000 * i + 1, **tasks)
         now = {"lambada_openai": {"perplexity": ppl, "perplexity_stderr": ppl * 0.03, "acc": 0.3, "acc_stderr": "N/A"}, "sciq": {k: v for k, v in tasks["sciq"].items()}}
         current(tmp_path / "new" / "EleutherAI__pythia-160m", f"step{1000 * i + 1}", f"0{i + 1}", **now)
-    for name, metric in (("old", "ppl"), ("new", "perplexity")):
+    for name in ("old", "new"):
         c = run_study(tmp_path / f"out-{name}", "study=downstream", f"study.results={tmp_path / name}", "study.tasks=[lambada_openai,sciq,sciq:acc_norm]")
         assert c["steps"] == [1, 1001, 2001, 3001]
         drop = c["tasks"]["lambada_openai"]
-        assert drop["saturates"] is True and drop["metric"] == metric and drop["best"]["step"] == 2001 and drop["final"]["value"] == 33
+        assert drop["saturates"] is True and drop["metric"] == "perplexity" and drop["best"]["step"] == 2001 and drop["final"]["value"] == 33
         assert drop["drop"] == pytest.approx(8) and drop["z"] == pytest.approx(0.27763 / (0.03 * 2**0.5), rel=1e-3)
         assert c["tasks"]["sciq"]["saturates"] is False and c["tasks"]["sciq"]["best"] == {"step": 2001, "value": 0.74, "stderr": 0.014}
         assert c["tasks"]["sciq:acc_norm"]["metric"] == "acc_norm" and c["tasks"]["sciq:acc_norm"]["drop"] == 0
@@ -55,8 +56,12 @@ def test_comparisons():
 
     assert one([0.2, 0.6, 0.5], [0.01] * 3)["saturates"] is True and one([0.2, 0.6, 0.59], [0.01] * 3)["saturates"] is False
     assert one([50, 20, 30], [1] * 3, "ppl")["saturates"] is True and one([30, 20, 10], [1] * 3, "ppl")["drop"] == 0
-    assert one([0.6, 0.5], [None, None])["saturates"] is None and one([0.5, 0.6], [None, None])["saturates"] is False
-    assert one([0.6], [0.01])["saturates"] is None
+    unknown = one([0.6, 0.5], [None, None])
+    assert unknown["saturates"] is False and unknown["chance"] is None and unknown["verdict"].startswith("no errors")
+    assert one([0.5, 0.6], [None, None])["verdict"] == "no significant drop" and one([0.6], [0.01])["verdict"] == "a single checkpoint"
+    # without errors the scatter of many checkpoints tells
+    noisy = [0.60 + 0.002 * (-1) ** i for i in range(20)]
+    assert one([*noisy, 0.5], [None] * 21)["saturates"] is True and one([*noisy, 0.599], [None] * 21)["saturates"] is False
     # of two results alone 2.1 errors would do; of thirty, the best is as lucky as that by chance
     lucky = [0.5] * 29 + [0.47]
     lucky[10] = 0.50 + 0.0001
@@ -141,6 +146,49 @@ def test_models_of_a_flat_folder_stay_apart(tmp_path, monkeypatch):
     assert {m: [r.step for r in along] for m, along in read_results(Path(".")).items()} == want
     (tmp_path / "results_h_step2500.json").write_text(json.dumps(table | {"model_name": "me/named"}))
     assert "me/named" in read_results(tmp_path) and tmp_path.name not in read_results(tmp_path)
+
+
+def test_names_before_the_step_are_models_where_they_must_be(tmp_path):
+    """Two names with one task at one step are two models, in a flat folder or as folders; different tasks are one model's."""
+    table = {"results": {"sciq": {"acc": 0.5, "acc_stderr": 0.01}}}
+    for root, path in (("flat", "{m}_step{s}.json"), ("dirs", "{m}__step{s}/results_2024-05-01T12-00-00.{s}.json")):
+        for m in ("pythia-70m", "pythia-160m"):
+            for step in (1000, 2000):
+                file = tmp_path / root / path.format(m=m, s=step)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(json.dumps(table | {"m": m}))
+        assert {m: [r.step for r in along] for m, along in read_results(tmp_path / root).items()} == {"pythia-70m": [1000, 2000], "pythia-160m": [1000, 2000]}
+    for task in ("sciq", "piqa"):
+        (tmp_path / "tasks").mkdir(exist_ok=True)
+        for step in (1, 2):
+            (tmp_path / "tasks" / f"{task}_step{step}.json").write_text(json.dumps({"results": {task: {"acc": 0.5}}}))
+    (along,) = read_results(tmp_path / "tasks").values()
+    assert [set(r.tasks) for r in along] == [{"sciq", "piqa"}] * 2
+
+
+def test_steps_in_unusual_places(tmp_path):
+    table = {"results": {"sciq": {"acc": 0.5}}}
+    for path, told in (("shots/step2000/5/results.json", ""), ("k/step1k.json", ""), ("k/step143k.json", ""), ("mid/a.json", "pretrained=/ck/run/step1000/hf"), ("mid/b.json", "pretrained=/ck/12/step2000/hf")):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(json.dumps(table | {"config": {"model_args": told}}))
+    assert {m: [r.step for r in along] for m, along in read_results(tmp_path).items()} == {"shots/5": [2000], "k": [1000, 143_000], "mid": [1000, 2000]}
+    assert step_number("step1kernel") == 1 and step_number("checkpoint-1000") == 1000 and step_number("12") == 12 and step_number("x12") is None
+
+
+def test_the_number_of_questions_gives_an_error_that_a_file_lacks(tmp_path):
+    for step, acc in ((1, 0.8), (2, 0.3)):
+        content = {"results": {"sciq": {"acc,none": acc, "acc_stderr,none": "N/A"}}, "n-samples": {"sciq": {"original": 400, "effective": 400}}}
+        (tmp_path / f"step{step}.json").write_text(json.dumps(content))
+    t = run_study(tmp_path / "out", "study=downstream", f"study.results={tmp_path}")["tasks"]["sciq"]
+    assert t["saturates"] is True and t["best"]["stderr"] == pytest.approx(0.02) and t["z"] == pytest.approx(0.5 / (0.02**2 + 0.3 * 0.7 / 400) ** 0.5)
+
+
+def test_old_and_new_names_of_a_metric_are_one_series(tmp_path):
+    (tmp_path / "step1.json").write_text(json.dumps({"results": {"lambada": {"ppl": 20.0, "ppl_stderr": 0.5, "acc": 0.5}}}))
+    (tmp_path / "step2.json").write_text(json.dumps({"results": {"lambada": {"perplexity,none": 30.0, "perplexity_stderr,none": 0.7, "acc,none": 0.5}}}))
+    for asked in ("lambada", "lambada:ppl"):
+        t = run_study(tmp_path / asked, "study=downstream", f"study.results={tmp_path}", f"study.tasks=['{asked}']")["tasks"][asked]
+        assert t["metric"] == "perplexity" and t["saturates"] is True and t["best"] == {"step": 1, "value": 20.0, "stderr": 0.5}
 
 
 def test_a_folder_that_joins_models_is_told(tmp_path, caplog):

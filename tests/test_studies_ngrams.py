@@ -85,6 +85,12 @@ def test_the_study(toy_backbone, toy_text, tmp_path):
     assert all(a >= b for a, b in zip(one["w_error"], one["w_error"][1:])) and one["smallest_d"]["0.5"]["w_error"] > 0
     two = run_study(tmp_path / "two", *words, "study.max_tokens=5000", f"study.beside={tmp_path / 'one'}")
     assert two["tokens"] == 5000 and two["contexts"] < one["contexts"]
+    # a second run takes the finished matrices; with one of them gone it computes that one again
+    (kept, other) = sorted((tmp_path / "one" / "ngrams.parts").iterdir())
+    before = kept.stat().st_mtime_ns
+    other.unlink()
+    again = run_study(tmp_path / "one", *words)
+    assert kept.stat().st_mtime_ns == before and other.is_file() and again["w_error_weighted"] == one["w_error_weighted"] and one["trace_error"] < 1e-12
     low = run_study(tmp_path / "low", *words, "study.precision=float32")
     assert np.abs(np.subtract(low["w_error"], one["w_error"])[:-1]).max() < 1e-3 and low["precision"] == "float32"
     with pytest.raises(UserError, match="not a result of study=ngrams"):

@@ -206,15 +206,16 @@ def test_trained_heads_stand_beside(tmp_path, run, toy):
     curve = run("ranks=[2,8,32]", run_dir=tmp_path / "run").curve
     shared = [*text, f"study.curve={tmp_path / 'run'}", "tokens=2000", "study.ranks=[2,8]", "trainer=cpu", "trainer.progress=false"]
     c = run_study(tmp_path / "e", "study=estimate", "study.inits=[fisher]", *shared)
-    assert [h["trained_loss"] for h in c["heads"]] == [h["loss"] for h in curve["heads"][:2]] and c["trained"]["tokens"] == 10240
+    assert [h["trained_loss"] for h in c["heads"]] == [h["loss"] for h in curve["heads"]] and c["trained"]["tokens"] == 10240  # the curve's ranks are added
     gaps = [run["heads"][0]["loss"] - run["reference"]["loss"] for run in (c, curve)]
     assert c["heads"][0]["excess"] == pytest.approx(gaps[0] - gaps[1])
     t = run_study(tmp_path / "t", "study=theory", *shared)
     reference = min(curve["reference"]["loss"], curve["heads"][2]["loss"])
-    assert t["holds"] is True and [row["rank"] for row in t["ranks"]] == [2, 8, 32]  # the curve's ranks are added
+    assert t["holds"] is True and [row["rank"] for row in t["ranks"]] == [2, 8, 32]
     for row, h in zip(t["ranks"], curve["heads"]):
         assert row["trained_gap"] == pytest.approx(h["loss"] - reference) and row["kl_truncated"] <= row["bound"] + 1e-5
     assert t["ranks"][0]["bound"] > t["ranks"][1]["bound"] > 100 * t["ranks"][2]["bound"] >= 0
+    run_study(tmp_path / "run", "study=theory", *shared[:-4], f"study.curve={tmp_path / 'run' / 'curve.json'}", *shared[-3:])  # into the run's own folder
     other = json.loads((tmp_path / "run" / "curve.json").read_text()) | {"backbone_hash": "0" * 16}
     (tmp_path / "other.json").write_text(json.dumps(other))
     with pytest.raises(Exception, match="no curve of toy there"):

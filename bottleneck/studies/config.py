@@ -36,7 +36,7 @@ class Series:
 class Saturation(Series):
     """Fig. 1a and 1b: loss along training, scaling law, verdict."""
 
-    losses: Optional[str] = None  # CSV with columns model, parameters, step, loss (tokens, stderr) instead of running models
+    losses: Optional[str] = None  # CSV with columns model, parameters, step or tokens, loss (stderr) instead of running models
     tokens_per_step: Any = 2_097_152  # tokens of one training step: T = step x this (Pythia's by default)
     fit_from: Any = 4e8  # the law is fitted to models with at least so many parameters; null: to all
     skip: float = 0.02  # share of each model's training left out of the fit: its warm-up, of which the law says nothing
@@ -82,7 +82,7 @@ class Estimate:
     """The curve of Fig. 6 from closed forms, without training."""
 
     name: str = "estimate"  # of the study
-    ranks: Any = "auto"  # as in training: a rank, a list, or auto
+    ranks: Any = "auto"  # as in training: a rank, a list, or auto; those of the curve are added
     inits: Any = field(default_factory=lambda: ["refined", "fisher", "svd", "scaled", "normal"])  # starts to evaluate: head.init of training
     calibration_tokens: Any = 16_384  # training tokens that measure the hidden states and teach the refined start
     passes: Any = 2  # of the refined start over them
@@ -251,6 +251,6 @@ def ranks_of(ranks: Any, hidden_size: int) -> list[int]:
 
 
 def step_number(name: str) -> Optional[int]:
-    """The step in the name of a checkpoint's folder or file: step1000, checkpoint-1000, 160m_step1000, 1000; None without one."""
-    found = re.search(r"(?:step|checkpoint|ckpt|iter)[-_]?(\d+)", name, re.IGNORECASE) or re.fullmatch(r"(\d+)", name)
-    return int(found.group(1)) if found else None
+    """The step in the name of a checkpoint's folder or file: step1000, step1k, checkpoint-1000, 160m_step1000, 1000; None without one."""
+    found = re.search(r"(?:step|checkpoint|ckpt|iter)[-_]?(\d+)(k(?![a-z0-9]))?", name, re.IGNORECASE) or re.fullmatch(r"(\d+)()", name)
+    return int(found.group(1)) * (1000 if found.group(2) else 1) if found else None

@@ -16,7 +16,7 @@ from bottleneck.picture import as_text
 from bottleneck.studies.config import Downstream, StudyConfig
 from bottleneck.studies.evals import Results, Score, is_perplexity, lower_is_better, pick_metric, read_results
 from bottleneck.studies.output import canvas, save, write
-from bottleneck.studies.statistics import best_of_many
+from bottleneck.studies.statistics import best_of_many, scatter
 
 log = logging.getLogger(__name__)
 COLUMNS = ("model", "task", "metric", "best_step", "best", "best_stderr", "final_step", "final", "final_stderr", "drop", "z", "chance", "saturates")
@@ -30,10 +30,11 @@ def compare(steps: list[int], scores: list[Score], metric: str, level: float, sk
     `drop` is how much worse the last one is, in the metric's unit; z is the drop over the standard error of a difference of two
     independent scores. Perplexities are compared as logarithms: their errors grow with them. The checkpoints answer the same
     questions, so that error is rather too large, and a `saturates` rather too rare. `chance` counts that the best is the
-    luckiest of all checkpoints (`statistics.best_of_many`).
+    luckiest of all checkpoints (`statistics.best_of_many`). Where standard errors are missing, the scatter of the scores along the
+    training stands in for them (`statistics.scatter`), which takes 7 checkpoints or more.
 
-    Returns: best and final {step, value, stderr}, drop, z (None without standard errors), chance, saturates: whether chance is
-        below `level`, or None where it cannot be said: one checkpoint, or no errors.
+    Returns: best and final {step, value, stderr}, drop, z and chance (None where no error is known), saturates: whether chance is
+        below `level`; `verdict`, which says where that cannot be known.
     """
     sign = -1.0 if lower_is_better(metric) else 1.0
     late = [i for i, step in enumerate(steps) if step >= skip * steps[-1]]
@@ -41,15 +42,22 @@ def compare(steps: list[int], scores: list[Score], metric: str, level: float, sk
     a, b = scores[best], scores[-1]
     drop = sign * (a.value - b.value)
     z = chance = None
+    logs = is_perplexity(metric) and all(x.value > 0 for x in scores)
+    gap = sign * (math.log(a.value) - math.log(b.value)) if logs else drop
+    error = math.sqrt(2) * scatter([math.log(x.value) if logs else x.value for x in scores])
     if a.error is not None and b.error is not None:
-        logs = is_perplexity(metric) and a.value > 0 and b.value > 0
-        gap = sign * (math.log(a.value) - math.log(b.value)) if logs else drop
         error = math.hypot(a.error / a.value, b.error / b.value) if logs else math.hypot(a.error, b.error)
+    elif error == 0:
+        error = None
+    if error is not None:
         z = gap / error if error else (math.inf if gap else 0.0)
         chance = best_of_many(z, len(late) - 1)
-    saturates = None if len(late) < 2 or (chance is None and drop > 0) else bool(chance is not None and chance < level)
+    saturates = chance is not None and len(late) > 1 and chance < level
+    said = "saturates" if saturates else "no significant drop" if drop <= 0 or chance is not None else "no errors: not known whether the drop is noise"
+    if len(late) < 2:
+        said = "a single checkpoint"
     ends = {which: {"step": steps[i], "value": scores[i].value, "stderr": scores[i].error} for which, i in (("best", best), ("final", -1))}
-    return {"metric": metric, "lower_is_better": sign < 0, **ends, "drop": drop, "z": z, "chance": chance, "saturates": saturates}
+    return {"metric": metric, "lower_is_better": sign < 0, **ends, "drop": drop, "z": z, "chance": chance, "saturates": saturates, "verdict": said}
 
 
 def one_model(model: str, along: list[Results], tasks: list[str] | None, level: float, skip: float) -> dict[str, Any]:
@@ -82,8 +90,7 @@ def draw(models: list[dict[str, Any]], file: BinaryIO) -> None:
             points = [p for p in t["checkpoints"] if p["step"] >= 0.004 * m["steps"][-1]]
             share = [(best / p["value"] if t["lower_is_better"] else p["value"] / best) if best and p["value"] else math.nan for p in points]
             errors = [s * (p["stderr"] or 0.0) / abs(p["value"]) if p["value"] else 0.0 for s, p in zip(share, points)]
-            said = {True: "saturates", False: "no significant drop", None: "cannot be said"}[t["saturates"]]
-            axes.errorbar([p["step"] for p in points], share, yerr=errors, fmt="o-", ms=2.5, lw=1.1, elinewidth=0.6, color=f"C{i % 10}", label=as_text(f"{name} {t['metric']}: {said}"))
+            axes.errorbar([p["step"] for p in points], share, yerr=errors, fmt="o-", ms=2.5, lw=1.1, elinewidth=0.6, color=f"C{i % 10}", label=as_text(f"{name} {t['metric']}: {t['verdict']}"))
         axes.set_ylim(0, 1.12)
         axes.set_title(as_text(m["model"]), fontsize=10)
         axes.set_xlabel("training step")
@@ -100,7 +107,7 @@ def show(models: list[dict[str, Any]], console: Console) -> None:
             table.add_column(column, justify="left" if column in ("task", "metric") else "right")
         for name, t in m["tasks"].items():
             cells = [f"{t[which]['value']:.4g}" + ("" if t[which]["stderr"] is None else f" ± {t[which]['stderr']:.2g}") for which in ("best", "final")]
-            said = {True: "yes", False: "no", None: "–"}[t["saturates"]]
+            said = "yes" if t["saturates"] else "no" if t["verdict"].startswith("no significant") else t["verdict"].partition(":")[0]
             numbers = ["–" if t[k] is None else format(t[k], form) for k, form in (("z", ".1f"), ("chance", ".2g"))]
             table.add_row(name, t["metric"], cells[0], str(t["best"]["step"]), cells[1], *numbers, said)
         console.print(table)

@@ -28,9 +28,9 @@ from bottleneck.refine import refine
 from bottleneck.studies.agreement import Agreement
 from bottleneck.studies.config import Estimate, StudyConfig, ranks_of
 from bottleneck.studies.output import Parts, Steps, canvas, save, write
-from bottleneck.studies.series import check_same_shapes, device_of, loaded, one_checkpoint, say_memory
+from bottleneck.studies.series import check_moments, check_same_shapes, device_of, loaded, one_checkpoint, say_memory
 from bottleneck.studies.text import StudyText, study_text
-from bottleneck.studies.trained import Trained, read_trained
+from bottleneck.studies.trained import Trained, read_trained, with_trained
 from data.module import IGNORE
 
 log = logging.getLogger(__name__)
@@ -81,11 +81,12 @@ def measure(c: StudyConfig, folder: Path) -> tuple[dict[str, Any], Trained | Non
     # widest moments: two float64 matrices as large as W; refined: four copies of every rank's A
     work = 3 * 8 * vocabulary * width + 16 * sum(ranks) * vocabulary + 4 * s.calibration_tokens * width + 24 * chunk_rows(vocabulary, device.type) * vocabulary
     say_memory([cp], device, work)
-    settings = {"ranks": ranks, "calibration_tokens": s.calibration_tokens, "passes": s.passes, "seed": s.seed, "data_seed": c.data.seed, "dtype": c.backbone.dtype}
-    parts = Parts(folder, s.name, {**text.identity, **settings})
+    settings = {"calibration_tokens": s.calibration_tokens, "passes": s.passes, "seed": s.seed, "data_seed": c.data.seed, "dtype": c.backbone.dtype}
     heads: list[dict[str, Any]] = []
     with loaded(cp, device, shapes) as backbone:
-        trained = read_trained(s.curve, "study.curve", backbone.name, backbone.hash, folder) if s.curve else None
+        trained = read_trained(s.curve, "study.curve", backbone.name, backbone.hash) if s.curve else None
+        ranks = with_trained(ranks, trained, width)
+        parts = Parts(folder, s.name, {**text.identity, **settings, "ranks": ranks})
         if not backbone.head.plain:
             log.warning("%s: its head has a bias, a scale or a cap; a bias and a cap have no low-rank form and are in the full head only", backbone.name)
         hidden: list[Tensor] = []
@@ -103,6 +104,7 @@ def measure(c: StudyConfig, folder: Path) -> tuple[dict[str, Any], Trained | Non
                         ids = text.calibration(s.calibration_tokens, c.data.seed)
                         hidden = [backbone(b[:, :-1].to(device)) for b in ids.split(c.trainer.micro_batch_size)]
                         moments = initial.calibrate(hidden, backbone.head)
+                        check_moments(cp, moments)
                     started = start_heads(init, ranks, s.seed, backbone, hidden, moments, s.passes)
                     result = evaluate(started, backbone, text, c.trainer.micro_batch_size, steps)
                     del started

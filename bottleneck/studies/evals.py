@@ -19,11 +19,13 @@ from bottleneck.studies.config import step_number
 
 log = logging.getLogger(__name__)
 # of a task with several, the first that it has: Table 1 has LAMBADA's perplexity and accuracies elsewhere
-PREFERRED = ("perplexity", "ppl", "word_perplexity", "byte_perplexity", "bits_per_byte", "acc", "exact_match", "em", "f1", "mc2", "acc_norm")
+PREFERRED = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "acc", "exact_match", "em", "f1", "mc2", "acc_norm")
 LOWER = re.compile(r"ppl|perplexity|bits_per_byte|loss|brier|nll|likelihood_diff|error|\bwer\b|\bter\b")
+SYNONYMS = {"ppl": "perplexity", "ppl_stderr": "perplexity_stderr"}  # of old files
+SHARES = ("acc", "acc_norm", "exact_match", "em")  # of right answers: without an error the number of questions gives it
 FILTERS = ("none", "strict-match", "get-answer")  # of current files; the plain one first
 NAMING = ("peft", "delta", "pretrained")  # arguments that say which model it was, in the harness's own order
-STEP = re.compile(r"[-_./]?(?:global[-_]?)?(?:step|checkpoint|ckpt|iter)[-_]?\d+|(?<=/)\d+/?$", re.IGNORECASE)  # in a model's name or path
+STEP = re.compile(r"[-_./]*(?:global[-_]?)?(?:step|checkpoint|ckpt|iter)[-_]?\d+k?(?![a-z])|(?<=/)\d+/?$", re.IGNORECASE)  # in a model's name or path
 
 
 @dataclass(frozen=True)
@@ -58,16 +60,21 @@ def is_perplexity(metric: str) -> bool:
     return bool(re.search(r"ppl|perplexity", metric.lower()))
 
 
-def scores(table: dict[str, Any]) -> dict[str, Score]:
-    """The metrics of one task's entry, in either format, errors joined to their values; what is no number is left out."""
+def scores(table: dict[str, Any], questions: Optional[int] = None) -> dict[str, Score]:
+    """The metrics of one task's entry, in either format, errors joined to their values; what is no number is left out.
+
+    Args: questions: of the task, from which a share of right answers has its binomial error where the file has none.
+    """
     plain: dict[str, dict[str, Any]] = {}
     for key, value in table.items():
         name, _, kind = key.partition(",")
-        plain.setdefault(name, {})[kind] = value
+        plain.setdefault(SYNONYMS.get(name, name), {})[kind] = value
     chosen = {name: next((kinds[f] for f in ("", *FILTERS) if f in kinds), next(iter(kinds.values()))) for name, kinds in plain.items()}
     out = {}
     for name, value in chosen.items():
         number, error = _number(value), _number(chosen.get(f"{name}_stderr"))
+        if error is None and questions and name in SHARES and number is not None and 0 <= number <= 1:
+            error = math.sqrt(number * (1 - number) / questions)
         if number is not None and not name.endswith("_stderr"):
             out[name] = Score(number, error if error is not None and math.isfinite(error) else None)
     out.pop("sample_len", None)
@@ -92,6 +99,14 @@ def _argument(content: dict[str, Any], name: str) -> str:
     return next(iter(re.findall(rf"\b{name}=([^,]+)", str(arguments))), "").strip()
 
 
+def _questions(content: dict[str, Any], task: str) -> Optional[int]:
+    """How many questions of a task were asked, where a current file says so."""
+    samples = content.get("n-samples")
+    entry = samples.get(task) if isinstance(samples, dict) else None
+    number = (entry.get("effective") or entry.get("original")) if isinstance(entry, dict) else None
+    return number if isinstance(number, int) and number > 0 else None
+
+
 def _told(content: dict[str, Any]) -> str:
     """The model that a result file names: pretrained=… of its arguments, or model_name; empty without one."""
     told = next(filter(None, (_argument(content, name) for name in NAMING)), "")
@@ -100,24 +115,48 @@ def _told(content: dict[str, Any]) -> str:
     return told or (name if isinstance(name, str) and not re.fullmatch("[a-z0-9]{8}", name) else "")
 
 
-def _place(file: Path, content: dict[str, Any]) -> tuple[str, str, Optional[int]]:
-    """Model by the folders of a result file, model by its content (either may be empty) and step: from the names of file and
-    folders, which are below the folder of results, else from the model's arguments in it."""
+@dataclass(frozen=True)
+class _Place:
+    """Where a result belongs: model by its folders, model by its content (either may be empty), step; and what stands before the
+    step in the name of the file or folder that has it."""
+
+    folder: str
+    told: str
+    step: Optional[int]
+    before: str = ""
+
+
+def _place(file: Path, content: dict[str, Any]) -> _Place:
+    """From the names of file and folders, which are below the folder of results, else from the model's arguments in the file."""
     parts = [*file.parts[:-1], file.stem]
-    step, rest = None, []
-    for i, part in enumerate(parts):
-        number = step_number(part)
-        if number is not None:
-            step = number
-        elif i < len(parts) - 1:  # a file's own name, such as results_2024-05-01T12-00-00.123, names no model
-            rest.append(part)
+    numbers = [(i, step_number(part), part) for i, part in enumerate(parts)]
+    numbers = [n for n in numbers if n[1] is not None]
+    # a bare number beside a named step is something else: how many shots were given
+    numbers = [n for n in numbers if not n[2].isdigit()] or numbers
     told = _told(content)
+    # a file's own name, such as results_2024-05-01T12-00-00.123, names no model
+    rest = "/".join(part for i, part in enumerate(parts[:-1]) if i not in {n[0] for n in numbers})
+    model = STEP.sub("", told).rstrip("/")
+    if numbers:
+        _, step, part = numbers[-1]
+        at = STEP.search(part)
+        return _Place(rest, model, step, part[: at.start()].strip("-_.") if at else "")
+    config = content.get("config") if isinstance(content.get("config"), dict) else {}
+    step = step_number(_argument(content, "revision") or str(config.get("model_revision") or ""))
+    pieces = told.rstrip("/").split("/")
     if step is None:
-        config = content.get("config") if isinstance(content.get("config"), dict) else {}
-        step = step_number(_argument(content, "revision") or str(config.get("model_revision") or ""))
-    if step is None:
-        step = step_number(told.rstrip("/").rpartition("/")[2])
-    return "/".join(rest), STEP.sub("", told).rstrip("/"), step
+        step = next((n for k, piece in enumerate(reversed(pieces)) if (k == 0 or not piece.isdigit()) and (n := step_number(piece)) is not None), None)
+    return _Place(rest, model, step)
+
+
+def _apart(found: list[tuple[Path, dict[str, Any], _Place]]) -> set[str]:
+    """Folders in which what stands before the step names models: two such names have the same task at the same step."""
+    seen: dict[tuple[str, Optional[int], str], set[str]] = {}
+    for _, content, place in found:
+        if place.before and not place.told:
+            for task in content["results"]:
+                seen.setdefault((place.folder, place.step, task), set()).add(place.before)
+    return {folder for (folder, _, _), names in seen.items() if len(names) > 1}
 
 
 def _read(root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -151,18 +190,21 @@ def read_results(root: Path) -> dict[str, list[Results]]:
     Raises: UserError naming the file for one that cannot be read, has no step, or says another number for a task than a second
         file of the same step; or where the folder has no results.
     """
+    files = [(file, content, _place(file.relative_to(root), content)) for file, content in _read(root)]
+    apart = _apart(files)
     found: dict[tuple[str, int], Results] = {}
     named: dict[str, set[str]] = {}
-    for file, content in _read(root):
-        folder, told, step = _place(file.relative_to(root), content)
-        model = folder or told or (root.resolve() if root.name in ("", "..") else root).name
+    for file, content, place in files:
+        told, step = place.told, place.step
+        before = place.before if place.folder in apart and not told else ""
+        model = "/".join(filter(None, (place.folder, before))) or told or (root.resolve() if root.name in ("", "..") else root).name
         if not told.startswith(("/", ".", "~")):  # one model may have been scored in different places
             named.setdefault(model, set()).add(told)
         check(step is not None, f"{file}: no step in its name, its folders or its model_args; call it step1000.json or put it in a folder step1000")
         entry = found.setdefault((model, step), Results(model, step))
         entry.files.append(file)
         for task, table in content["results"].items():
-            new, old = scores(table), entry.tasks.get(task)
+            new, old = scores(table, _questions(content, task)), entry.tasks.get(task)
             check(not old or not new or old == new, f"{file}: task {task} of {model} at step {step} is in {entry.files[0]} with other numbers; keep one of them")
             entry.tasks[task] = old or new  # of a group one file may have the mean, and another none
     for model, names in named.items():
@@ -179,6 +221,7 @@ def pick_metric(task: str, wanted: Optional[str], along: list[Results]) -> str:
 
     Raises: UserError naming the file that lacks the task or the metric.
     """
+    wanted = wanted and SYNONYMS.get(wanted, wanted)
     for entry in along:
         check(task in entry.tasks, f"{entry.where}: no task {task} in it; it has {_some(entry.tasks)}")
         check(bool(entry.tasks[task]), f"{entry.where}: task {task} has no numbers")

@@ -20,7 +20,7 @@ from rich.table import Table
 from bottleneck.errors import UserError, check
 from bottleneck.picture import as_text
 from bottleneck.studies.config import Geometry, StudyConfig
-from bottleneck.studies.output import canvas, save, write
+from bottleneck.studies.output import Steps, canvas, save, write
 from bottleneck.studies.ranks import interval, spearman
 
 log = logging.getLogger(__name__)
@@ -93,28 +93,36 @@ def changes(points: dict[Point, dict[str, float]], metric: str) -> tuple[np.ndar
     return np.array(dx), np.array(dy)
 
 
-def reading(low: Optional[float], high: Optional[float], low_changes: Optional[float], high_changes: Optional[float]) -> str:
-    """What the two intervals allow to say."""
+def reading(low: Optional[float], high: Optional[float], low_changes: Optional[float], high_changes: Optional[float], changes: int) -> str:
+    """What the two intervals allow to say; `changes` between checkpoints there are, none where each model has one."""
 
     def clear(a: Optional[float], b: Optional[float]) -> bool:
         return a is not None and b is not None and (a > 0 or b < 0)
 
     if not clear(low, high):
         return "no relation seen"
+    if not changes:
+        return "goes with the loss across models"
     return "moves with the loss" if clear(low_changes, high_changes) else "drifts with training"
 
 
-def relate(points: dict[Point, dict[str, float]], s: Geometry) -> list[dict[str, Any]]:
+def metrics_of(points: dict[Point, dict[str, float]]) -> list[str]:
+    return list(dict.fromkeys(k for m in points.values() for k in m if k != "loss"))
+
+
+def relate(points: dict[Point, dict[str, float]], s: Geometry, steps: Steps) -> list[dict[str, Any]]:
     """One row a metric: ρ with the loss and of the changes, each with its interval."""
     out = []
-    for metric in dict.fromkeys(k for m in points.values() for k in m if k != "loss"):
+    for metric in metrics_of(points):
+        steps.begin(metric)
         pairs = [(m[metric], m["loss"]) for m in points.values() if metric in m]
         x, y = (np.array(v) for v in zip(*pairs))
         dx, dy = changes(points, metric)
         low, high = interval(x, y, s.level, s.draws)
         low_c, high_c = interval(dx, dy, s.level, s.draws)
         out.append({"metric": metric, "pairs": len(x), "rho": spearman(x, y), "low": low, "high": high, "changes": len(dx), "rho_changes": spearman(dx, dy),
-                    "low_changes": low_c, "high_changes": high_c, "reading": reading(low, high, low_c, high_c)})  # fmt: skip
+                    "low_changes": low_c, "high_changes": high_c, "reading": reading(low, high, low_c, high_c, len(dx))})  # fmt: skip
+        steps.end(out[-1]["reading"])
     return out
 
 
@@ -146,7 +154,8 @@ def run(c: StudyConfig, folder: Path) -> dict[str, Any]:
     """The study. Returns: the content of geometry.json."""
     s: Geometry = c.study
     points, files = collect(s.results)
-    relations = relate(points, s)
+    with Steps(len(metrics_of(points)), c.trainer.progress, "metric") as steps:
+        relations = relate(points, s, steps)
     checkpoints = [{"model": m, "step": step, **numbers} for (m, step), numbers in points.items()]
     content = {"files": files, "level": s.level, "draws": s.draws, "relations": relations, "checkpoints": checkpoints}
     rows = [tuple(r[k] for k in COLUMNS) for r in relations]

@@ -26,23 +26,24 @@ from bottleneck.losses.chunked import chunk_rows
 from bottleneck.picture import as_text
 from bottleneck.studies.config import Gradient, StudyConfig, ranks_of
 from bottleneck.studies.estimate import start_heads
-from bottleneck.studies.output import Parts, Steps, canvas, save, write
+from bottleneck.studies.output import Parts, Steps, canvas, save, write, write_table
 from bottleneck.studies.reach import BINS, Reach
-from bottleneck.studies.series import check_same_shapes, device_of, loaded, one_checkpoint, say_memory
+from bottleneck.studies.series import check_moments, check_same_shapes, device_of, loaded, one_checkpoint, say_memory
 from bottleneck.studies.text import StudyText, study_text
 from data.module import IGNORE
 
 log = logging.getLogger(__name__)
 NUMBERS = ("share", "lost", "rms", "rank", "update_effective_rank", "update_stable_rank")
 COLUMNS = ("backbone", "head", *NUMBERS, "chance")
+TOKENS = "gradient_tokens.csv"  # target id and shares of every token: full head, each rank
 
 
-def sweep(heads: list[tuple[torch.Tensor, torch.Tensor]], backbone: Backbone, text: StudyText, micro_batch: int, steps: Steps) -> list[Reach]:
-    """The full head and low-rank ones (A [V, R], B [R, D]) over the text, one pass of the backbone; the full head first."""
+def sweep(heads: list[tuple[torch.Tensor, torch.Tensor]], backbone: Backbone, text: StudyText, micro_batch: int, steps: Steps) -> tuple[list[Reach], list[int]]:
+    """The full head and low-rank ones (A [V, R], B [R, D]) over the text, one pass of the backbone; the full head first. And the targets."""
     W, device = backbone.head.W_VD.detach().float() * backbone.head.scale, backbone.lm_head.weight.device
     bands = bands_of(text.corpus.train, len(W)).to(device)
-    found = [Reach(W, len(band_names())), *(Reach(A, len(band_names())) for A, _ in heads)]
-    rows, done = chunk_rows(len(W), device.type), 0
+    found = [Reach(W, len(band_names())), *(Reach(A, len(band_names()), B) for A, B in heads)]
+    rows, done, goals = chunk_rows(len(W), device.type), 0, []
     for inputs, targets in text.batches(micro_batch):
         y = targets.to(device).flatten()
         keep = y != IGNORE
@@ -52,9 +53,10 @@ def sweep(heads: list[tuple[torch.Tensor, torch.Tensor]], backbone: Backbone, te
             for (A, B), reach in zip(heads, found[1:]):
                 found_logits = (h.float() @ B.T) @ A.T
                 reach.add(torch.softmax(found_logits, -1), y_n, bands[y_n])
+        goals += y.tolist()
         done += len(inputs)
         steps.at(done / len(text))
-    return found
+    return found, goals
 
 
 def measure(c: StudyConfig, folder: Path) -> dict[str, Any]:
@@ -65,8 +67,8 @@ def measure(c: StudyConfig, folder: Path) -> dict[str, Any]:
     (width, vocabulary), device = shapes[cp.model], device_of(c)
     ranks = ranks_of(s.ranks, width)
     text = study_text(c, [cp])
-    # chunks of logits; a closed form's two float64 matrices as large as W; every rank's A, and the sums of D x D
-    say_memory([cp], device, 16 * chunk_rows(vocabulary, device.type) * vocabulary + 3 * 8 * vocabulary * width + 4 * sum(ranks) * vocabulary + 16 * width * width)
+    # chunks of logits; a closed form's two float64 matrices as large as W; every rank's A and Q, and the sums of D x D
+    say_memory([cp], device, 16 * chunk_rows(vocabulary, device.type) * vocabulary + 3 * 8 * vocabulary * width + 8 * sum(ranks) * vocabulary + 16 * width * width)
     identity = {"ranks": ranks, "init": s.init, "calibration_tokens": s.calibration_tokens, "data_seed": c.data.seed, "dtype": c.backbone.dtype}
     parts = Parts(folder, s.name, {**text.identity, **identity})
     with Steps(1, c.trainer.progress, "pass") as steps, loaded(cp, device, shapes) as backbone:
@@ -79,9 +81,11 @@ def measure(c: StudyConfig, folder: Path) -> dict[str, Any]:
         if part is None:
             ids = text.calibration(s.calibration_tokens, c.data.seed)
             hidden = [backbone(b[:, :-1].to(device)) for b in ids.split(c.trainer.micro_batch_size)]
-            heads = start_heads(s.init, ranks, 0, backbone, hidden, initial.calibrate(hidden, backbone.head), 2)
-            found = [r.result for r in sweep(heads, backbone, text, c.trainer.micro_batch_size, steps)]
-            part = parts.put(backbone.hash, {"full": found[0], "heads": [{"rank_of_head": r, **m} for r, m in zip(ranks, found[1:])]})
+            moments = initial.calibrate(hidden, backbone.head)
+            check_moments(cp, moments)
+            reached, goals = sweep(start_heads(s.init, ranks, 0, backbone, hidden, moments, 2), backbone, text, c.trainer.micro_batch_size, steps)
+            found = [r.result for r in reached]
+            part = parts.put(backbone.hash, {"targets": goals, "full": found[0], "heads": [{"rank_of_head": r, **m} for r, m in zip(ranks, found[1:])]})
         full = part["full"]
         check(full["share"] is not None and math.isfinite(full["share"]), f"{cp.where}: its gradients are not numbers; are its weights whole?")
         steps.end(f"the full head lets {100 * full['share']:.1f} % through", kept)
@@ -96,6 +100,8 @@ def chance(rank: int, vocabulary: int) -> float:
 
 def draw(content: dict[str, Any], file: BinaryIO) -> None:
     """Share against rank beside chance; its distribution over tokens; by frequency of the target."""
+    from matplotlib.ticker import NullLocator
+
     figure, (left, middle, right) = canvas(3, width=5.2)
     V, heads, full = content["vocab_size"], content["heads"], content["full"]
     ranks = [h["rank_of_head"] for h in heads]
@@ -103,7 +109,8 @@ def draw(content: dict[str, Any], file: BinaryIO) -> None:
     left.axhline(full["share"], ls="--", color="C1", label=f"full head ({full['share']:.3f})")
     left.plot(ranks, [chance(r, V) for r in ranks], ":", color="0.4", label="chance, √(r/V)")
     left.set(xscale="log", yscale="log", xlabel="rank r of the head", ylabel="share of the logit gradient's norm")
-    left.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    left.xaxis.set_minor_locator(NullLocator())
+    left.set_xticks(ranks, ranks)
     middle.stairs([n / sum(full["histogram"]) for n in full["histogram"]], [i / BINS for i in range(BINS + 1)], fill=True, alpha=0.6)
     middle.set(xlabel="share that reaches the hidden state", ylabel="share of tokens", title=as_text(f"{content['backbone']}, full head"))
     places = range(len(content["band_names"]))
@@ -122,11 +129,15 @@ def run(c: StudyConfig, folder: Path) -> dict[str, Any]:
     V = content["vocab_size"]
     named = [("full", content["full"]), *((str(h["rank_of_head"]), h) for h in content["heads"])]
     rows = [(content["backbone"], name, *(r[n] for n in NUMBERS), chance(r["rank"], V)) for name, r in named]
-    result = write(folder, c.study.name, content, COLUMNS, rows, lambda file: draw(content, file))
+    # by token apart: it is long, and goes into a table of its own
+    tokens = {"target": content.pop("targets"), **{f"share_{name}": r.pop("tokens") for name, r in named}}
+    write_table(folder / TOKENS, list(tokens), zip(*tokens.values()))
+    result = write(folder, c.study.name, {**content, "by_token": TOKENS}, COLUMNS, rows, lambda file: draw(content, file))
     table = Table(title=escape(f"{content['backbone']}: share of the logit gradient's norm that reaches the hidden state"), title_justify="left")
     for column in ("head", "reaches it", "lost", "chance", "effective rank of the update"):
         table.add_column(column, justify="right")
     for name, r in named:
-        table.add_row(name, f"{r['share']:.4f}", f"{100 * r['lost']:.1f} %", f"{chance(r['rank'], V):.4f}", f"{r['update_effective_rank']:.1f}")
+        update = r["update_effective_rank"]
+        table.add_row(name, f"{r['share']:.4f}", f"{100 * r['lost']:.1f} %", f"{chance(r['rank'], V):.4f}", "–" if update is None else f"{update:.1f}")
     Console(width=max(100, Console().width)).print(table)
     return result

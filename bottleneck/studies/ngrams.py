@@ -23,7 +23,7 @@ from bottleneck.errors import UserError, check
 from bottleneck.picture import as_text
 from bottleneck.studies.config import Ngrams, StudyConfig
 from bottleneck.studies.counts import BUCKET, MOST_VOCAB, STRIP, gram, w_error
-from bottleneck.studies.output import Steps, canvas, save, write
+from bottleneck.studies.output import Parts, Steps, canvas, save, write
 from bottleneck.studies.series import device_of
 from bottleneck.studies.text import entries_of
 from data.prepare import prepare
@@ -86,6 +86,22 @@ def draw(lines: list[dict[str, Any]], widths: list[int], file: BinaryIO) -> None
     save(figure, file)
 
 
+def one(tokens: np.ndarray, V: int, eos: int, weighted: bool, precision: str, device: torch.device, name: str, steps: Steps) -> dict[str, Any]:
+    """Counts and errors of one of the two matrices. `trace_error`: how far, as a share, its eigenvalues add up beside its trace."""
+    # how much of the work counting is, roughly: for the time left
+    counting, solving = len(tokens) / 8e5, 4 / 3 * V**3 / (1e11 if device.type == "cpu" else 5e12)
+    began = time.monotonic()
+    g = gram(tokens, V, eos, weighted, np.dtype(precision).type, lambda share: steps.at(share * counting / (counting + solving)))
+    check(g.ngrams > 0, f"data: {name} has no 5-gram in {len(tokens)} training tokens: among any five in a row a text ends")
+    seconds = time.monotonic() - began
+    log.info("%s 5-grams after %s contexts, counted in %.0f s; now the spectrum of %d x %d", f"{g.ngrams:,}", f"{g.contexts:,}", seconds, V, V)
+    values = eigenvalues(g.matrix, device)
+    return {
+        "ngrams": g.ngrams, "contexts": g.contexts, "distinct": g.distinct, "counting_seconds": seconds, "solving_seconds": time.monotonic() - began - seconds,
+        "trace_error": abs(float(values.sum(dtype=float)) / g.energy - 1), "errors": w_error(values).tolist(),
+    }  # fmt: skip
+
+
 def run(c: StudyConfig, folder: Path) -> dict[str, Any]:
     """The study. Returns: the content of ngrams.json."""
     s: Ngrams = c.study
@@ -100,25 +116,23 @@ def run(c: StudyConfig, folder: Path) -> dict[str, Any]:
     check(len(tokens) >= 5, f"data: {corpus.name} has {len(tokens)} training tokens, 5 are needed")
     # where the stream was prepared elsewhere its end of text is the manifest's
     eos = int(corpus.manifest.get("eos", tokenizer.eos_token_id))
-    errors, counting = {}, 0.0
-    with Steps(4, c.trainer.progress, "part") as steps:
-        # one after the other: a matrix of 50,000 tokens takes 20 GB, counting again takes minutes
+    parts = Parts(folder, s.name, {"data": corpus.fingerprint, "tokens": len(tokens), "vocab": V, "eos": eos, "precision": s.precision})
+    found = {}
+    # one after the other: a matrix of 50,000 tokens takes 20 GB, counting again takes minutes
+    with Steps(2, c.trainer.progress, "matrix") as steps:
         for name, weighted in (("w_error", False), ("w_error_weighted", True)):
-            steps.begin(f"counting for {name}")
-            began = time.monotonic()
-            g = gram(tokens, V, eos, weighted, np.dtype(s.precision).type, steps.at)
-            counting += time.monotonic() - began
-            check(g.ngrams > 0, f"data: {corpus.name} has no 5-gram in {len(tokens)} training tokens: among any five in a row a text ends")
-            steps.end(f"{g.ngrams:,} 5-grams after {g.contexts:,} contexts")
             steps.begin(name)
-            values = eigenvalues(g.matrix, device)
-            lost = abs(values.sum(dtype=float) / g.energy - 1)
-            errors[name] = w_error(values).tolist()
-            del g.matrix
-            steps.end(", ".join(f"{level:g}: d = {smallest(errors[name], level):,}" for level in LEVELS) + f"; eigenvalues add up to the trace within {lost:.0e}")
+            part = parts.get(name)
+            kept = part is not None
+            if part is None:
+                part = parts.put(name, one(tokens, V, eos, weighted, s.precision, device, corpus.name, steps))
+            found[name] = part
+            steps.end(", ".join(f"{level:g}: d = {smallest(part['errors'], level):,}" for level in LEVELS), kept)
+    errors = {name: part["errors"] for name, part in found.items()}
+    counted = {k: v for k, v in found["w_error"].items() if k not in ("errors", "trace_error")}
     content = {
-        "name": f"{corpus.name}, {Path(c.backbone.tokenizer).name if c.backbone.tokenizer else label(c.backbone)}, V = {V:,}", "data": corpus.name, "data_hash": corpus.fingerprint, "vocab": V, "tokens": len(tokens), "ngrams": g.ngrams,
-        "contexts": g.contexts, "distinct": g.distinct, "counting_seconds": counting, "precision": s.precision,
+        "name": f"{corpus.name}, {Path(c.backbone.tokenizer).name if c.backbone.tokenizer else label(c.backbone)}, V = {V:,}", "data": corpus.name, "data_hash": corpus.fingerprint, "vocab": V, "tokens": len(tokens),
+        **counted, "precision": s.precision, "trace_error": max(part["trace_error"] for part in found.values()),
         "smallest_d": {f"{level:g}": {n: smallest(e, level) for n, e in errors.items()} for level in LEVELS}, **errors,
     }  # fmt: skip
     widths = [d for d in (512, 1024, 2048, 4096) if d < V]

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from bottleneck.checkpoint import write_atomic
 from bottleneck.errors import UserError
 
-SCHEMA = 1  # of NAME.json
+SCHEMA = 2  # of NAME.json and the parts
 LINE_SECONDS = 10.0
 
 
@@ -40,7 +40,7 @@ class Parts:
 
     def __init__(self, folder: Path, name: str, identity: dict[str, Any]):
         self.folder, self.name = folder / f"{name}.parts", name
-        self.identity = json.loads(json.dumps(plain(identity), sort_keys=True))
+        self.identity = json.loads(json.dumps(plain({"schema": SCHEMA, **identity}), sort_keys=True))
 
     def _path(self, key: str) -> Path:
         readable = re.sub(r"[^A-Za-z0-9.@-]+", "-", key.split()[0])[-60:].lstrip("-.")
@@ -73,19 +73,30 @@ class Parts:
 def write(folder: Path, name: str, content: dict[str, Any], columns: Sequence[str], rows: Iterable[Sequence[Any]], draw: Callable[[BinaryIO], None]) -> dict[str, Any]:
     """NAME.json, NAME.csv and NAME.png into `folder`; all three are made before the first is written. Returns: NAME.json's content."""
     content = plain({"schema": SCHEMA, "study": name, **content})
-    table, picture = io.StringIO(newline=""), io.BytesIO()
-    writer = csv.writer(table)
-    writer.writerow(columns)
-    writer.writerows([("" if cell is None else cell) for cell in plain(list(row))] for row in rows)
+    picture = io.BytesIO()
     draw(picture)
     parts = {
         "json": (json.dumps(content, indent=1, allow_nan=False) + "\n").encode(),
-        "csv": table.getvalue().encode(),
+        "csv": _table(columns, rows),
         "png": picture.getvalue(),
     }
     for ending, raw in parts.items():
         write_atomic(folder / f"{name}.{ending}", lambda part, raw=raw: part.write_bytes(raw))
     return content
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
+    table = io.StringIO(newline="")
+    writer = csv.writer(table)
+    writer.writerow(columns)
+    writer.writerows([("" if cell is None else cell) for cell in plain(list(row))] for row in rows)
+    return table.getvalue().encode()
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A CSV beside a study's three files."""
+    raw = _table(columns, rows)
+    write_atomic(path, lambda part: part.write_bytes(raw))
 
 
 MOST_PANELS = 4  # in a row

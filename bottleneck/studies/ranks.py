@@ -5,24 +5,14 @@ from __future__ import annotations
 from typing import Optional
 
 import numpy as np
-
-
-def places(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1, ties sharing their mean."""
-    order = np.argsort(values, kind="stable")
-    out = np.empty(len(values))
-    out[order] = np.arange(1, len(values) + 1)
-    for v in np.unique(values):
-        at = values == v
-        out[at] = out[at].mean()
-    return out
+from scipy.stats import rankdata
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> Optional[float]:
     """Spearman's ρ in −1 … 1: Pearson's correlation of the ranks; None for fewer than 3 pairs or a constant side."""
     if len(x) < 3:
         return None
-    a, b = places(np.asarray(x, float)), places(np.asarray(y, float))
+    a, b = rankdata(x), rankdata(y)  # ties share their mean
     a, b = a - a.mean(), b - b.mean()
     size = np.sqrt((a @ a) * (b @ b))
     return float(np.clip(a @ b / size, -1, 1)) if size > 0 else None

@@ -1,85 +1,86 @@
 """What of the logit gradient a head lets through to the hidden state (Godey & Artzi 2026, arXiv 2603.10145).
 
 With logits s = W h and g = ∂loss/∂s = softmax(s) − onehot(y) [V], the hidden state receives Wᵀ g, which depends on P_W g alone, the
-projection of g on the column space of W. The share that reaches it is ‖P_W g‖ / ‖g‖. With Wᵀ W = Q Λ Qᵀ,
+projection of g on the column space of W. The share that reaches it is ‖P_W g‖ / ‖g‖. With W = Q C, the columns of Q orthonormal,
 
-    ‖P_W g‖ = ‖Λ^-½ Qᵀ Wᵀ g‖
+    ‖P_W g‖ = ‖Qᵀ g‖   and   Wᵀ g = Cᵀ (Qᵀ g)
 
 so that no V x V matrix is made. For a direction g that knows nothing of W, the mean of the squared share is rank(W) / V.
 
-Dims: N tokens, n tokens of a chunk, D hidden size (or rank), V vocabulary, K bands.
+Dims: N tokens, n tokens of a chunk, D hidden size (or rank), k rank of W, V vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
-from bottleneck.studies.singular import summary
+from bottleneck.studies.singular import ROWS, singular_values, square_root, summary, triangle
 
-TINY = 1e-10  # of the largest eigenvalue of WᵀW: below it a direction is not in the column space
+TINY = 2.0**-23  # of the largest singular value: below it float32 weights hold rounding and no direction
 BINS = 50  # of the histogram of shares, from 0 to 1
 
 
-def whitener(W_VD: Tensor) -> Tensor:
-    """T [D, k] with ‖P_W g‖ = ‖Tᵀ Wᵀ g‖ for every g; k is the rank of W. Float64."""
-    values, vectors = torch.linalg.eigh((W_VD.double().T @ W_VD.double()))
+def column_space(W_VD: Tensor) -> tuple[Tensor, Tensor]:
+    """Q [V, k] float32 and C [k, D] float64 with W = Q C and QᵀQ = 1; k is the rank of W. The sign and turn of Q are arbitrary.
+
+    Through the triangle of a QR, so that directions down to TINY of the largest are right, which WᵀW would lose.
+    """
+    values, turn = torch.linalg.svd(triangle(W_VD))[1:]
     keep = values > TINY * values.max()
-    return vectors[:, keep] / values[keep].sqrt()
+    T_Dk = turn[keep].T / values[keep]
+    Q = torch.cat([(piece.double() @ T_Dk).float() for piece in W_VD.split(ROWS)])
+    return Q, values[keep, None] * turn[keep]
 
 
-def shares(g_nV: Tensor, W_VD: Tensor, T_Dk: Tensor) -> tuple[Tensor, Tensor]:
-    """‖P_W g‖ / ‖g‖ of each token [n], 0 where g is 0; and Wᵀ g [n, D], which is what the hidden state receives."""
-    back_nD = g_nV @ W_VD
-    reached = (back_nD.double() @ T_Dk).norm(dim=-1)
+def shares(g_nV: Tensor, Q_Vk: Tensor) -> tuple[Tensor, Tensor]:
+    """‖P_W g‖ / ‖g‖ of each token [n], 0 where g is 0; and Qᵀ g [n, k], float64."""
+    inside_nk = (g_nV @ Q_Vk).double()
     whole = g_nV.norm(dim=-1, dtype=torch.float64)
-    return torch.where(whole > 0, reached / whole.clamp(min=1e-300), 0.0).clamp(max=1.0), back_nD
+    return torch.where(whole > 0, inside_nk.norm(dim=-1) / whole.clamp(min=1e-300), 0.0).clamp(max=1.0), inside_nk
 
 
-@dataclass
 class Reach:
-    """Sums over tokens for one head, W [V, D] as its logits see it; `add` any number of chunks, then read `result`."""
+    """Sums over tokens for one head; `add` any number of chunks, then read `result`.
 
-    W_VD: Tensor
-    bands: int
-    T_Dk: Tensor = field(init=False)
-    total: float = 0.0
-    squares: float = 0.0
-    tokens: int = 0
+    Args:
+        W_VD: as the head's logits see it: W, or a low-rank head's A [V, R].
+        B_RD: what carries the gradient on to the hidden state, for a low-rank head.
+    """
 
-    def __post_init__(self):
-        device, D = self.W_VD.device, self.W_VD.shape[1]
-        self.T_Dk = whitener(self.W_VD)
-        self.histogram = torch.zeros(BINS, dtype=torch.float64, device=device)
-        self.by_band = torch.zeros(2, self.bands, dtype=torch.float64, device=device)  # sums of shares, tokens
-        self.outer_DD = torch.zeros(D, D, dtype=torch.float64, device=device)
+    def __init__(self, W_VD: Tensor, bands: int, B_RD: Optional[Tensor] = None):
+        device = W_VD.device
+        self.Q_Vk, C_kD = column_space(W_VD)
+        self.back_kD = C_kD if B_RD is None else C_kD @ B_RD.double()
+        self.shares: list[Tensor] = []
+        self.by_band = torch.zeros(2, bands, dtype=torch.float64, device=device)  # sums of shares, tokens
+        self.outer_kk = torch.zeros(len(C_kD), len(C_kD), dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def add(self, probabilities_nV: Tensor, y_n: Tensor, band_n: Tensor) -> None:
         """Take in the head's softmax, which is overwritten, and the targets."""
         g = probabilities_nV.scatter_add_(1, y_n[:, None], probabilities_nV.new_full((len(y_n), 1), -1.0))
-        share_n, back = shares(g, self.W_VD, self.T_Dk)
-        self.total += share_n.sum().item()
-        self.squares += share_n.square().sum().item()
-        self.tokens += len(y_n)
-        self.histogram += torch.bincount((share_n * BINS).long().clamp(max=BINS - 1), minlength=BINS)
+        share_n, inside = shares(g, self.Q_Vk)
+        self.shares.append(share_n)
         self.by_band[0].index_add_(0, band_n, share_n)
-        self.by_band[1] += torch.bincount(band_n, minlength=self.bands)
-        self.outer_DD.addmm_(back.double().T, back.double())
+        self.by_band[1] += torch.bincount(band_n, minlength=self.by_band.shape[1])
+        self.outer_kk.addmm_(inside.T, inside)
 
     @property
     def result(self) -> dict[str, Any]:
         """share: mean over tokens; lost: 1 − share; rms; histogram of shares; share by band; rank of W; effective and stable
-        rank of what comes back, from the singular values of the gradients Wᵀ g of all tokens."""
+        rank of what the hidden states receive, from the singular values of the gradients of all tokens; `tokens`: the share of
+        each, in order."""
         sums, counts = self.by_band.tolist()
-        sigma = torch.linalg.eigvalsh(self.outer_DD).clamp(min=0).flip(0).sqrt()
-        spread = summary(sigma)
+        share_N = torch.cat(self.shares)
+        places = (share_N * BINS).long().clamp(max=BINS - 1)
+        spread = summary(singular_values(square_root(self.outer_kk) @ self.back_kD))
+        mean = share_N.mean().item()
         return {
-            "share": self.total / self.tokens, "lost": 1 - self.total / self.tokens, "rms": (self.squares / self.tokens) ** 0.5, "rank": self.T_Dk.shape[1],
+            "share": mean, "lost": 1 - mean, "rms": share_N.square().mean().sqrt().item(), "rank": self.Q_Vk.shape[1],
             "update_effective_rank": spread["effective_rank"], "update_stable_rank": spread["stable_rank"],
             "bands": [{"share": s / n if n else None, "tokens": int(n)} for s, n in zip(sums, counts)],
-            "histogram": [int(x) for x in self.histogram.tolist()],
+            "histogram": torch.bincount(places, minlength=BINS).tolist(), "tokens": [round(x, 6) for x in share_N.tolist()],
         }  # fmt: skip

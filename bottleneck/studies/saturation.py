@@ -42,9 +42,10 @@ def verdict(steps: list[Optional[int]], losses: list[float], difference_error: O
     Noise has two parts: what the text does, `difference_error`, the standard error of the difference of the two losses; and what
     training does from one checkpoint to the next, taken from the series itself (`statistics.scatter`, twice, since two
     checkpoints are compared). The chance that noise explains the rise counts every checkpoint that could have been the lowest.
+    Where neither is known `margin` decides alone, and the verdict says so.
 
     Returns: best and final step and loss, `rise` in nats, `error` of the rise and `chance` (None where neither part of the noise
-        is known), `saturates` (None where it cannot be said), `from_step` and the sentence `verdict`.
+        is known), `saturates` (None for a single checkpoint), `from_step` and the sentence `verdict`.
     """
     low = min(range(len(losses)), key=losses.__getitem__)
     rise = losses[-1] - losses[low]
@@ -58,7 +59,7 @@ def verdict(steps: list[Optional[int]], losses: list[float], difference_error: O
     if len(losses) < 2:
         saturates, said = None, "cannot be said of a single checkpoint"
     elif rise > margin * losses[low] and chance is None:
-        saturates, said = None, "cannot be said: neither errors nor scatter tell its rise from noise"
+        saturates, said = True, f"saturates from step {steps[low]} (by study.margin alone: no errors are known)"
     elif rise > margin * losses[low] and chance < level:
         saturates, said = True, f"saturates from step {steps[low]}"
     return {
@@ -68,7 +69,7 @@ def verdict(steps: list[Optional[int]], losses: list[float], difference_error: O
 
 
 def read_losses(file: Path, tokens_per_step: int) -> list[dict[str, Any]]:
-    """Losses from a CSV with columns model, parameters, step, loss and perhaps tokens, stderr: models in order, steps rising.
+    """Losses from a CSV with columns model, parameters, step (or tokens), loss and perhaps stderr: models in order, steps rising.
 
     Raises: UserError naming the file and line for missing columns, what is no number or out of `LIMITS`, and steps out of order.
     """
@@ -79,7 +80,8 @@ def read_losses(file: Path, tokens_per_step: int) -> list[dict[str, Any]]:
         raise UserError(f"study.losses={file}: cannot be read as CSV: {error}") from error
     check(bool(rows), f"study.losses={file}: no rows")
     names = {ALIASES.get(str(k).strip().lower(), str(k).strip().lower()): k for k in rows[0]}
-    absent = [k for k in ("model", "parameters", "step", "loss") if k not in names]
+    needed = ("model", "parameters", "step", "loss") if "step" in names or "tokens" not in names else ("model", "parameters", "tokens", "loss")
+    absent = [k for k in needed if k not in names]
     check(not absent, f"study.losses={file}: lacks the column {', '.join(absent)}; it has {', '.join(map(str, rows[0]))}")
     models: dict[str, dict[str, Any]] = {}
     for line, row in enumerate(rows, 2):
@@ -87,9 +89,11 @@ def read_losses(file: Path, tokens_per_step: int) -> list[dict[str, Any]]:
         for key in ("parameters", "step", "loss", "tokens", "stderr"):
             text = (row.get(names[key]) or "").strip() if key in names else ""
             try:
-                numbers[key] = float(text) if text or key in ("parameters", "step", "loss") else None
+                numbers[key] = float(text) if text or key in needed else None
             except ValueError:
                 raise UserError(f"study.losses={file}: line {line}: {key} is {text!r}, not a number") from None
+        if "step" not in names and numbers["tokens"] is not None:
+            numbers["step"] = float(round(numbers["tokens"] / tokens_per_step))
         for key, number in numbers.items():
             low, high = LIMITS[key]
             fits = number is None or (low <= number <= high and (key not in WHOLE or number % 1 == 0))
@@ -220,7 +224,8 @@ def draw(content: dict[str, Any], file: BinaryIO) -> None:
         left.set_xlim(left=min(max(1, 0.005 * m["checkpoints"][-1]["tokens"]) for m in models))
     left.set_xlabel("training tokens")
     left.set_ylabel("loss, nats a token (band: standard error)")
-    left.legend(fontsize=7, frameon=False)
+    # many names would lie across the curves
+    left.legend(fontsize=7, frameon=False, **({"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2} if len(models) > 6 else {}))
     if content["fit"]:
         f = content["fit"]
         law = Law(f["A"], f["alpha"], 0.0, 0, 0.0)

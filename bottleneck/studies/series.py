@@ -74,7 +74,12 @@ def checkpoints(c: StudyConfig) -> list[Checkpoint]:
 
 
 def one_checkpoint(c: StudyConfig) -> Checkpoint:
-    """The backbone of a study that takes one. Raises UserError for a folder of several checkpoints."""
+    """The backbone of a study that takes one. Raises UserError for a folder of several checkpoints.
+
+    A folder that is a model is that model, whatever checkpoints a trainer left below it.
+    """
+    if (Path(c.backbone.path).expanduser() / "config.json").is_file():
+        return Checkpoint(label(c.backbone), None, c.backbone)
     found = checkpoints(c)
     check(len(found) == 1, f"backbone.path={c.backbone.path}: holds {len(found)} checkpoints, study={c.study.name} takes one; give {found[-1].backbone.path}")
     return found[0]
@@ -98,6 +103,8 @@ def _series(backbone: BackboneConfig, name: str, steps: Optional[list[int]]) -> 
         whole = (folder / "config.json").is_file() or bool(backbone.gguf_file)
         check(whole, f"{folder}: no checkpoints there; it holds neither config.json nor subfolders such as step1000")
         return [Checkpoint(name, None, backbone)]
+    if (folder / "config.json").is_file():
+        log.info("%s: its checkpoints %s are visited, not the model in the folder itself", folder, ", ".join(p.name for p in subfolders.values()))
     absent = [s for s in steps or [] if s not in subfolders]
     check(not absent, f"study.steps: {folder} has no subfolder for step {absent[0] if absent else ''}; there are {', '.join(map(str, sorted(subfolders))) or 'none'}")
     out = []
@@ -153,7 +160,7 @@ def say_memory(series: list[Checkpoint], device: torch.device, work_bytes: float
         wide = cp.backbone.dtype == "float32" or (cp.backbone.dtype == "auto" and device.type == "cpu")
         # GGUF is unpacked to float32 beside the model that takes it
         largest = max(largest, count * ((4 if wide else 2) + (4 if cp.backbone.gguf_file else 0)))
-    log.info("memory: up to %.2f GiB for one model's weights and %.2f GiB to work on", largest / 2**30, work_bytes / 2**30)
+    log.info("memory: up to %.2f GiB for one model's weights and %.2f GiB to work on, beside about 0.6 GiB of Python", largest / 2**30, work_bytes / 2**30)
 
 
 @contextlib.contextmanager
@@ -195,6 +202,11 @@ def check_finite(cp: Checkpoint, W_VD: Tensor) -> None:
     """Raises UserError for a head with NaN or infinity."""
     rows = (~torch.isfinite(W_VD).all(dim=1)).nonzero()[:1].flatten().tolist()
     check(not rows, f"{cp.where}: its head holds NaN or infinity, first in row {rows[0] if rows else ''}")
+
+
+def check_moments(cp: Checkpoint, moments: Any) -> None:
+    """Raises UserError where the moments of its hidden states (`initial.Calibration`) are not numbers."""
+    check(bool(torch.isfinite(moments.cov_DD).all()), f"{cp.where}: its hidden states are not numbers; are its weights whole?")
 
 
 def _files(backbone: BackboneConfig) -> list[Path]:
@@ -244,26 +256,38 @@ def is_tied(backbone: BackboneConfig) -> bool:
     return bool(config.get_text_config().tie_word_embeddings)
 
 
+def stored_head(cp: Checkpoint, shapes: dict[str, tuple[int, int]]) -> Optional[Head]:
+    """The head as it stands in the safetensors files, in their precision; None where it cannot be told which tensor it is.
+
+    A model may say that it is tied and hold two different matrices all the same; Transformers then reads the head's own.
+    Raises: UserError for another shape than its model's first, files that cannot be read, NaN.
+    """
+    width, _, vocabulary = load_shape(cp.backbone)
+    compare(cp, shapes[cp.model], (width, vocabulary))
+    tied = is_tied(cp.backbone)
+    own, embeddings = (_read(cp, names, (vocabulary, width)) for names in (HEADS, EMBEDDINGS if tied else ()))
+    W = own if own is not None else embeddings
+    if W is None:
+        return None
+    check_finite(cp, W)
+    return Head(W, tied and (own is None or embeddings is None or torch.equal(own, embeddings)))
+
+
 def load_head(cp: Checkpoint, shapes: dict[str, tuple[int, int]]) -> Head:
     """Only the head, read from its place in the safetensors file where that can be told, else through the whole model.
 
     Raises: UserError as `loaded` does.
     """
-    width, _, vocabulary = load_shape(cp.backbone)
-    compare(cp, shapes[cp.model], (width, vocabulary))
-    tied = is_tied(cp.backbone)
-    W = _read_head(cp, EMBEDDINGS if tied else HEADS, (vocabulary, width))
-    if W is None:
-        with loaded(cp, torch.device("cpu"), shapes) as backbone:
-            W = backbone.head.W_VD.detach().float().clone()
-    check_finite(cp, W)
-    return Head(W, tied)
+    head = stored_head(cp, shapes)
+    if head is None:
+        head = visit(cp, torch.device("cpu"), shapes, lambda backbone: Head(backbone.head.W_VD.detach().float().clone(), is_tied(cp.backbone)))
+    return head
 
 
-def _read_head(cp: Checkpoint, names: tuple[str, ...], shape: tuple[int, int]) -> Optional[Tensor]:
+def _read(cp: Checkpoint, names: tuple[str, ...], shape: tuple[int, int]) -> Optional[Tensor]:
     try:
         hits = []
-        for file in _files(cp.backbone):
+        for file in _files(cp.backbone) if names else []:
             with safe_open(file, "pt") as f:
                 hits += [(file, key) for key in f.keys() if key.endswith(names) and tuple(f.get_slice(key).get_shape()) == shape]
         if len(hits) != 1:

@@ -17,7 +17,7 @@ from bottleneck.errors import UserError, check
 from bottleneck.picture import as_text
 from bottleneck.studies.config import Spectrum, StudyConfig
 from bottleneck.studies.output import Parts, Steps, canvas, save, shades, step_bar, write
-from bottleneck.studies.series import Checkpoint, Head, check_same_shapes, checkpoints, device_of, is_tied, load_head, say_memory, visit
+from bottleneck.studies.series import Checkpoint, Head, check_same_shapes, checkpoints, device_of, load_head, say_memory, visit
 from bottleneck.studies.singular import ROWS, padding, singular_values, square_root, summary, triangle
 from bottleneck.studies.text import StudyText, entries_of, study_text
 
@@ -84,6 +84,8 @@ def measure(c: StudyConfig, folder: Path) -> tuple[list[dict[str, Any]], dict[st
     work = 8 * (min(ROWS, vocabulary) + 6 * width) * width + 4 * vocabulary * width
     say_memory(series, device, work + (4 * c.trainer.micro_batch_size * text.block * 24 * width if text else 0))
     entries = {cp.model: _entries(cp) for cp in reversed(series)}
+    unknown = [model for model, n in entries.items() if n is None]
+    check(not (s.drop_padding and unknown), f"study.drop_padding=true: {', '.join(unknown)} has no tokenizer, so its padding rows are not known; give backbone.tokenizer")
     about = {"drop_padding": s.drop_padding, "dtype": c.backbone.dtype, "entries": entries}
     parts = Parts(folder, s.name, {**about, **(text.identity if text else {"hidden": False})})
     out = []
@@ -94,17 +96,17 @@ def measure(c: StudyConfig, folder: Path) -> tuple[list[dict[str, Any]], dict[st
             kept = part is not None
             if part is None:
                 cov = None
-                if text is None:
-                    head = load_head(cp, shapes)
-                    head.W_VD = head.W_VD.to(device)
-                else:
-                    W, cov = visit(cp, device, shapes, lambda b: (b.head.W_VD.detach().float().clone(), covariance(b, text, c.trainer.micro_batch_size, steps)))
-                    head = Head(W, is_tied(cp.backbone))
+                # in the file's own precision, also where the model runs in bfloat16
+                head = load_head(cp, shapes)
+                head.W_VD = head.W_VD.to(device)
+                if text is not None:
+                    cov = visit(cp, device, shapes, lambda b: covariance(b, text, c.trainer.micro_batch_size, steps))
                     check(bool(torch.isfinite(cov).all()), f"{cp.where}: its hidden states are not numbers; are its weights whole?")
                 part = parts.put(cp.key, spectra(head, entries[cp.model], s.drop_padding, cov))
             out.append({"model": cp.model, "step": cp.step, **part})
             w = part["head"]
-            steps.end(f"entropy {w['entropy']:.4f}, effective rank {w['effective_rank']:.1f} of {part['d']}, stable rank {w['stable_rank']:.2f}", kept)
+            zero = w["entropy"] is None
+            steps.end("a head of zeros" if zero else f"entropy {w['entropy']:.4f}, effective rank {w['effective_rank']:.1f} of {part['d']}, stable rank {w['stable_rank']:.2f}", kept)
     return out, ({"data": text.corpus.name, "tokens": text.tokens} if text else {})
 
 
@@ -123,12 +125,15 @@ def draw(entries: list[dict[str, Any]], file: BinaryIO) -> None:
         for e, shade in zip(own, shades(len(own))):
             values = e[k]["singular_values"]
             axes.plot(range(1, len(values) + 1), values, color=shade, lw=1.2, label=None if many else as_text(m) if e["step"] is None else f"step {e['step']}")
-        axes.set(xscale="log", yscale="log", xlabel="index i", ylabel=f"singular value σ_i of {MATRICES[k]}", title=as_text(m))
-        # a direction that the last norm takes away would stretch the axis over ten decades
-        axes.set_ylim(bottom=max(min(min(e[k]["singular_values"]) for e in own), LOWEST * max(max(e[k]["singular_values"]) for e in own)) * 0.8)
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set(xscale="log", xlabel="index i", ylabel=f"singular value σ_i of {MATRICES[k]}", title=as_text(m))
+        largest = max(max(e[k]["singular_values"]) for e in own)
+        if largest > 0:  # a head of zeros has no logarithms
+            # a direction that the last norm takes away would stretch the axis over ten decades
+            axes.set_yscale("log")
+            axes.set_ylim(bottom=max(min(min(e[k]["singular_values"]) for e in own), LOWEST * largest) * 0.8)
+            axes.yaxis.set_minor_formatter(NullFormatter())
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         if many:
             step_bar(figure, axes, [e["step"] for e in own])
         else:

@@ -23,16 +23,17 @@ def block_mean(sums: Sequence[float], counts: Sequence[float]) -> tuple[float, f
 
 
 def scatter(values: Sequence[float]) -> float:
-    """Standard deviation of what is not smooth in the later half of a series: 0 where it has fewer than 4 values.
+    """Standard deviation of what is not smooth in the later half of a series: 0 where that has fewer than 4 values.
 
-    A second difference x_{i-1} − 2 x_i + x_{i+1} of independent noise has √6 times its deviation; the median of their sizes
-    is not moved by single jumps.
+    A third difference of independent noise has √20 times its deviation, and one of a parabola is 0: a loss that turns is not
+    taken for a noisy one. The median of their sizes is not moved by single jumps.
     """
     late = list(values)[len(values) // 2 :]
     if len(late) < 4:
         return 0.0
-    second = [abs(a - 2 * b + c) for a, b, c in zip(late, late[1:], late[2:])]
-    return 1.4826 * statistics.median(second) / math.sqrt(6)
+    for _ in range(3):
+        late = [b - a for a, b in zip(late, late[1:])]
+    return 1.4826 * statistics.median(map(abs, late)) / math.sqrt(20)
 
 
 def best_of_many(z: float, rivals: int) -> float:

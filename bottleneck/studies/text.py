@@ -9,6 +9,7 @@ import dataclasses
 import logging
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Iterator, Optional
 
 import torch
@@ -80,10 +81,20 @@ def entries_of(tokenizer: Any) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
+def _stored(cp: Checkpoint) -> Optional[bytes]:
+    file = Path(cp.backbone.path).expanduser() / "tokenizer.json"
+    return file.read_bytes() if file.is_file() else None
+
+
+def _same_tokenizer(cp: Checkpoint, first: Checkpoint, tokenizer: Any) -> None:
+    same = tokenizer_hash(load_tokenizer(cp.backbone)) == tokenizer_hash(tokenizer)
+    check(same, f"{cp.where}: its tokenizer is not that of {first.where}; losses are compared on the same tokens only")
+
+
 def study_text(c: StudyConfig, series: list[Checkpoint]) -> StudyText:
     """Prepare the text with the first checkpoint's tokenizer.
 
-    Raises: UserError where another model's tokenizer differs, or the blocks are longer than a model's context.
+    Raises: UserError where another checkpoint's tokenizer differs, or the blocks are longer than a model's context.
     """
     first = {cp.model: cp for cp in reversed(series)}  # of each model its first checkpoint
     tokenizer = load_tokenizer(series[0].backbone)
@@ -92,8 +103,12 @@ def study_text(c: StudyConfig, series: list[Checkpoint]) -> StudyText:
         fits = context is None or c.data.block_size <= context
         check(fits, f"data.block_size={c.data.block_size}: longer than the context of {cp.label}; allowed are 2 to {context}")
         if cp.model != series[0].model and not c.backbone.tokenizer:
-            same = tokenizer_hash(load_tokenizer(cp.backbone)) == tokenizer_hash(tokenizer)
-            check(same, f"{cp.where}: its tokenizer is not that of {series[0].where}; losses are compared on the same tokens only")
+            _same_tokenizer(cp, series[0], tokenizer)
+    if not c.backbone.tokenizer:
+        stored = _stored(first[series[0].model])
+        for cp in series:  # along a series files of equal bytes are enough
+            if cp is not first[cp.model] and _stored(cp) not in (None, stored):
+                _same_tokenizer(cp, series[0], tokenizer)
     corpus = prepare(dataclasses.replace(c.data, validation_tokens=max(c.data.validation_tokens, c.tokens)), tokenizer)
     for cp in first.values():
         top = int(corpus.validation.max())

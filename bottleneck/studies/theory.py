@@ -36,10 +36,10 @@ from bottleneck.picture import as_text
 from bottleneck.refine import divergence
 from bottleneck.studies.config import StudyConfig, Theory, ranks_of
 from bottleneck.studies.output import Parts, Steps, canvas, save, write
-from bottleneck.studies.series import check_same_shapes, device_of, loaded, one_checkpoint, say_memory
+from bottleneck.studies.series import check_moments, check_same_shapes, device_of, loaded, one_checkpoint, say_memory
 from bottleneck.studies.singular import ROWS, singular_values, tails, triangle
 from bottleneck.studies.text import study_text
-from bottleneck.studies.trained import read_trained
+from bottleneck.studies.trained import read_trained, with_trained
 from data.module import IGNORE
 
 log = logging.getLogger(__name__)
@@ -90,8 +90,8 @@ def measure(c: StudyConfig, folder: Path) -> dict[str, Any]:
     work = 3 * 8 * vocabulary * width + 8 * (min(ROWS, vocabulary) + 8 * width) * width + 4 * text.tokens * width + 16 * chunk_rows(vocabulary, device.type) * vocabulary
     say_memory([cp], device, work)
     with loaded(cp, device, shapes) as backbone:
-        trained = read_trained(s.curve, "study.curve", backbone.name, backbone.hash, folder) if s.curve else None
-        ranks = sorted({*ranks_of(s.ranks, width), *(r for r in (trained.losses if trained else ()) if r <= width)})
+        trained = read_trained(s.curve, "study.curve", backbone.name, backbone.hash) if s.curve else None
+        ranks = with_trained(ranks_of(s.ranks, width), trained, width)
         parts = Parts(folder, s.name, {**text.identity, "ranks": ranks, "dtype": c.backbone.dtype})
         # the theory is about softmax(W h): a bias or a cap has no place in it
         head = FullHead(backbone.head.W_VD.detach().float() * backbone.head.scale)
@@ -109,7 +109,7 @@ def measure(c: StudyConfig, folder: Path) -> dict[str, Any]:
                     done += len(inputs)
                     steps.at(0.4 * done / len(text))
                 moments = calibrate(hidden, head)
-                check(bool(torch.isfinite(moments.cov_DD).all()), f"{cp.where}: its hidden states are not numbers; are its weights whole?")
+                check_moments(cp, moments)
                 t = theory_tails(head.W_VD, moments)
                 steps.at(0.6)
                 kl = divergence(truncated(head.W_VD, moments, ranks), torch.cat(hidden), head)
@@ -143,6 +143,9 @@ def draw(content: dict[str, Any], file: BinaryIO) -> None:
     def line(axes: Any, values: list[float], style: str, name: str, **kw: Any) -> None:
         axes.plot(list(full), [values[r] for r in full], style, lw=1.3, label=name, **kw)
 
+    def shares(tail: list[float]) -> list[float]:
+        return [x / (tail[0] or 1.0) for x in tail]
+
     t = content["tails"]
     line(left, [x / 4 for x in t["weighted"]], "-", "bound: ¼ Σ_{i>r} σ_i(W Σ^½)²", color="C0")
     line(left, t["second_order"], "--", "second order, Fisher-weighted", color="C1")
@@ -152,9 +155,9 @@ def draw(content: dict[str, Any], file: BinaryIO) -> None:
             left.plot(*zip(*points), style, ms=5 if style[0] == "o" else 9, label=name)
     low = min([row[k] for row in rows for k in ("kl_truncated", "trained_gap") if row[k] is not None and row[k] > 1e-5], default=1e-3)
     left.set_ylim(bottom=low / 5)
-    line(right, [x / t["head"][0] for x in t["head"]], "-", "W", color="C4")
-    line(right, [x / t["weighted"][0] for x in t["weighted"]], "-", "W Σ^½", color="C0")
-    line(right, [x / t["second_order"][0] for x in t["second_order"]], "--", "Q^½ W Σ^½", color="C1")
+    line(right, shares(t["head"]), "-", "W", color="C4")
+    line(right, shares(t["weighted"]), "-", "W Σ^½", color="C0")
+    line(right, shares(t["second_order"]), "--", "Q^½ W Σ^½", color="C1")
     left.set_ylabel("loss above the full head, nats a token")
     right.set_ylabel("tail energy Σ_{i>r} σ_i², share of all")
     for axes in (left, right):

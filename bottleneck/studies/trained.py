@@ -26,16 +26,21 @@ class Trained:
         return self.own if self.full is None else min(self.own, self.full)
 
 
-def read_trained(path: str, key: str, backbone: str, backbone_hash: str, folder: Path) -> Trained:
+def with_trained(ranks: list[int], trained: Optional[Trained], hidden_size: int) -> list[int]:
+    """The ranks of a study and those of the curve beside it, up to the hidden size, rising."""
+    return sorted({*ranks, *(r for r in (trained.losses if trained else ()) if r <= hidden_size)})
+
+
+def read_trained(path: str, key: str, backbone: str, backbone_hash: str) -> Trained:
     """The curve of a backbone in a curve.json, or in a run's folder.
 
     Args:
-        key: of the config, for messages. `folder` is the study's own, which is not read.
+        key: of the config, for messages.
     Raises: UserError where there is none, none of this backbone (by the hash of its weights), or several.
     """
     file = Path(path).expanduser()
     check(file.exists(), f"{key}={path}: no such file or folder")
-    lines = curve.merge(curve.read([file], skip=folder))
+    lines = curve.merge(curve.read([file]))
     own = [line for line in lines if line["backbone_hash"] == backbone_hash]
     others = ", ".join(sorted({line["backbone"] for line in lines}))
     check(bool(own), f"{key}={path}: no curve of {backbone} there (weights {backbone_hash}); it has {others}")
