@@ -86,8 +86,7 @@ def quiet() -> None:
 
 def build_trainer(c: TrainConfig, steps: int, run_dir: Path, flag: stopping.Flag) -> pl.Trainer:
     t = c.trainer
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(t.threads or max(1, cores // t.devices))
+    torch.set_num_threads(t.threads or processes.cores(t.devices))
     strategy: Any = t.strategy
     if strategy == "ddp" or (strategy == "auto" and t.devices * t.num_nodes > 1):
         strategy = (zero2.Zero2Strategy if t.shard == "zero2" else DDPStrategy)(gradient_as_bucket_view=True, timeout=datetime.timedelta(minutes=t.timeout_minutes))
@@ -102,7 +101,7 @@ def build_trainer(c: TrainConfig, steps: int, run_dir: Path, flag: stopping.Flag
     if accelerator == "auto":
         accelerator = "gpu" if torch.cuda.is_available() else "cpu"
     try:
-        return pl.Trainer(
+        trainer = pl.Trainer(
             accelerator=accelerator, devices=t.devices, num_nodes=t.num_nodes, strategy=strategy,
             max_steps=steps, max_epochs=-1, limit_val_batches=0, num_sanity_val_steps=0,
             logger=False, callbacks=callbacks,
@@ -111,6 +110,10 @@ def build_trainer(c: TrainConfig, steps: int, run_dir: Path, flag: stopping.Flag
         )  # fmt: skip
     except (MisconfigurationException, RuntimeError, ValueError) as error:
         raise UserError(f"trainer: {error}") from error
+    # signals are bottleneck.stopping's: Lightning asks all processes before every step and waits for the answer, which holds a GPU up
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+    trainer._signal_connector.register_signal_handlers = lambda: None
+    return trainer
 
 
 def start_heads(c: TrainConfig, backbone: Backbone, data: TextData, bank: HeadBank) -> None:
@@ -189,6 +192,9 @@ def train(cfg: DictConfig, run_dir: Path) -> Result:
         if stop.signal in stopping.REQUEUE and "SLURM_JOB_ID" in os.environ:
             stopping.requeue()
         raise
+    except BaseException as error:
+        processes.leave_at_once(error)
+        raise
 
 
 def _train(cfg: DictConfig, run_dir: Path, at_end: contextlib.ExitStack) -> Result:
@@ -197,7 +203,7 @@ def _train(cfg: DictConfig, run_dir: Path, at_end: contextlib.ExitStack) -> Resu
     stored = dataclasses.asdict(c)
     processes.check_world(c.trainer.devices, c.trainer.num_nodes)
     steps = checks.total_steps(c)
-    wanted = "last" if c.ckpt_path is None and stopping.restarted() else c.ckpt_path
+    wanted = checkpoint.wanted(c.ckpt_path, run_dir, stopping.restarted())
     found = checkpoint.find_checkpoint(wanted, run_dir)
     resume = resume_step = None
     if found is not None:
@@ -208,21 +214,31 @@ def _train(cfg: DictConfig, run_dir: Path, at_end: contextlib.ExitStack) -> Resu
         if done is not None:
             log.info("%s is finished: nothing to do", run_dir)
             return Result(done, None, None, run_dir)
+        if processes.global_rank() == 0:
+            checkpoint.set_damaged_aside(run_dir, resume)
         log.info("going on from %s, step %d of %d", resume, resume_step, steps)
         del saved, found
     elif wanted == "last":
+        # a run without checkpoints that was finished and is tried again: the same command, so the same run
+        done = curve.complete(run_dir) if stopping.restarted() else None
+        if done is not None and done["tokens"] == steps * c.batch_size * c.data.block_size:
+            log.info("%s is finished: nothing to do", run_dir)
+            return Result(done, None, None, run_dir)
         log.info("ckpt_path=last: no checkpoint in %s yet, starting at step 0", run_dir)
 
     hidden_size, context, vocab_size = load_shape(c.backbone)
     ranks = checks.check_shapes(c, hidden_size, context)
     run_dir.mkdir(parents=True, exist_ok=True)
     flag = stopping.Flag()
+    at_end.callback(flag.leave)
     if "SLURM_JOB_ID" in os.environ:
         flag.listen(stopping.REQUEUE)  # which would end the process while it gets ready
         signal.pthread_sigmask(signal.SIG_UNBLOCK, set(stopping.REQUEUE))
     trainer = build_trainer(c, steps, run_dir, flag)
     device_type = trainer.strategy.root_device.type
     checks.check_device(c, device_type)
+    if device_type == "cuda":
+        torch.cuda.set_device(trainer.strategy.root_device)  # for kernels that ask for the current one; Lightning does it in fit
     tokenizer = load_tokenizer(c.backbone)
     corpus = prepare(c.data, tokenizer)
     top = max(int(corpus.train.max()), int(corpus.validation.max()))
@@ -250,7 +266,7 @@ def _train(cfg: DictConfig, run_dir: Path, at_end: contextlib.ExitStack) -> Resu
     log.info("%s: d = %d, V = %d; %d heads, %d steps of %d tokens", backbone.name, hidden_size, vocab_size, len(bank),
              steps, c.batch_size * c.data.block_size)  # fmt: skip
     if checks.compiles(c, device_type):
-        compiled = backbone.compile_layers((t.micro_batch_size, c.data.block_size))
+        compiled = backbone.compile_layers((min(t.micro_batch_size, c.batch_size // (t.devices * t.num_nodes)), c.data.block_size))
         log.info("backbone: %s", "layers are compiled" if compiled else f"family {backbone.family} does not name its layers, not compiled")
     if c.head.objective != "ce":
         bank.objective = Objective(backbone.head.float_logits, c.head.temperature, 1.0 if c.head.objective == "distill" else c.head.mix)

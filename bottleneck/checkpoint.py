@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any, Callable, Iterator, Optional
@@ -61,10 +62,19 @@ def write_atomic(path: Path, write: Callable[[Path], Any], keep: Optional[Path] 
             os.replace(path, keep)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        raise UserError(f"{path}: cannot be written: {error}") from error
+        raise UserError(f"{path}: cannot be written: {error}{_free(path)}") from error
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def _free(path: Path) -> str:
+    """How much room there is on a file's disk, where there is little: torch's own words for a full disk say nothing of it."""
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(path.parent).free
+        if free < 1 << 30:
+            return f" ({free / 2**20:.0f} MiB are free there)"
+    return ""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -79,14 +89,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return read_checkpoint(Path(path))
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Raises UserError where the file is missing, damaged, or not one of ours."""
+def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
+    """Raises UserError where the file is missing, damaged, or not one of ours.
+
+    Args: mmap: leave the tensors on disk until they are used, for a look at the rest.
+    """
     check(path.is_file(), f"ckpt_path={path}: no such file")
     try:
         with zipfile.ZipFile(path) as parts:  # torch does not compare checksums
             damaged = parts.testzip()
         check(damaged is None, f"checksum of {damaged}")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a damaged zip, a foreign pickle: torch raises many kinds
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"ckpt_path={path}: damaged or not a checkpoint: {first[:200]}") from error
@@ -125,7 +138,7 @@ def newest(run_dir: Path) -> Optional[tuple[Path, dict[str, Any]]]:
     for path in (run_dir / LAST, run_dir / PREVIOUS):
         if path.exists():
             try:
-                found = read_checkpoint(path)
+                found = read_checkpoint(path, mmap=True)
             except UserError as error:
                 fault = fault or error
                 continue
@@ -152,7 +165,21 @@ def find_checkpoint(ckpt_path: Optional[str], run_dir: Path) -> Optional[tuple[P
         return None
     if ckpt_path == "last":
         return newest(run_dir)
-    return Path(ckpt_path), read_checkpoint(Path(ckpt_path))
+    return Path(ckpt_path), read_checkpoint(Path(ckpt_path), mmap=True)
+
+
+def wanted(ckpt_path: Optional[str], run_dir: Path, restarted: bool) -> Optional[str]:
+    """`ckpt_path` as it is, or `last` for a job that is tried again and has a checkpoint of its own by now."""
+    own = (run_dir / LAST).exists() or (run_dir / PREVIOUS).exists()
+    return "last" if restarted and (ckpt_path is None or own) else ckpt_path
+
+
+def set_damaged_aside(run_dir: Path, used: Path) -> None:
+    """Where a run goes on from its previous.ckpt, a last.ckpt beside it is damaged: as last.ckpt.damaged it is kept, and does
+    not take the place of the good one when the next is saved."""
+    last = run_dir / LAST
+    if used == run_dir / PREVIOUS and last.exists():
+        last.replace(last.with_name(last.name + ".damaged"))
 
 
 # What may change between a run and its resumption: where things are, what they run on, who watches. That weights and

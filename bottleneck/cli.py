@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import traceback
 from typing import Callable
 
 from hydra import compose, initialize_config_dir
@@ -39,6 +40,12 @@ def job(work: Callable[[], object]) -> None:
         name = f"job {run.job.num} ({run.job.override_dirname}): " if run.mode == RunMode.MULTIRUN else ""
         failures.append(f"{name}{error}")
         print(f"error: {failures[-1]}", file=sys.stderr)
+    except Exception as error:  # a defect or a library's: the next jobs run all the same, and it is told again at the end
+        if run.mode != RunMode.MULTIRUN or "BasicLauncher" not in run.launcher.get("_target_", ""):
+            raise
+        traceback.print_exc()
+        first = next(iter(str(error).strip().splitlines()), "")
+        failures.append(f"job {run.job.num} ({run.job.override_dirname}): {type(error).__name__}: {first}")
 
 
 def composed(overrides: list[str]) -> DictConfig:

@@ -7,11 +7,14 @@ so the jobs of a multirun know nothing of each other, whatever number of process
 
 from __future__ import annotations
 
+import atexit
 import copy
+import gc
 import logging
 import logging.config
 import os
 import signal
+import sys
 import tempfile
 import time
 import warnings
@@ -76,6 +79,37 @@ def lost_peers(error: RuntimeError) -> bool:
     return any(words in str(error).lower() for words in ("closed by peer", "reset by peer", "timed out", "timeout", "gloo", "nccl"))
 
 
+def leave_at_once(error: BaseException) -> None:
+    """After a failure that may be this process's alone: end without the farewell that Lightning has NCCL say at exit. It waits
+    for the others, which wait for this one; nobody would hear what went wrong before their time-out.
+    """
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "nccl":
+        code = 2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+
+        def end() -> None:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+        atexit.register(end)  # the last to be registered is the first to be called
+
+
+def forget_gpu() -> None:
+    """Give back what a run in this process held on a GPU: the next job of a multirun may run in processes beside this one."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        torch._dynamo.reset()
+
+
+def cores(devices: int) -> int:
+    """CPU cores for this process: its share of those it may use, or what Slurm gave each task."""
+    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    given = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    return min(own, int(given)) if given.isdigit() and "SLURM_STEP_ID" in os.environ else max(1, own // devices)
+
+
 def spread(work: Callable[[DictConfig, Path], Any], cfg: DictConfig, run_dir: Path) -> None:
     """Call `work(cfg, run_dir)` in every process of the run: here, where there is one or all were started outside, else in new ones.
 
@@ -84,7 +118,10 @@ def spread(work: Callable[[DictConfig, Path], Any], cfg: DictConfig, run_dir: Pa
     """
     devices, nodes = cfg.trainer.devices, cfg.trainer.num_nodes
     if devices * nodes == 1 or environment() is not None:
-        work(cfg, run_dir)
+        try:
+            work(cfg, run_dir)
+        finally:
+            forget_gpu()
         return
     check(nodes == 1, f"trainer.num_nodes={nodes}: processes on several machines are started by srun or torchrun, see launch/README.md")
     check("SUBMITIT_LOCAL_NTASKS" not in os.environ or os.environ["SUBMITIT_LOCAL_NTASKS"] == "1",

@@ -44,11 +44,19 @@ class Flag:
         for number in numbers:
             self._before.setdefault(number, signal.signal(number, self._note))
 
-    def leave(self) -> None:
+    def leave(self, but: tuple[signal.Signals, ...] = ()) -> None:
         """Signals do again what they did."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before.clear()
+        for number in self._before.keys() - set(but):
+            signal.signal(number, self._before.pop(number))
+
+    def raise_from_now(self, numbers: tuple[signal.Signals, ...]) -> None:
+        """The last step is done and saved, what follows can be done again: these signals end the run where it is."""
+
+        def stop(number: int, frame: Any) -> None:
+            raise Stopped(number)
+
+        for number in numbers:
+            self._before.setdefault(number, signal.signal(number, stop))
 
     def _note(self, number: int, frame: Any) -> None:
         # a terminal's Ctrl-C reaches every process, and the agent hands its own on: that is still the first time
@@ -112,7 +120,9 @@ class StopOnSignal(pl.Callback):
         raise Stopped(number, trainer.global_step)
 
     def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
-        self.flag.leave()
+        kept = REQUEUE if "SLURM_JOB_ID" in os.environ else ()  # a time limit in the last validation puts the job back as well
+        self.flag.raise_from_now(kept)
+        self.flag.leave(but=kept)
 
     def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
         self.flag.leave()

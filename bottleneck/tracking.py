@@ -56,12 +56,15 @@ class MetricsCSV(Logger):
         if self._kept is None:
             self._kept = self._open()
         tokens = metrics.get("tokens", "")
-        with open(self.path, "a", newline="") as f:
-            writer = csv.writer(f)
-            for name, value in metrics.items():
-                metric, _, head = name.rpartition("/")
-                if metric and (str(step), metric, head) not in self._kept:
-                    writer.writerow((step, tokens, metric, head, repr(float(value))))
+        try:
+            with open(self.path, "a", newline="") as f:
+                writer = csv.writer(f)
+                for name, value in metrics.items():
+                    metric, _, head = name.rpartition("/")
+                    if metric and (str(step), metric, head) not in self._kept:
+                        writer.writerow((step, tokens, metric, head, repr(float(value))))
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written: {error}") from error
 
     def _open(self) -> set[tuple[str, ...]]:
         rows: list[list[str]] = []

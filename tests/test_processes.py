@@ -15,9 +15,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bottleneck.checkpoint import LAST, LOCK, PREVIOUS
+from bottleneck.checkpoint import LAST
 from bottleneck.errors import LostPeers, UserError
-from bottleneck.processes import _explain
+from bottleneck.processes import _explain, cores, leave_at_once
 from bottleneck.stopping import Flag
 from conftest import ROOT, assert_same_heads, command, heads_of, shell
 from kills import differences, disturb, family, trains
@@ -160,49 +160,46 @@ def test_a_full_disk_during_a_checkpoint(longer, whole, tmp_path):
     assert differences(whole, folder) == []
 
 
-def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(run, tmp_path, caplog):
-    """One flipped byte among the weights is enough; torch itself reads over it."""
-    first = run("trainer.checkpoint_every=7", run_dir=tmp_path / "a")
-    run("trainer.checkpoint_every=7", run_dir=tmp_path / "b")
-    last = tmp_path / "b" / LAST
-    (tmp_path / "b" / "curve.json").unlink()
-    raw = bytearray(last.read_bytes())
-    raw[len(raw) // 2] ^= 1
-    last.write_bytes(raw)
-    with caplog.at_level("WARNING"):
-        resumed = run("trainer.checkpoint_every=7", "ckpt_path=last", run_dir=tmp_path / "b")
-    assert "damaged" in caplog.text and "going on from the one before, previous.ckpt, step 14" in caplog.text
-    assert resumed.curve == first.curve
-    assert_same_heads(heads_of(tmp_path / "a"), heads_of(tmp_path / "b"))
-    (tmp_path / "b" / "curve.json").unlink()
-    for name in (LAST, PREVIOUS):
-        (tmp_path / "b" / name).write_bytes(b"no")
-    with pytest.raises(UserError, match="last.ckpt: damaged"):
-        run("trainer.checkpoint_every=7", "ckpt_path=last", run_dir=tmp_path / "b")
+def test_lightning_leaves_signals_to_us(run):
+    """Its question to all processes before every step is still where it is taken away."""
+    from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
+    from pytorch_lightning.trainer.connectors.signal_connector import _SignalConnector
+
+    assert hasattr(_TrainingEpochLoop, "_broadcast_sigterm_tensor") and hasattr(_SignalConnector, "register_signal_handlers")
+    before = signal.getsignal(signal.SIGTERM)
+    run()
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_killed_between_two_renames_the_previous_checkpoint_is_there(run, tmp_path):
-    whole = run(run_dir=tmp_path / "a")
-    run(run_dir=tmp_path / "b")
-    (tmp_path / "b" / LAST).unlink()
-    assert run("ckpt_path=last", run_dir=tmp_path / "b").curve == whole.curve
+def test_cores_of_a_process(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    assert cores(4) == 4 and cores(32) == 1
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "8")
+    assert cores(4) == 4
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    assert cores(4) == 8  # what the task was given, not to be shared once more
 
 
-def test_a_finished_run_is_left_as_it_is(run, tmp_path):
-    first = run()
-    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != LOCK}
-    again = run("ckpt_path=last")
-    assert again.curve == first.curve and again.module is None
-    assert files == {p: p.stat().st_mtime_ns for p in files}
+@pytest.mark.parametrize("error, code", [(UserError("x"), 2), (RuntimeError("x"), 1), (KeyboardInterrupt(), 130)])
+def test_after_a_failure_nccls_farewell_is_left_out(monkeypatch, error, code):
+    """What is called at exit comes before what was registered earlier."""
+    called, ended = [], []
+    monkeypatch.setattr("atexit.register", called.append)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr("os._exit", ended.append)
+    for backend in ("gloo", "nccl"):
+        monkeypatch.setattr(torch.distributed, "get_backend", lambda backend=backend: backend)
+        leave_at_once(error)
+        assert len(called) == (backend == "nccl")
+    called[0]()
+    assert ended == [code]
 
 
-def test_one_run_in_a_folder(run, tmp_path, monkeypatch):
-    from filelock import FileLock
-
-    monkeypatch.setattr("bottleneck.checkpoint.LOCK_SECONDS", 0.2)
-    (tmp_path / "run").mkdir()
-    with FileLock(tmp_path / "run" / LOCK), pytest.raises(UserError, match="another run is at work there"):
-        run()
+def test_layers_are_compiled_for_the_share_of_a_process(run, monkeypatch):
+    shapes = []
+    monkeypatch.setattr("train.Backbone.compile_layers", lambda self, shape: shapes.append(shape) or False)
+    run("backbone.compile=true", "trainer.micro_batch_size=64")
+    assert shapes == [(8, 64)]
 
 
 def torchrun(*overrides, processes: int = 2, restarts: int = 0) -> subprocess.Popen:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from bottleneck.benchmark import ours
 from bottleneck.benchmark.table import Row, row
-from bottleneck.errors import check
+from bottleneck.errors import UserError, check
 
 NAME = "scale"
 
@@ -39,17 +39,30 @@ def read(args: argparse.Namespace) -> tuple[list[int], list[int], str]:
 
 def run(args: argparse.Namespace) -> list[Row]:
     counts, ranks, device = read(args)
-    said, rows, first = Console(stderr=True), [], 0.0
+    said, rows, first, measured = Console(stderr=True), [], 0.0, []
     with ours.inputs(args.shape, args.steps * max(counts) * args.batch * args.block) as (backbone, tokens):
+        faults: list[str] = []
         for n in counts:
             case = ours.Case(args.shape, ranks, args.rates, args.steps, n * args.batch, args.micro_batch, args.block, device, [*args.overrides, f"trainer.devices={n}"])
             said.print(f"{case.name} on {n}", highlight=False)
-            found = ours.measure(case, backbone, tokens)
+            try:
+                found = ours.measure(case, backbone, tokens)
+            except KeyboardInterrupt:  # or the end of its time, see launch/gpus.sh: what was measured is not lost
+                if not rows:
+                    raise
+                said.print(f"interrupted on {n}; the rows before are kept", highlight=False)
+                break
+            except UserError as error:  # too little memory on one GPU, say
+                faults.append(f"on {n}: {error}")
+                said.print(f"error: {faults[-1]}", highlight=False)
+                continue
             rows.append(row(NAME, case.name, f"{n} process{'es' * (n > 1)}", found.seconds, case.tokens, "tokens", peak_mib=found.peak_mib, device=device))
             rate = rows[-1].throughput or 0.0
             first = first or rate
             parts = ", ".join(f"{p} {1e3 * s:.1f} ms" for p, s in found.parts.items())
-            against = f"{rate / first:.2f} x {counts[0]}; " if n != counts[0] else ""
+            against = f"{rate / first:.2f} x {measured[0]}; " if measured else ""
+            measured.append(n)
             rows[-1].note = f"{against}{parts}; 150M tokens in {150e6 / rate / 60:.1f} min"
             said.print(f"{n}: {rate:,.0f} tokens/s, {rows[-1].note}", highlight=False)
+    check(bool(rows), f"benchmark scale: {'; '.join(faults)}")
     return rows

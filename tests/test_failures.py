@@ -1,0 +1,93 @@
+"""What fails in the middle of something larger: told in one line, and the rest goes on."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import subprocess
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hydra.types import RunMode
+
+from bottleneck import cli
+from bottleneck.benchmark import killed, scale
+from bottleneck.errors import UserError
+from bottleneck.tracking import MetricsCSV
+
+
+@pytest.mark.parametrize("launcher, mode, goes_on", [("x.BasicLauncher", RunMode.MULTIRUN, True), ("x.SlurmLauncher", RunMode.MULTIRUN, False), ("x.BasicLauncher", RunMode.RUN, False)])
+def test_a_defect_in_one_job_leaves_the_others(monkeypatch, capsys, launcher, mode, goes_on):
+    """As a UserError does, with its trace; on a cluster, or alone, it is raised as it was."""
+    run = SimpleNamespace(job=SimpleNamespace(num=1, override_dirname="ranks=8", get=lambda *_: 1), mode=mode, launcher={"_target_": launcher})
+    monkeypatch.setattr(cli.HydraConfig, "get", lambda: run)
+    monkeypatch.setattr(cli, "failures", [])
+    monkeypatch.setattr(cli, "started", [0])
+    with contextlib.nullcontext() if goes_on else pytest.raises(ZeroDivisionError):
+        cli.job(lambda: 1 / 0)
+    assert ("Traceback" in capsys.readouterr().err) == goes_on
+    assert cli.failures == (["job 1 (ranks=8): ZeroDivisionError: division by zero"] if goes_on else [])
+    if goes_on:
+        assert cli.one_line_errors(lambda: None) == 2 and "1 of 2 jobs failed:\njob 1 (ranks=8): ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_metrics_on_a_full_disk_are_one_line():
+    logger = MetricsCSV(Path("/dev/full"))
+    logger._kept = set()
+    with pytest.raises(UserError, match="^/dev/full: cannot be written: .*No space left"):
+        logger.log_metrics({"train/loss/r8": 1.0, "tokens": 5}, step=1)
+
+
+def arguments(**given) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    scale.add_arguments(parser)
+    args = parser.parse_args(["--shape", "tiny", "--batch", "2", "--micro-batch", "2", "--block", "64", "--steps", "3", "--processes", "1,2"])
+    return argparse.Namespace(**{**vars(args), "overrides": [], **given})
+
+
+@pytest.mark.parametrize("error, kept", [(UserError("out of memory"), ["2 processes"]), (None, ["1 process", "2 processes"])])
+def test_one_number_of_gpus_that_fails_leaves_the_other_rows(monkeypatch, error, kept):
+    def measure(case, backbone, tokens):
+        if error and case.overrides[-1] == "trainer.devices=1":
+            raise error
+        return SimpleNamespace(seconds=[1.0, 1.0], peak_mib=1.0, parts={"forward": 0.5})
+
+    monkeypatch.setattr(scale.ours, "measure", measure)
+    monkeypatch.setattr(scale.ours, "inputs", lambda *_: contextlib.nullcontext((None, None)))
+    assert [r.implementation for r in scale.run(arguments())] == kept
+
+
+def test_all_numbers_of_gpus_failing_is_an_error_and_an_interruption_keeps_rows(monkeypatch):
+    calls = []
+
+    def measure(case, backbone, tokens):
+        calls.append(case)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return SimpleNamespace(seconds=[1.0], peak_mib=1.0, parts={"forward": 0.5})
+
+    monkeypatch.setattr(scale.ours, "inputs", lambda *_: contextlib.nullcontext((None, None)))
+    monkeypatch.setattr(scale.ours, "measure", measure)
+    assert len(scale.run(arguments())) == 1
+
+    def broken(*_):
+        raise UserError("no")
+
+    monkeypatch.setattr(scale.ours, "measure", broken)
+    with pytest.raises(UserError, match="^benchmark scale: on 1: no; on 2: no$"):
+        scale.run(arguments())
+
+
+def test_a_stopped_run_leaves_no_process_behind():
+    """Not even one in a session of its own, as torch starts its workers."""
+    run = killed.Run.__new__(killed.Run)
+    run.process = subprocess.Popen(["bash", "-c", "setsid sleep 300 & wait"], start_new_session=True)
+    while len(pids := killed.family(run.process.pid)) < 2:
+        time.sleep(0.01)
+    run.stop()
+    end = time.monotonic() + 10
+    while any(Path(f"/proc/{p}").exists() and "Z" not in Path(f"/proc/{p}/stat").read_text().split()[2] for p in pids):
+        assert time.monotonic() < end
+        time.sleep(0.01)
