@@ -116,7 +116,7 @@ class Ngrams:
 
     name: str = "ngrams"  # of the study
     max_tokens: Any = 150_000_000  # training tokens that are counted, at most
-    precision: str = "float64"  # of matrix and spectrum: float64, or float32 in half the memory and time, with errors below 1e-4 of the W-error
+    precision: str = "float64"  # of matrix and spectrum: float64, or float32 in half the memory and less time: W-errors within 1e-4 of the others
     beside: Any = None  # folders of other runs of this study (other texts, other tokenizers) to draw as well: one or a list
 
 
