@@ -100,7 +100,7 @@ def chance(rank: int, vocabulary: int) -> float:
 
 def draw(content: dict[str, Any], file: BinaryIO) -> None:
     """Share against rank beside chance; its distribution over tokens; by frequency of the target."""
-    from matplotlib.ticker import NullLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     figure, (left, middle, right) = canvas(3, width=5.2)
     V, heads, full = content["vocab_size"], content["heads"], content["full"]
@@ -110,9 +110,12 @@ def draw(content: dict[str, Any], file: BinaryIO) -> None:
     left.plot(ranks, [chance(r, V) for r in ranks], ":", color="0.4", label="chance, √(r/V)")
     left.set(xscale="log", yscale="log", xlabel="rank r of the head", ylabel="share of the logit gradient's norm")
     left.xaxis.set_minor_locator(NullLocator())
-    left.set_xticks(ranks, ranks)
+    left.set_xticks(ranks, [str(r) if all(s <= r or s > 1.3 * r for s in ranks) else "" for r in ranks])  # of near ones the last
+    left.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    left.yaxis.set_minor_formatter(NullFormatter())
     middle.stairs([n / sum(full["histogram"]) for n in full["histogram"]], [i / BINS for i in range(BINS + 1)], fill=True, alpha=0.6)
-    middle.set(xlabel="share that reaches the hidden state", ylabel="share of tokens", title=as_text(f"{content['backbone']}, full head"))
+    middle.set(xlim=(0, max(i for i, n in enumerate(full["histogram"], 1) if n) / BINS), xlabel="share that reaches the hidden state", ylabel="share of tokens", title=as_text(f"{content['backbone']}, full head"))
     places = range(len(content["band_names"]))
     for label, row in (("full head", full), *((f"rank {h['rank_of_head']}", h) for h in heads[:: max(1, len(heads) // 3)])):
         right.plot(places, [b["share"] for b in row["bands"]], "o-", ms=4, label=label)
