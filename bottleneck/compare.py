@@ -61,6 +61,11 @@ def differences(log_p_nV: Tensor, top_p: Tensor, log_q_nV: Tensor) -> Tensor:
     return torch.stack([kl, (top_p[:, 0] == top_q[:, 0]).float(), shared, accepted], -1)
 
 
+def _by_band(log_p_nV: Tensor, y_n: Tensor, member_nK: Tensor) -> Tensor:
+    """Summed losses of each band [K], float64, as a product: adding in any order, as GPUs do, would give other bits each time."""
+    return -log_p_nV.gather(1, y_n[:, None]).squeeze(1).double() @ member_nK
+
+
 @torch.no_grad()
 def compare(backbone: Backbone, bank: HeadBank, batches: Iterable[tuple[Tensor, Tensor]], band_V: Tensor, ignore_index: int = -100) -> dict[str, Any]:
     """`NUMBERS` and losses by band of every head, over all tokens of all processes.
@@ -84,15 +89,15 @@ def compare(backbone: Backbone, bank: HeadBank, batches: Iterable[tuple[Tensor, 
         keep = y != ignore_index
         h, y = h[keep], y[keep]
         for h_nD, y_n in zip(h.split(rows), y.split(rows)):
-            band_n = band_V[y_n]
-            counts += torch.bincount(band_n, minlength=len(BANDS))
+            member_nK = torch.nn.functional.one_hot(band_V[y_n], len(BANDS)).double()
+            counts += member_nK.sum(0).to(counts.dtype)
             log_p = torch.log_softmax(backbone.head.float_logits(h_nD), -1)
             top_p = top(log_p)
             for i, (A, B) in enumerate(weights):
                 log_q = torch.log_softmax(matmul_f32(h_nD @ B.T, A.T), -1)
                 numbers[i] += differences(log_p, top_p, log_q).sum(0, dtype=torch.float64)
-                losses[i].index_add_(0, band_n, -log_q.gather(1, y_n[:, None]).squeeze(1).double())
-            losses[H].index_add_(0, band_n, -log_p.gather(1, y_n[:, None]).squeeze(1).double())
+                losses[i] += _by_band(log_q, y_n, member_nK)
+            losses[H] += _by_band(log_p, y_n, member_nK)
     if dist.is_available() and dist.is_initialized():
         for t in (numbers, losses, counts):
             dist.all_reduce(t)

@@ -69,7 +69,7 @@ def batch_chars() -> int:
 def pieces(text: str, encode: Encode, length: int = LONG_CHARS) -> Iterator[str]:
     """A document in pieces whose ids, one after the other, are the document's.
 
-    They are cut between words. Most tokenizers treat words apart, but some add something to the start of a text or join
+    They are cut between words (of SentencePiece, a space is lost there, which each piece has at its start anyway). Most tokenizers treat words apart, but some add something to the start of a text or join
     words; so a cut is made only where the text around it has the same ids with it and without. Where no such place is
     found the rest stays whole.
     """
@@ -78,10 +78,12 @@ def pieces(text: str, encode: Encode, length: int = LONG_CHARS) -> Iterator[str]
         places = CUTS.finditer(text, start + length, start + 2 * length)
         for place, _ in zip(places, range(TRIES)):
             left, right = text[max(start, place.end() - WINDOW) : place.end()], text[place.end() : place.end() + WINDOW]
-            whole, a, b = encode([left + right, left, right])
-            if np.array_equal(whole, np.concatenate([a, b])):
+            # SentencePiece gives every text a space at its start: there the space in between is left out
+            whole, a, b, c = encode([left + right, left, right, right.removeprefix(" ")])
+            same = [np.array_equal(whole, np.concatenate([a, other])) for other in (b, c)]
+            if any(same):
                 yield text[start : place.end()]
-                start = place.end()
+                start = place.end() + (not same[0])
                 break
         else:
             break
@@ -122,8 +124,9 @@ class Writer:
     def __init__(self, path: Path, dtype: np.dtype, eos: int, encode: Encode, limit: Optional[int], pool: Executor):
         self.file = open(path, "wb")
         self.eos, self.encode, self.limit, self.pool = eos, encode, limit, pool
-        # with a small limit short batches, so that not much more is read than is kept
-        self.batch = batch_chars() if limit is None else min(batch_chars(), max(4096, limit))
+        # with a small limit short batches, so that not much more is read than is kept; and the same ones on any machine: documents
+        # for validation that come by meanwhile are kept as well
+        self.batch = batch_chars() if limit is None else min(MOST_CHARS, max(4096, limit))
         self.tokens = self.documents = self.bytes = self.crc = self._chars = 0
         self._texts: list[str] = []
         self._ahead: deque[Future] = deque()

@@ -41,8 +41,9 @@ def expand(key: str, patterns: Any) -> list[str]:
         else:
             hits = [str(path)] if path.is_file() else [p for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
             check(bool(hits), f"{key}={pattern}: no such file; give a file, a folder or a glob such as 'texts/*.jsonl.zst'")
-        found += [h for h in hits if h not in found]
-    return sorted(found)
+        found += hits
+    # one file may be named in several ways
+    return sorted({Path(f).resolve(): f for f in reversed(found)}.values())
 
 
 def _known(path: Path) -> bool:
@@ -66,7 +67,8 @@ class Source:
                 self.validation_files = [f for f in files if Path(f).name.lower().startswith(HELD_OUT_NAMES)]
                 named = [f for f in files if Path(f).name.lower().startswith("train")]
                 files = named or files
-            self.files = [f for f in files if f not in self.validation_files]
+            held_out = {Path(f).resolve() for f in self.validation_files}
+            self.files = [f for f in files if Path(f).resolve() not in held_out]
             check(bool(self.files), f"data.files={cfg.files}: only validation files there, nothing to train on")
             for path in self.files + self.validation_files:
                 reader_of(path)

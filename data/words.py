@@ -55,6 +55,9 @@ def cutter(backend: Any) -> Optional[re.Pattern]:
         return None
     if about["normalizer"] not in (None, NOTHING, {"type": "NFC"}):  # NFC leaves ASCII as it is, and apart from what follows a space
         return None
+    for t in about["added_tokens"]:  # a single space goes before words; what is normalised may stand in a text in other characters
+        if t["content"] == " " or (t.get("normalized") and about["normalizer"] and not t["content"].isascii()):
+            return None
     return parts(len(kinds) == 2, any(t["content"].isspace() for t in about["added_tokens"]))
 
 

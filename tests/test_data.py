@@ -90,6 +90,27 @@ def test_limits(tmp_path, tokenizer):
     assert 400 < len(corpus.train) < 900 and 100 < len(corpus.validation) < 400
 
 
+def test_what_is_kept_does_not_depend_on_the_machine(tmp_path, tokenizer, monkeypatch):
+    """With a limit on training tokens reading stops early: after as many documents on any number of cores, so the same are held out."""
+    monkeypatch.setattr("data.encode.CORE_CHARS", 5000)
+    file, kept = jsonl(tmp_path / "t.jsonl", sentences(5, 3000)), set()
+    for cores in (1, 4, 64):
+        monkeypatch.setattr("data.encode.cores", lambda cores=cores: cores)
+        kept.add(prepare(config(tmp_path, files=file, max_tokens=100_000, cache_dir=str(tmp_path / str(cores))), tokenizer).fingerprint)
+    assert len(kept) == 1
+
+
+def test_a_file_that_is_named_twice_counts_once(tmp_path, tokenizer, monkeypatch):
+    jsonl(tmp_path / "t.jsonl", sentences(5, 20))
+    monkeypatch.chdir(tmp_path)
+    alone = prepare(config(tmp_path, files="t.jsonl"), tokenizer)
+    for files in (["t.jsonl", str(tmp_path / "t.jsonl")], ["./t.jsonl", "*.jsonl", str(tmp_path / "*.jsonl")]):
+        assert prepare(config(tmp_path, files=files), tokenizer).fingerprint == alone.fingerprint
+    held = config(tmp_path, files="t.jsonl", validation_files=str(tmp_path / "t.jsonl"))
+    with pytest.raises(UserError, match="only validation files there"):
+        prepare(held, tokenizer)
+
+
 def test_names_with_brackets(tmp_path, tokenizer):
     corpus = prepare(config(tmp_path, files=jsonl(tmp_path / "br[1].jsonl", DOCS)), tokenizer)
     assert len(documents(corpus.train, tokenizer)) + len(documents(corpus.validation, tokenizer)) == len(DOCS)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from bottleneck.losses import IMPLS, linear_cross_entropy
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # N, D, R, V: odd sizes, one token, rank 1, a vocabulary that no chunk divides
 SHAPES = [(252, 123, 17, 507), (1, 8, 1, 11), (300, 16, 48, 1000), (64, 32, 32, 320), (1030, 4, 2, 3000)]
 
@@ -31,7 +34,7 @@ def problem(shape, masked=True, scale=1.0, seed=0):
     y = torch.randint(0, V, (N,), generator=g)
     if masked and N > 1:
         y[::3] = -100
-    return h, A, B, y
+    return tuple(t.to(DEVICE) for t in (h, A, B, y))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -48,30 +51,73 @@ def test_loss_and_gradients_equal_float64(impl, reduction, shape):
         assert torch.allclose(got.double(), want, rtol=1e-4, atol=1e-5 * float(want.abs().max())), impl
 
 
-# Triton's interpreter is wrong in bfloat16, so without a GPU the kernels are tested in float16
-SIXTEEN = [("cpu", "chunked", torch.bfloat16), ("cpu", "fused", torch.float16)]
-if torch.cuda.is_available():
-    SIXTEEN = [("cuda", impl, dtype) for impl in ("chunked", "fused") for dtype in (torch.bfloat16, torch.float16)]
-
-
-@pytest.mark.parametrize("device, impl, dtype", SIXTEEN)
+@pytest.mark.parametrize("impl", ["chunked", "fused"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(500, 64, 32, 2000), (252, 123, 100, 507), (300, 96, 48, 9001), (150, 320, 300, 1300)])
 @pytest.mark.parametrize("scale", [0.2, 1.0])
-def test_sixteen_bits_are_as_close_as_plain_pytorch(device, impl, dtype, shape, scale):
-    """Three ways: against float64 truth, the error is at most that of plain PyTorch in the same dtype."""
-    h, A, B, y = (t.to(device) for t in problem(shape, scale=scale))
+@pytest.mark.parametrize("weights", ["float32", "sixteen"])
+def test_sixteen_bits_are_as_close_as_plain_pytorch(impl, dtype, shape, scale, weights):
+    """Three ways: against float64 truth, the error is at most that of plain PyTorch in the same dtype; also where A and B are of 16 bits."""
+    h, A, B, y = problem(shape, scale=scale)
     h, A, B = (t.to(dtype).float() for t in (h, A, B))  # what both see is exact in 16 bits
     wanted = truth(h, A, B, y, "mean")
     errors = {}
     for name in (impl, "reference"):
-        a, b = A.clone().requires_grad_(), B.clone().requires_grad_()
-        loss = linear_cross_entropy(h.to(dtype), a, b, y, impl=name)
+        of = torch.float32 if weights == "float32" else dtype
+        x, a, b = (t.to(d).requires_grad_() for t, d in ((h.clone(), dtype), (A.clone(), of), (B.clone(), of)))
+        loss = linear_cross_entropy(x, a, b, y, impl=name)
         loss.backward()
-        errors[name] = [((g.double() - w).norm() / w.norm()).item() for g, w in zip((loss.detach(), a.grad, b.grad), (wanted[0], *wanted[2:]))]
-        assert a.grad.dtype == torch.float32
-    floor = [1e-4, 1e-5, 1e-5]  # the loss is a mean: its rounding errors may cancel by luck
+        errors[name] = [((g.double() - w).norm() / w.norm()).item() for g, w in zip((loss.detach(), x.grad, a.grad, b.grad), wanted)]
+        assert a.grad.dtype == of and x.grad.dtype == dtype
+    floor = [1e-4, 1e-5, 1e-5, 1e-5]  # the loss is a mean: its rounding errors may cancel by luck
     for ours, plain, least in zip(errors[impl], errors["reference"], floor):
         assert ours <= 1.05 * plain + least, errors
+
+
+@pytest.mark.parametrize("impl", ["chunked", "fused"])
+def test_gradients_that_float16_holds_are_not_lost_on_the_way(impl):
+    """4,096 times the same target: the sum of the gradients is beyond float16, their mean is not."""
+    h, A, B, _ = problem((4096, 8, 4, 50), masked=False)
+    y = torch.full((4096,), 3, device=DEVICE)
+    a, b = (20 * A.abs()).half().requires_grad_(), (8 * B.abs()).half().requires_grad_()
+    linear_cross_entropy(h.abs().half(), a, b, y, impl=impl).backward()
+    assert torch.isfinite(a.grad).all() and torch.isfinite(b.grad).all() and a.grad.norm() > 10
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked", "fused"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("rank", [6, 300])
+def test_nothing_that_counts_has_no_gradient(impl, reduction, rank):
+    """All targets masked, or no tokens at all: the mean is NaN as PyTorch's is, gradients are 0 and harm no sum."""
+    for n in (5, 0):
+        h, A, B, _ = problem((5, 8, rank, 11))
+        h, A, B = (t.requires_grad_() for t in (h[:n].clone(), A, B))
+        loss = linear_cross_entropy(h, A, B, torch.full((n,), -100, device=DEVICE), impl=impl, reduction=reduction)
+        loss.backward()
+        assert loss.isnan() if reduction == "mean" else loss == 0
+        assert all(t.grad is not None and not t.grad.any() for t in (h, A, B)), n
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked", "fused"])
+@pytest.mark.parametrize("wrong", [-1, 11, 2**31, 2**32])
+def test_wrong_targets_are_never_passed_over(impl, wrong):
+    """An error, or a loss that is NaN (on a GPU nothing can be raised without waiting)."""
+    if DEVICE == "cuda" and impl != "fused":
+        pytest.skip("an assertion on the device would end the process")
+    h, A, B, y = problem((5, 8, 4, 11), masked=False)
+    y[2] = wrong
+    try:
+        assert linear_cross_entropy(h, A, B, y, impl=impl).isnan()
+    except (IndexError, RuntimeError) as error:
+        assert impl != "fused" and ("out of bounds" in str(error) or "out of range" in str(error))
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked", "fused"])
+def test_any_integers_are_targets(impl):
+    h, A, B, y = problem((20, 8, 4, 11))
+    assert len({linear_cross_entropy(h, A, B, y.to(t), impl=impl).item() for t in (torch.int64, torch.int32, torch.int16)}) == 1
+    with pytest.raises(ValueError, match="float64") if impl == "fused" else contextlib.nullcontext():
+        assert linear_cross_entropy(h.double(), A, B, y, impl=impl).item() == pytest.approx(linear_cross_entropy(h, A, B, y).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("impl", ["chunked", "fused"])

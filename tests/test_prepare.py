@@ -79,7 +79,7 @@ def joined_words(kind: str) -> Tokenizer:
 
 @pytest.mark.parametrize("kind", ["toy", "tiny", "led", "joining"])
 def test_a_long_document_is_cut_only_where_that_changes_no_id(tokenizer, kind):
-    """Pieces of a long document have its ids. A mark before every text forbids cuts; joined words forbid some of them."""
+    """Pieces of a long document have its ids. Where every text is led by a space, that is the one lost at the cut; joined words forbid some cuts."""
     if kind in ("led", "joining"):
         own = joined_words(kind)
         encode = lambda texts: [np.array(e.ids) for e in own.encode_batch_fast(texts, add_special_tokens=False)]  # noqa: E731
@@ -88,10 +88,9 @@ def test_a_long_document_is_cut_only_where_that_changes_no_id(tokenizer, kind):
     for joint in ("\n", " ", "\n\n  ", ". "):
         text = joint.join(sentences(3, 80))
         parts = list(pieces(text, encode, 2000))
-        assert "".join(parts) == text
+        assert "".join(parts) == text if kind != "led" else "".join(parts).replace(" ", "") == text.replace(" ", "")
         assert np.array_equal(np.concatenate(encode(parts)), encode([text])[0])
-        assert len(parts) == 1 if kind == "led" else len(parts) > 10
-        assert kind == "led" or max(map(len, parts)) <= 4000
+        assert len(parts) > 10 and max(map(len, parts)) <= 4000
     assert list(pieces("x" * 9000, encode, 2000)) == ["x" * 9000]
 
 

@@ -78,6 +78,8 @@ def test_other_tokenizers_are_left_whole():
         lambda t: setattr(t, "normalizer", normalizers.NFKC()),
         lambda t: setattr(t.model, "dropout", 0.1),
         lambda t: t.enable_truncation(8),
+        lambda t: t.add_tokens([AddedToken(" ", normalized=False)]),
+        lambda t: (setattr(t, "normalizer", normalizers.NFC()), t.add_tokens([AddedToken("é", normalized=True)])),
     ):
         other = variant(None, False, False)
         change(other)

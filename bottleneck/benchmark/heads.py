@@ -25,7 +25,7 @@ from bottleneck.benchmark.table import Row, row
 from bottleneck.checks import as_count
 from bottleneck.checkpoint import write_atomic
 from bottleneck.errors import check
-from bottleneck.losses import choose, step, targets, weights
+from bottleneck.losses import choose, linear_cross_entropy, step, targets, weights
 from bottleneck.losses.choice import TABLE
 
 NAME = "heads"
@@ -157,6 +157,7 @@ def run(args: argparse.Namespace) -> list[Row]:
         picked = choose(c.h.device, c.h.dtype, len(c.h), *c.A.shape)
         impls = [("ours: " + i + (" = auto" if i == picked else ""), i) for i in (("chunked", "fused") if device == "cuda" else ("chunked", "reference"))]
         found: list[tuple[str, Work]] = [(label, ours(c, impl)) for label, impl in impls]
+        found += [("linear_cross_entropy", autograd(c, lambda c=c: linear_cross_entropy(c.h, c.A, c.B, c.y)))]
         if not args.ours:
             found += [*peers(c), ("bare products", products(c))]
         for label, work in found:

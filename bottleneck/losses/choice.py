@@ -42,8 +42,8 @@ def choose(device: torch.device, dtype: torch.dtype, tokens: int, vocab: int, ra
     kind = device.type
     if kind == "cuda" and importlib.util.find_spec("triton") is None:
         return "chunked"
-    short = "float32" if dtype == torch.float32 else "bfloat16"
-    rows = [r for r in table() if r["device"] == kind and r["dtype"] == short]
+    known = "bfloat16" if dtype.itemsize == 2 else str(dtype).removeprefix("torch.")
+    rows = [r for r in table() if r["device"] == kind and r["dtype"] == known]
     if not rows:
         return "chunked"
 

@@ -25,11 +25,13 @@ from bottleneck.losses.products import add_product, matmul_f32
 # in 16 bits together stay under 256 MiB.
 CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 96 << 20}
 ROWS = {"cpu": 256, "cuda": 16}
+MOST_BYTES = 96 << 20  # of the float32 logits of a chunk in any case
 
 
 def chunk_rows(vocab: int, device_type: str) -> int:
     """Tokens in one chunk: depends on the vocabulary and device alone, so that a head's bits do not depend on company."""
-    return max(ROWS.get(device_type, 16), CHUNK_BYTES.get(device_type, 96 << 20) // (4 * vocab))
+    rows = max(ROWS.get(device_type, 16), CHUNK_BYTES.get(device_type, 96 << 20) // (4 * vocab))
+    return max(1, min(rows, MOST_BYTES // (4 * vocab)))
 
 
 def token_losses(logits_nV: Tensor, y_n: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,6 +55,8 @@ def step(z_NR: Tensor, A_VR: Tensor, y_N: Tensor, dA_VR: Optional[Tensor], scale
     loss_N = torch.empty(N, dtype=torch.float32, device=z_NR.device)
     dz_NR = torch.empty_like(z_NR) if dA_VR is not None else None
     rows = chunk_rows(V, z_NR.device.type)
+    if not z_NR.is_cuda and z_NR.dtype != torch.float32:  # a CPU has no products of 16 bits with results of 32: once here, not in every chunk
+        z_NR, A_VR = z_NR.float(), A_VR.float()
     reuse = z_NR.dtype == torch.float32 or not z_NR.is_cuda  # else the product allocates its own result
     buffer = torch.empty(min(rows, N), V, device=z_NR.device) if reuse else None
     for start in range(0, N, rows):

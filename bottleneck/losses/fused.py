@@ -69,9 +69,13 @@ def _tile(table: dict[int, Tile], rank: int, like: Tensor) -> Tile:
 
 def step(z_NR: Tensor, A_VR: Tensor, y_N: Tensor, dA_VR: Optional[Tensor], scale: float) -> tuple[Tensor, Optional[Tensor]]:
     """See `linear.logit_step`. z and A have `padded_rank` columns, zeros beyond the rank of dA."""
-    if z_NR.shape[1] > FLASH_RANK:
-        return _chunks(z_NR, A_VR, y_N, dA_VR, scale)
-    return _flash(z_NR, A_VR, y_N, dA_VR, scale)
+    if not len(z_NR):
+        return z_NR.new_empty(0, dtype=torch.float32), None if dA_VR is None else z_NR
+    if INTERPRETED and z_NR.dtype == torch.bfloat16:  # whose products Triton's interpreter gets wrong
+        loss, dz = step(z_NR.float(), A_VR.float(), y_N, dA_VR, scale)
+        return loss, None if dz is None else dz.to(z_NR.dtype)
+    with torch.cuda.device_of(z_NR):  # a kernel runs on the current one
+        return (_chunks if z_NR.shape[1] > FLASH_RANK else _flash)(z_NR, A_VR, y_N, dA_VR, scale)
 
 
 def _flash(z: Tensor, A: Tensor, y: Tensor, dA: Optional[Tensor], scale: float, scan_tile: Optional[Tile] = None, spread_tile: Optional[Tile] = None):
@@ -120,6 +124,6 @@ def _chunks(z: Tensor, A: Tensor, y: Tensor, dA: Optional[Tensor], scale: float)
 
 def chunk_rows(N: int, V: int, R: int, itemsize: int) -> int:
     """Tokens of a chunk of logits: with z [N, R] beside it under MEMORY, in chunks of equal size and whole tiles of 128."""
-    most = max(1024, (MEMORY - N * R * itemsize) // (V * itemsize) // 128 * 128)
+    most = max(128, (MEMORY - N * R * itemsize) // (V * itemsize) // 128 * 128)
     chunks = triton.cdiv(N, most)
     return min(N, triton.cdiv(triton.cdiv(N, chunks), 128) * 128)

@@ -13,7 +13,7 @@ from torch import Tensor
 import bottleneck.losses.chunked as chunked
 import bottleneck.losses.reference as reference
 from bottleneck.losses.choice import IMPLS, choose, fused
-from bottleneck.losses.products import add_product
+from bottleneck.losses.products import add_product, matmul_f32
 
 
 class Weights(NamedTuple):
@@ -38,9 +38,15 @@ def weights(A_VR: Tensor, B_RD: Tensor, dtype: torch.dtype, impl: str) -> Weight
     return Weights(A.contiguous(), B.contiguous(), rank, impl)
 
 
-def targets(y_N: Tensor, ignore_index: int = -100) -> Tensor:
-    """Targets as `step` reads them: int32, -1 where a token does not count."""
-    return y_N.masked_fill(y_N == ignore_index, -1).int()
+def targets(y_N: Tensor, ignore_index: int = -100, vocab: Optional[int] = None) -> Tensor:
+    """Targets as `step` reads them: int32, -1 where a token does not count.
+
+    Args: vocab: where targets may be wrong, what is no token of it becomes `vocab`, which no implementation passes over.
+    """
+    ignored = y_N == ignore_index
+    if vocab is not None:
+        y_N = y_N.masked_fill((y_N < 0) | (y_N >= vocab), vocab)
+    return y_N.masked_fill(ignored, -1).int()
 
 
 def logit_step(z_NR: Tensor, A_VR: Tensor, y_N: Tensor, impl: str, dA_VR: Optional[Tensor] = None, scale: float = 1.0):
@@ -70,32 +76,42 @@ def step(h_ND: Tensor, w: Weights, y_N: Tensor, dA_VR: Optional[Tensor] = None, 
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Summed loss with the gradients taken in the forward pass, while logits are at hand."""
+    """Mean or summed loss with the gradients taken in the forward pass, while logits are at hand.
+
+    They are kept in float32 until what comes from above, and the number of tokens, has been multiplied in: rounded once.
+    """
 
     @staticmethod
-    def forward(ctx: Any, h_ND: Tensor, A_VR: Tensor, B_RD: Tensor, y_N: Tensor, impl: str, ignore_index: int) -> Tensor:
-        w, y = weights(A_VR, B_RD, h_ND.dtype, impl), targets(y_N, ignore_index)
-        if not any(ctx.needs_input_grad[:3]):
-            return step(h_ND, w, y).sum(dtype=torch.float64).float()
-        dA, dB = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (A_VR, B_RD))
-        loss_N, dz = logit_step(h_ND @ w.B.T, w.A, y, impl, dA)
-        add_product(dB, dz[:, : w.rank].T, h_ND, 1.0)
+    def forward(ctx: Any, h_ND: Tensor, A_VR: Tensor, B_RD: Tensor, y_N: Tensor, impl: str, ignore_index: int, mean: bool) -> Tensor:
+        w, y = weights(A_VR, B_RD, h_ND.dtype, impl), targets(y_N, ignore_index, len(A_VR))
+        count = (y >= 0).sum()
         need_h, need_A, need_B = ctx.needs_input_grad[:3]
-        ctx.gradients = (
-            dz @ w.B if need_h else None,
-            dA.to(A_VR.dtype) if need_A else None,
-            dB.to(B_RD.dtype) if need_B else None,
-        )
-        # a double-precision sum: the value does not depend on how N was cut into calls
-        return loss_N.sum(dtype=torch.float64).float()
+        if not (need_h or need_A or need_B):
+            loss = step(h_ND, w, y).sum(dtype=torch.float64)
+        else:
+            dA, dB = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (A_VR, B_RD))
+            most = fused().most_tokens(w.A.shape[1]) if impl == "fused" else max(1, len(h_ND))
+            losses, back = [], []
+            for h, t in zip(h_ND.split(most), y.split(most)):
+                loss_N, dz = logit_step(h @ w.B.T, w.A, t, impl, dA)
+                add_product(dB, dz[:, : w.rank].T, h, 1.0)
+                back += [matmul_f32(dz, w.B)] if need_h else []
+                losses.append(loss_N)
+            # a double-precision sum: the value does not depend on how N was cut into calls
+            loss = torch.cat(losses).sum(dtype=torch.float64)
+            ctx.gradients = (torch.cat(back) if need_h else None, dA if need_A else None, dB if need_B else None)
+            ctx.dtypes, ctx.count = [t.dtype for t in (h_ND, A_VR, B_RD)], count.clamp(min=1) if mean else None
+        return (loss / count if mean else loss).float()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("linear_cross_entropy: its gradients were handed out by an earlier backward(); call the loss again")
-        # in place: a gradient of A is as large as A, and nothing else holds it
-        return *(None if g is None else g.mul_(grad) for g in gradients), None, None, None
+        factor = grad if ctx.count is None else grad / ctx.count
+        # in place where nothing is to be rounded: a gradient of A is as large as A, and nothing else holds it
+        out = (None if g is None else torch.mul(g, factor, out=g if d == g.dtype else torch.empty_like(g, dtype=d)) for g, d in zip(gradients, ctx.dtypes))
+        return *out, None, None, None, None
 
 
 def linear_cross_entropy(
@@ -112,7 +128,8 @@ def linear_cross_entropy(
     Args:
         h: hidden states [..., D]; products run in its dtype.
         A: [V, R]; B: [R, D]; in float32 (cast to the dtype of `h` for the products) or the dtype of `h`.
-        y: targets [...], the shape of `h` without its last dim; entries equal to `ignore_index` do not count.
+        y: targets [...], the shape of `h` without its last dim; entries equal to `ignore_index` do not count. What is no token
+            of the vocabulary raises an error, or (fused) makes the loss NaN.
         impl: "reference" (logits in full), "chunked" (one chunk of logits at a time, any device), "fused" (Triton, no
             logits in memory up to rank 256; a GPU), or "auto": the fastest in the measured table, see `choice.choose`.
         reduction: "mean" over the counted tokens or "sum"; in nats.
@@ -132,9 +149,10 @@ def linear_cross_entropy(
         impl = choose(h.device, h.dtype, len(h), *A.shape)
     if impl == "fused" and not (h.is_cuda or fused().INTERPRETED):
         raise ValueError("impl='fused': needs a CUDA GPU (or, for tests, TRITON_INTERPRET=1 in the environment)")
+    if impl == "fused" and h.dtype == torch.float64:
+        raise ValueError("impl='fused': does not know float64; allowed are auto, chunked, reference")
     if impl == "reference":
         return reference.reference(h, A, B, y, reduction, ignore_index)
     if not torch.is_grad_enabled():  # gradients are taken on the way: not here
         h, A, B = h.detach(), A.detach(), B.detach()
-    total = LinearCrossEntropy.apply(h, A, B, y, impl, ignore_index)
-    return total / (y != ignore_index).sum() if reduction == "mean" else total
+    return LinearCrossEntropy.apply(h, A, B, y, impl, ignore_index, reduction == "mean")

@@ -15,14 +15,14 @@ def matmul_f32(a: Tensor, b: Tensor, out: Optional[Tensor] = None) -> Tensor:
     """
     if a.dtype == torch.float32:
         return torch.mm(a, b, out=out)
-    if a.is_cuda:
+    if a.is_cuda and a.element_size() == 2:
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a.float(), b.float(), out=out)
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
     """out += scale · a @ b, `out` in float32; no temporary of its size."""
-    if a.is_cuda and a.dtype != torch.float32:
+    if a.is_cuda and a.element_size() == 2:
         torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, alpha=scale, out=out)
     else:
         out.addmm_(a.float(), b.float(), alpha=scale)

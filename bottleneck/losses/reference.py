@@ -16,7 +16,7 @@ def reference(h_ND: Tensor, A_VR: Tensor, B_RD: Tensor, y_N: Tensor, reduction: 
     """PyTorch's cross-entropy in float32, products in the dtype of h."""
     z_NR = h_ND @ B_RD.to(h_ND.dtype).T
     logits_NV = z_NR @ A_VR.to(h_ND.dtype).T
-    return F.cross_entropy(logits_NV.float(), y_N, ignore_index=ignore_index, reduction=reduction)
+    return F.cross_entropy(logits_NV.float(), y_N.long(), ignore_index=ignore_index, reduction=reduction)
 
 
 def step(z_NR: Tensor, A_VR: Tensor, y_N: Tensor, dA_VR: Optional[Tensor], scale: float) -> tuple[Tensor, Optional[Tensor]]:
