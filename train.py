@@ -41,14 +41,13 @@ from bottleneck.config import TrainConfig
 from bottleneck.errors import LostPeers, Stopped, UserError, check
 from bottleneck.heads import HeadBank
 from bottleneck.losses.distill import Objective
-from bottleneck.metrics import derived, finite
 from bottleneck.module import HeadSweep, ValidateEvery
 from bottleneck.optim import bank_keys, build_optimizer
 from bottleneck.progress import TokenProgress
 from bottleneck.refine import refine
-from bottleneck.version import environment
+from bottleneck.result import build_curve
 from data.module import TextData, leading_bos
-from data.prepare import Corpus, prepare
+from data.prepare import prepare
 
 log = logging.getLogger("bottleneck")
 # Warnings of libraries about what is meant to be so, or about themselves.
@@ -61,6 +60,9 @@ QUIET = (
     ".*GPU available but not used.*",
     ".*`srun` command is available on your system but is not used.*",
 )
+
+
+FEW = 4096  # validation tokens, below which a run says so
 
 
 @dataclasses.dataclass
@@ -90,6 +92,7 @@ def build_trainer(c: TrainConfig, steps: int, run_dir: Path, flag: stopping.Flag
     strategy: Any = t.strategy
     if strategy == "ddp" or (strategy == "auto" and t.devices * t.num_nodes > 1):
         strategy = (zero2.Zero2Strategy if t.shard == "zero2" else DDPStrategy)(gradient_as_bucket_view=True, timeout=datetime.timedelta(minutes=t.timeout_minutes))
+    check(t.accelerator != "gpu" or torch.cuda.is_available(), "trainer.accelerator=gpu: there is no CUDA GPU here; allowed are auto, cpu")
     callbacks: list[pl.Callback] = [TokenProgress()] if t.progress else []
     callbacks += [processes.SendBfloat16()] if t.reduce_dtype == "bfloat16" and t.devices * t.num_nodes > 1 else []
     callbacks += [ValidateEvery(t.val_every)] if t.val_every else []
@@ -139,44 +142,6 @@ def start_heads(c: TrainConfig, backbone: Backbone, data: TextData, bank: HeadBa
     log.info("refined in %.1f s", time.monotonic() - began)
     for key in bank.keys:
         bank[key].set(*taught[list(alike).index((key.rank, key.seed))])
-
-
-def build_curve(c: TrainConfig, module: HeadSweep, corpus: Corpus) -> dict[str, Any]:
-    """The content of curve.json (schema 1)."""
-    backbone, bank, tokens = module.backbone, module.bank, module.validation_tokens
-    diverged = bank.diverged.tolist()
-    heads = []
-    for i, key in enumerate(bank.keys):
-        numbers = derived(module.final[key.name], tokens, corpus.validation_bytes)
-        ok = not diverged[i] and numbers["loss"] is not None
-        heads.append({
-            "rank": key.rank, "lr": key.lr, "seed": key.seed, "init": c.head.init,
-            "parameters": bank[key].parameters_count, **numbers,
-            "initial_loss": finite(module.initial.get(key.name)), "status": "ok" if ok else "diverged", "best": False,
-            **module.details["heads"][key.name],
-        })  # fmt: skip
-    o = c.optim
-    recipe = {
-        "batch_size": c.batch_size, "block_size": c.data.block_size, "data_seed": c.data.seed,
-        "weight_decay": o.weight_decay, "betas": list(o.betas), "eps": o.eps, "warmup": o.warmup, "lr_final": o.lr_final,
-        "clip": o.clip, "calibration_tokens": c.head.calibration_tokens,
-        "dtype": str(backbone.lm_head.weight.dtype).removeprefix("torch."),
-    }  # fmt: skip
-    if c.head.init == "refined":
-        recipe["passes"] = c.head.passes
-    if c.head.objective != "ce":
-        recipe |= {"objective": c.head.objective, "temperature": c.head.temperature}
-    if c.head.objective == "mixed":
-        recipe["mix"] = c.head.mix
-    return curve.finish({
-        "schema": curve.SCHEMA, "backbone": backbone.name, "backbone_hash": backbone.hash,
-        "hidden_size": backbone.hidden_size, "vocab_size": backbone.vocab_size,
-        "tokens": module.steps * c.batch_size * c.data.block_size, "data": corpus.name, "data_hash": corpus.fingerprint,
-        "validation_tokens": tokens, "recipe": recipe,
-        "reference": derived(module.reference, tokens, corpus.validation_bytes) | module.details["reference"],
-        "heads": heads,
-        "versions": environment(module.trainer.strategy.root_device),
-    })  # fmt: skip
 
 
 def train(cfg: DictConfig, run_dir: Path) -> Result:
@@ -243,6 +208,8 @@ def _train(cfg: DictConfig, run_dir: Path, at_end: contextlib.ExitStack) -> Resu
     corpus = prepare(c.data, tokenizer)
     top = max(int(corpus.train.max()), int(corpus.validation.max()))
     check(top < vocab_size, f"backbone.tokenizer: makes id {top}, the backbone's vocabulary ends at {vocab_size - 1}")
+    if len(corpus.validation) - 1 < FEW:
+        log.info("%s has %s validation tokens, which is few: perplexities are uncertain; give data.validation_files, more text, or a larger data.validation_fraction", corpus.name, f"{len(corpus.validation) - 1:,}")
     t = c.trainer
     data = TextData(corpus, c.data.block_size, c.batch_size, steps, t.micro_batch_size, c.data.seed, leading_bos(tokenizer))
 
@@ -263,7 +230,7 @@ def _train(cfg: DictConfig, run_dir: Path, at_end: contextlib.ExitStack) -> Resu
         backbone = Backbone.load(c.backbone, trainer.strategy.root_device)
     shape = (backbone.vocab_size, backbone.hidden_size)
     check(shape == (vocab_size, hidden_size), f"backbone {backbone.name}: its head is {list(shape)}, its config says {[vocab_size, hidden_size]}")
-    log.info("%s: d = %d, V = %d; %d heads, %d steps of %d tokens", backbone.name, hidden_size, vocab_size, len(bank),
+    log.info("%s: d = %d, V = %d; %d head%s, %d steps of %d tokens", backbone.name, hidden_size, vocab_size, len(bank), "s" * (len(bank) > 1),
              steps, c.batch_size * c.data.block_size)  # fmt: skip
     if checks.compiles(c, device_type):
         compiled = backbone.compile_layers((min(t.micro_batch_size, c.batch_size // (t.devices * t.num_nodes)), c.data.block_size))
@@ -291,20 +258,27 @@ def _train(cfg: DictConfig, run_dir: Path, at_end: contextlib.ExitStack) -> Resu
             raise KeyboardInterrupt from None
         raise
 
-    result = Result(build_curve(c, module, corpus), module, trainer, run_dir)
+    done = Result(build_curve(c, module, corpus), module, trainer, run_dir)
     if trainer.is_global_zero:
         about = {"init": c.head.init, "backbone": backbone.name, "backbone_hash": backbone.hash}
         checkpoint.save_heads(bank, run_dir / "heads", about)
-        curve.write([result.curve], run_dir)
-        curve.show([result.curve], Console())
+        curve.write([done.curve], run_dir)
+        curve.show([done.curve], Console())
         log.info("wrote curve.json, curve.csv, curve.png, details.png and heads/ in %s", run_dir)
-    outcome["curve"] = result.curve
-    return result
+    outcome["curve"] = done.curve
+    return done
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> None:
-    cli.job(lambda: spread(cfg, Path(HydraConfig.get().runtime.output_dir)))
+    run = HydraConfig.get()
+
+    def work() -> None:
+        given = any(o.startswith(("hydra.run.dir=", "hydra.sweep.dir=", "hydra.sweep.subdir=")) for o in run.overrides.hydra)
+        check(cfg.ckpt_path != "last" or given, "ckpt_path=last: goes on in hydra.run.dir, which is a new folder unless it is given; give hydra.run.dir=FOLDER")
+        spread(cfg, Path(run.runtime.output_dir))
+
+    cli.job(work)
 
 
 def spread(cfg: DictConfig, run_dir: Path) -> None:

@@ -90,7 +90,8 @@ def _load(what: str, cfg: BackboneConfig, load):
         raise
     except Exception as error:  # Transformers, safetensors and tokenizers raise many kinds for bad names and files
         where = cfg.path + (f" (revision {cfg.revision})" if cfg.revision else "")
-        raise UserError(f"backbone.path={where}: cannot load its {what}: {type(error).__name__}: {error}") from error
+        absent = "" if Path(cfg.path).expanduser().exists() else "no such folder here, and from the Hub: "
+        raise UserError(f"backbone.path={where}: {absent}cannot load its {what}: {type(error).__name__}: {error}") from error
 
 
 def load_tokenizer(cfg: BackboneConfig):

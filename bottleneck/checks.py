@@ -80,7 +80,7 @@ def check_config(cfg: DictConfig) -> TrainConfig:
     c: TrainConfig = OmegaConf.to_object(cfg)  # type: ignore[assignment]
 
     if c.ranks != "auto":
-        check(not isinstance(c.ranks, str), f"ranks={c.ranks}: must be a rank, a list of ranks, or auto")
+        check(not isinstance(c.ranks, str), f"ranks={c.ranks!r}: must be a rank, a list of ranks, or auto")
         c.ranks = _unique("ranks", [as_count("ranks", r) for r in as_list(c.ranks)])
     c.seed = _unique("seed", [as_count("seed", s, 0) for s in as_list(c.seed)])
     c.tokens = as_count("tokens", c.tokens)
@@ -109,6 +109,7 @@ def check_config(cfg: DictConfig) -> TrainConfig:
         allowed = ("auto", "chunked")
         check(c.head.loss_impl in allowed, f"head.loss_impl={c.head.loss_impl}: head.objective={c.head.objective} runs in chunks; allowed are {', '.join(allowed)}")
     check(c.head.objective != "ce" or c.head.temperature == 1, f"head.temperature={c.head.temperature}: head.objective=ce does not use it")
+    check(c.head.objective == "mixed" or c.head.mix == 0.5, f"head.mix={c.head.mix}: only head.objective=mixed uses it")
     _one_of("backbone.dtype", c.backbone.dtype, DTYPES)
     _one_of("backbone.weights", c.backbone.weights, WEIGHTS)
     _one_of("backbone.compile", str(c.backbone.compile).lower(), ("auto", "true", "false"))

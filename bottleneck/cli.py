@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import shutil
 import sys
 import traceback
-from typing import Callable
+from pathlib import Path
+from typing import Callable, Optional
 
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
@@ -16,12 +19,13 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from bottleneck.config import ROOT, register, unknown_key
-from bottleneck.errors import Stopped, UserError
+from bottleneck.errors import Stopped, UserError, go_on
 
 SHOW = "HYDRA_FULL_ERROR"  # Hydra's switch for full tracebacks; set by the user it still shows them
 OURS = "BOTTLENECK_ONE_LINE"
 
 started: list[int] = []  # jobs of this process that were composed and begun
+folders: list[Path] = []  # of these jobs
 failures: list[str] = []  # one line for each job of this process that ended with a UserError
 
 
@@ -32,6 +36,8 @@ def job(work: Callable[[], object]) -> None:
     """
     run = HydraConfig.get()
     started.append(run.job.get("num", 0) if run.mode == RunMode.MULTIRUN else 0)
+    folder = Path(run.runtime.output_dir)
+    folders.append(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
     try:
         work()
     except UserError as error:
@@ -40,12 +46,24 @@ def job(work: Callable[[], object]) -> None:
         name = f"job {run.job.num} ({run.job.override_dirname}): " if run.mode == RunMode.MULTIRUN else ""
         failures.append(f"{name}{error}")
         print(f"error: {failures[-1]}", file=sys.stderr)
+        if run.mode != RunMode.MULTIRUN:
+            _leave_nothing(folder)
     except Exception as error:  # a defect or a library's: the next jobs run all the same, and it is told again at the end
         if run.mode != RunMode.MULTIRUN or "BasicLauncher" not in run.launcher.get("_target_", ""):
             raise
         traceback.print_exc()
         first = next(iter(str(error).strip().splitlines()), "")
         failures.append(f"job {run.job.num} ({run.job.override_dirname}): {type(error).__name__}: {first}")
+
+
+def _leave_nothing(folder: Path) -> None:
+    """Remove the folder of a run that was refused: Hydra has made it, with the config and an empty log, and nothing else is in it."""
+    names = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+    if names and names <= {".hydra", ".lock", "train.log", "study.log"} and not any(p.stat().st_size for p in folder.glob("*.log")):
+        shutil.rmtree(folder, ignore_errors=True)
+        if folder.parent.parent.name == "outputs":
+            with contextlib.suppress(OSError):  # the day's, where this was its first
+                folder.parent.rmdir()
 
 
 def composed(overrides: list[str]) -> DictConfig:
@@ -55,11 +73,8 @@ def composed(overrides: list[str]) -> DictConfig:
         return compose("train", overrides=overrides)
 
 
-RESUME = "go on with ckpt_path=last and the same hydra.run.dir"
-
-
-def one_line_errors(main: Callable[[], object], after_interrupt: str = RESUME) -> int:
-    """Run a command's main function; returns the exit code."""
+def one_line_errors(main: Callable[[], object], after_interrupt: Optional[str] = None) -> int:
+    """Run a command's main function; returns the exit code. `after_interrupt`: what one may do then; default: `errors.go_on`."""
     wanted_by_user = os.environ.get(SHOW) == "1" and OURS not in os.environ
     os.environ[SHOW] = os.environ[OURS] = "1"  # else Hydra prints several lines of its own and exits with 1
     try:
@@ -84,10 +99,10 @@ def one_line_errors(main: Callable[[], object], after_interrupt: str = RESUME) -
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except Stopped as stop:
-        print(f"{stop}; {after_interrupt}", file=sys.stderr)
+        print(f"{stop}; {after_interrupt or go_on(*folders[-1:])}", file=sys.stderr)
         return 128 + stop.signal
     except KeyboardInterrupt:
-        print(f"interrupted; {after_interrupt}", file=sys.stderr)
+        print(f"interrupted; {after_interrupt or go_on(*folders[-1:])}", file=sys.stderr)
         return 130
     if failures and len(started) > 1:  # what scrolled by is said again at the end
         print("\n".join([f"{len(failures)} of {len(started)} jobs failed:", *failures]), file=sys.stderr)
@@ -108,6 +123,8 @@ def _explain(error: BaseException) -> str:
         chain.append(str(cause))
         cause = cause.__cause__
     text = "\n".join(chain)
+    if "Could not override 'study'" in text:
+        return "study: is for python -m bottleneck.study, which computes the paper's other figures"
     if "hydra/launcher/submitit" in text:
         return "hydra/launcher: Slurm's launcher is not installed; pip install -e '.[slurm]' (hydra-submitit-launcher)"
     unknown = re.search(r"Key '([^']+)' (?:is not in struct|not in '\w+')[\s\S]*?full_key: (\S+)", text)

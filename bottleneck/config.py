@@ -196,7 +196,7 @@ SCHEMA_KEYS = _schema_keys(TrainConfig)  # every key there is, dotted
 def unknown_key(key: str) -> str:
     """The one line for a key that the schema does not have."""
     near = difflib.get_close_matches(key, SCHEMA_KEYS, n=1, cutoff=0.5)
-    return f"{key}: unknown key{f'; did you mean {near[0]}?' if near else ''} (python train.py --help lists them)"
+    return f"{key}: unknown key{f'; did you mean {near[0]}?' if near else ''} (python train.py --cfg job lists them)"
 
 
 register()  # here, since a job on a cluster reads its config before it runs any code of ours but imports

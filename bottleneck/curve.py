@@ -18,13 +18,14 @@ from typing import Any, Callable, Iterable, Optional
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from bottleneck.checkpoint import write_atomic
 from bottleneck.errors import Parser, UserError, check
 from bottleneck.heads import HeadKey
 from bottleneck.knee import knees, told
-from bottleneck.picture import draw, draw_details
+from bottleneck.picture import draw, draw_details, labels
 
 SCHEMA = 1
 MERGED = "curve"  # folder, in that of a multirun, of its jobs' curves as one
@@ -189,26 +190,57 @@ def band_losses(head: dict[str, Any]) -> dict[str, Any]:
 
 def show(curves: list[dict[str, Any]], console: Console) -> None:
     """Print the best head of every rank beside the backbone's own head."""
-    for c in curves:
-        table = Table(title=escape(f"{c['backbone']} on {c['data']}, {c['tokens']:,} training tokens"), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for c, label in zip(curves, labels(curves)):
+        seeds = len({h["seed"] for h in c["heads"]})
+        more = (label.removeprefix(c["backbone"]) if len(curves) > 1 else "") + (f", the best of {seeds} seeds" if seeds > 1 else "")
+        table = Table(title=escape(f"{c['backbone']} on {c['data']}, {c['tokens']:,} training tokens{more}"), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
         for column in ("rank", "lr", "loss", "perplexity", "start", "KL", "top-1", "accept"):
-            table.add_column(column, justify="right")
+            table.add_column(column, justify="right", no_wrap=True)
         inits = sorted({h["init"] for h in c["heads"]})
         if len(inits) > 1:
             table.add_column("init")
+        if seeds > 1:
+            table.add_column(f"all {seeds} seeds", justify="right", no_wrap=True)
         for h in c["heads"]:
             if h["best"]:
                 cells = [str(h["rank"]), f"{h['lr']:.3g}", *_numbers(h), _cell(h["initial_loss"], ".4f")]
                 cells += [_cell(h.get("kl"), ".4f"), *(_cell(h.get(k), ".1%") for k in ("top1_agreement", "acceptance"))]
-                table.add_row(*cells, *([h["init"]] if len(inits) > 1 else []))
+                table.add_row(*cells, *([h["init"]] if len(inits) > 1 else []), *([_spread(c["heads"], h)] if seeds > 1 else []))
         reference = c["reference"]
         table.add_row("own head", "", *_numbers(reference), "", "", "", "", style="bold")
+        # in its own width, also where the terminal is narrower: a number that is cut is another number
+        console.width = max(console.width, Measurement.get(console, console.options.update(max_width=1000), table).maximum)
         console.print(table)
         for line in told(c) if "knee" in c else ():
+            console.print(line, highlight=False, soft_wrap=True)
+        for line in _at_the_end(c["heads"]):
             console.print(line, highlight=False, soft_wrap=True)
         lost = [f"rank {h['rank']} lr {h['lr']:.3g} seed {h['seed']}" for h in c["heads"] if h["status"] != "ok"]
         if lost:
             console.print(f"diverged: {', '.join(lost)}" + ("; every head did: give lower rates (optim.lr)" if len(lost) == len(c["heads"]) else ""))
+
+
+def _spread(heads: list[dict[str, Any]], best: dict[str, Any]) -> str:
+    """The perplexities of a rank's seeds, each at its best rate: lowest and highest."""
+    found: dict[int, float] = {}
+    for h in heads:
+        if (h["init"], h["rank"], h["status"]) == (best["init"], best["rank"], "ok") and h["perplexity"] is not None:
+            found[h["seed"]] = min(h["perplexity"], found.get(h["seed"], math.inf))
+    return f"{_numbers({'loss': None, 'perplexity': min(found.values())})[1]}–{_numbers({'loss': None, 'perplexity': max(found.values())})[1]}" if found else "–"
+
+
+def _at_the_end(heads: list[dict[str, Any]]) -> list[str]:
+    """A line where the best of several rates is the lowest or highest of them: a better one may lie beyond."""
+    out = []
+    for which, pick in (("lowest", min), ("highest", max)):
+        ranks = []
+        for h in heads:
+            rates = {o["lr"] for o in heads if (o["init"], o["rank"]) == (h["init"], h["rank"])}
+            if h["best"] and len(rates) > 2 and h["lr"] == pick(rates):
+                ranks.append(str(h["rank"]))
+        if ranks:
+            out.append(f"the {which} rate tried is the best at rank {', '.join(ranks)}: try {'lower' if which == 'lowest' else 'higher'} ones")
+    return out
 
 
 def _numbers(row: dict[str, Any]) -> list[str]:
@@ -218,7 +250,11 @@ def _numbers(row: dict[str, Any]) -> list[str]:
 
 
 def _cell(value: Any, form: str) -> str:
-    return "–" if value is None else format(value, form)
+    """As `form` says, but no more than 6 characters of what is large, and no sign before a rounded zero."""
+    if value is None:
+        return "–"
+    shown = format(value, ".3g" if form == ".4f" and abs(value) >= 1e3 else form)
+    return shown.removeprefix("-") if set(shown) <= set("-0.") else shown
 
 
 def complete(run_dir: Path) -> dict[str, Any] | None:

@@ -20,6 +20,11 @@ def check(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def go_on(folder: object = None) -> str:
+    """How a run that was cut off is taken up again, with its folder where that is known."""
+    return "go on with ckpt_path=last and " + (f"hydra.run.dir={folder}" if folder else "the same hydra.run.dir")
+
+
 class Parser(argparse.ArgumentParser):
     """Bad arguments are one line as well."""
 

@@ -64,6 +64,6 @@ def told(c: dict[str, Any]) -> list[str]:
         for k in (k for k in c["knee"] if k["init"] == init):
             of = "" if k["reached"] == k["seeds"] else f"{k['reached']} of "
             spread = f" ({k['low']:.0f}–{k['high']:.0f} over {of}{k['seeds']} seeds)" if k["low"] is not None else f" ({of}{k['seeds']} seeds)" if of and k["seeds"] > 1 else ""
-            parts.append(f"{k['percent']} %: " + ("no rank tried" if k["rank"] is None else f"rank {k['rank']:.0f}{spread}"))
+            parts.append(f"{k['percent']} %: " + ("none of these ranks" if k["rank"] is None else f"rank {k['rank']:.0f}{spread}"))
         lines.append(f"within x % of the own head's loss{f', {init}' if several else ''}: " + "; ".join(parts))
     return lines

@@ -23,7 +23,8 @@ def labels(curves: list[dict[str, Any]]) -> list[str]:
     for key in sorted({k for c in curves for k in c["recipe"]}):
         if len({str(c["recipe"].get(key)) for c in curves}) > 1:
             for part, c in zip(parts, curves):
-                part.append(f"{key} {c['recipe'].get(key)}")
+                if key in c["recipe"]:  # some are there only where they are not what is usual
+                    part.append(f"{key} {c['recipe'][key]}")
     for key in ("backbone_hash", "data_hash"):  # the same name for different weights or text
         for part, c in zip(parts, curves):
             if sum(p == part for p in parts) > 1:
@@ -75,6 +76,7 @@ def draw(curves: list[dict[str, Any]], file: BinaryIO) -> None:
         axes.set_yscale("log")
     if not ranks:
         axes.set_title("every head diverged", fontsize=10)
+        axes.set_xticks([])
     else:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_locator(FixedLocator(sorted(ranks)))
@@ -87,8 +89,11 @@ def draw(curves: list[dict[str, Any]], file: BinaryIO) -> None:
     if values:  # an untrained start far above must not flatten the curve
         low, high = min(values), max(values)
         axes.set_ylim(low / (high / low) ** 0.08 / 1.02, high * (high / low) ** 0.15 * 1.02)
-        ticks = [m * 10**e for e in range(0, 7) for m in (1, 1.5, 2, 3, 4, 5, 7) if low / 1.3 <= m * 10**e <= high * 1.5]
-        axes.yaxis.set_major_locator(FixedLocator(ticks))
+        decades = math.log10(high / low)
+        steps = (1, 1.5, 2, 3, 4, 5, 7) if decades < 1.5 else (1, 2, 5) if decades < 3 else (1,)
+        apart = max(1, round(decades / 10))  # random starts may be a hundred decades away
+        exponents = range(math.floor(math.log10(low)) // apart * apart, math.ceil(math.log10(high)) + 1, apart)
+        axes.yaxis.set_major_locator(FixedLocator([m * 10.0**e for e in exponents for m in steps if low / 1.3 <= m * 10.0**e <= high * 1.5]))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     axes.set_xlabel("rank r of the head W = AB")
@@ -130,7 +135,7 @@ def draw_details(curves: list[dict[str, Any]], file: BinaryIO) -> bool:
             for i, band in enumerate(c["reference"]["bands"]):
                 if band["tokens"] and all(h["bands"][i]["loss"] is not None for h in heads):
                     right.plot(x, [h["bands"][i]["loss"] - band["loss"] for h in heads], "o-", ms=4, color=plt.cm.viridis(i / 5), label=f"{band['band']} ({band['tokens']:,} tokens)")
-            right.set_title(f"by frequency of the target{'' if len(lines) == 1 else f', {name}'}", fontsize=9)
+            right.set_title(f"by place of the target in the order of frequency (1: most frequent){'' if len(lines) == 1 else f', {name}'}", fontsize=9)
     if any(h["best"] and (h.get("kl") or 0) > 0 for c in curves for h in c["heads"]):  # a full-rank head that is the own one loses nothing
         left.set_yscale("log")
     middle.set_ylim(0, 1.02)

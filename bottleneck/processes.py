@@ -30,7 +30,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from bottleneck.config import register
-from bottleneck.errors import LostPeers, Stopped, UserError, check
+from bottleneck.errors import LostPeers, Stopped, UserError, check, go_on
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +162,7 @@ def _elastic(work: Callable, cfg: DictConfig, run_dir: Path, settings: Any, devi
         except SignalException as error:
             raise Stopped(error.sigval) from None
         except ChildFailedError as error:
-            _explain(error, devices, cfg.trainer.timeout_minutes)
+            _explain(error, devices, cfg.trainer.timeout_minutes, run_dir)
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -171,7 +171,7 @@ def _elastic(work: Callable, cfg: DictConfig, run_dir: Path, settings: Any, devi
         raise Stopped(*stopped[0])
 
 
-def _explain(error: Any, devices: int, minutes: float) -> None:
+def _explain(error: Any, devices: int, minutes: float, run_dir: Path) -> None:
     """One line from the process that failed first; those that fell with it are left out."""
 
     def told(failure: Any) -> tuple[str, str]:
@@ -194,8 +194,8 @@ def _explain(error: Any, devices: int, minutes: float) -> None:
     if first.exitcode < 0:
         name = signal.Signals(-first.exitcode).name
         if first.exitcode == -signal.SIGABRT:
-            raise LostPeers(f"{who} was ended by SIGABRT: it lost the others, or had no answer for {minutes:g} minutes (trainer.timeout_minutes); go on with ckpt_path=last and the same hydra.run.dir") from None
-        raise UserError(f"{who} was killed by {name}, the others were stopped; go on with ckpt_path=last and the same hydra.run.dir") from None
+            raise LostPeers(f"{who} was ended by SIGABRT: it lost the others, or had no answer for {minutes:g} minutes (trainer.timeout_minutes); {go_on(run_dir)}") from None
+        raise UserError(f"{who} was killed by {name}, the others were stopped; {go_on(run_dir)}") from None
     raise RuntimeError(f"{who} failed: {text}\n{trace}") from None
 
 

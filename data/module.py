@@ -31,7 +31,7 @@ class StepBatches(Dataset):
         blocks = (len(self.tokens) - 1) // block
         self.order = np.random.default_rng(seed).permutation(blocks)
         needed, have = steps * batch * block, blocks * block
-        check(needed <= have, f"tokens: {needed} are asked for, {corpus.name} has {have} training tokens in blocks of {block}")
+        check(needed <= have, f"tokens: {needed} are asked for, {corpus.name} has {have} training tokens in blocks of {block}; give fewer, a smaller data.block_size, or more text")
 
     def __len__(self) -> int:
         return self.steps

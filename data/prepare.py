@@ -24,7 +24,7 @@ from filelock import FileLock
 
 from bottleneck import cli
 from bottleneck.backbone import load_tokenizer
-from bottleneck.checks import check_config
+from bottleneck.checks import as_list, check_config
 from bottleneck.config import DataConfig
 from bottleneck.errors import Parser, UserError, check
 from data.cache import FORMAT, PARTS, Corpus, open_prepared, read_manifest, tokenizer_hash, verify
@@ -46,7 +46,7 @@ def prepare(cfg: DataConfig, tokenizer: Any) -> Corpus:
     source = Source(cfg)
     key = _key(cfg, source, tokenizer)
     root = Path(cfg.cache_dir).expanduser()
-    label = "".join(ch if ch.isalnum() else "-" for ch in source.name)[:40]
+    label = "".join(ch if ch.isalnum() else "-" for ch in source.name).strip("-")[:40] or "text"
     folder = root / f"{label}-{key}"
     seconds = None
     try:
@@ -81,6 +81,7 @@ class _Split:
 
     def __init__(self, cfg: DataConfig):
         self.seed, self.limit = cfg.seed, int(cfg.validation_fraction * 2**64)
+        self.paragraphs = cfg.text_unit == "paragraph" or (cfg.text_unit == "auto" and len(as_list(cfg.files or [])) == 1)
 
     def __call__(self, documents: Iterable[str]) -> Iterator[tuple[bool, str]]:
         """Yields (held out?, document)."""
@@ -90,7 +91,7 @@ class _Split:
             first.append((document_hash(d, self.seed), zlib.compress(d.encode("utf-8", "surrogatepass"), 1)))
         hashes = {value for value, _ in first}
         check(len(hashes) > 0, "data: there is no document in the text, or only empty ones")
-        check(len(hashes) > 1, "data: the text is a single document, so none can be held out for validation; give data.validation_files, or data.text_unit=paragraph for plain text")
+        check(len(hashes) > 1, "data: the text is a single document, so none can be held out for validation; give data.validation_files{'' if self.paragraphs else ', or data.text_unit=paragraph for plain text'}")
         forced = min(hashes)  # a text of few documents still has one for validation
 
         def held(value: int) -> bool:
@@ -146,8 +147,7 @@ def _build(cfg: DataConfig, source: Source, tokenizer: Any, folder: Path) -> Non
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-    log.info("prepared %s: %.2fM training tokens, %.3fM validation tokens in %.0f s",
-             source.name, train.tokens / 1e6, validation.tokens / 1e6, time.monotonic() - start)  # fmt: skip
+    log.info("prepared %s: %s training tokens, %s validation tokens in %.0f s", source.name, f"{train.tokens:,}", f"{validation.tokens:,}", time.monotonic() - start)
 
 
 def command(overrides: list[str]) -> Corpus:

@@ -146,6 +146,7 @@ class Source:
     def _rows(sources: list[str], field: str, path: str, **options: Any) -> Iterator[str]:
         import datasets
 
+        datasets.logging.set_verbosity(logging.CRITICAL)  # what is wrong with a file is told below, once
         where = sources[0] if len(sources) == 1 else f"{len(sources)} files from {sources[0]} on"
         try:
             stream = datasets.load_dataset(path, **options)

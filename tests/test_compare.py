@@ -135,7 +135,7 @@ def test_the_knee_of_a_known_curve():
     assert one["rank"] is None and one["low"] is None and five["percent"] == 5 and five["seeds"] == 2
     assert ten["low"] == ten["rank"] < ten["high"] and crossing([(r, 2 + 1.5 / r) for r in (2, 4, 8, 16, 32)], 2.2) == ten["high"]
     (line,) = told(c)
-    assert "1 %: no rank tried; 5 %: rank" in line and "over 2 seeds" in line
+    assert "1 %: none of these ranks; 5 %: rank" in line and "over 2 seeds" in line
 
 
 def test_the_knee_tells_of_seeds_that_do_not_reach_it():
@@ -143,7 +143,7 @@ def test_the_knee_tells_of_seeds_that_do_not_reach_it():
     c = curve_of(lucky | {(r, 1): 3.0 for r in (2, 4, 8, 16, 32)}, 2.0)
     *_, ten = c["knee"] = knees(c)
     assert (ten["seeds"], ten["reached"]) == (2, 1) and ten["low"] == ten["high"] == ten["mean"] == ten["rank"]
-    assert "over 1 of 2 seeds)" in told(c)[0] and "1 %: no rank tried" in told(c)[0]
+    assert "over 1 of 2 seeds)" in told(c)[0] and "1 %: none of these ranks" in told(c)[0]
     # a rank that one seed has alone is left out of the spread, not the spread
     wide = curve_of(lucky | {(r, 1): 2 + 1.5 / r for r in (2, 4, 8, 16, 32, 64)}, 2.0)
     *_, ten = knees(wide)

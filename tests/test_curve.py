@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import io
 import json
 import math
 from importlib import metadata
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from bottleneck import curve
 from bottleneck.errors import UserError
-from bottleneck.picture import labels
+from bottleneck.picture import draw, labels
 
 
 def made(losses: dict[int, float], **changes) -> dict:
@@ -138,6 +139,9 @@ def test_heads_that_all_diverged_leave_a_whole_result(run, capsys, tmp_path):
     assert all(h["status"] == "diverged" for h in result.curve["heads"])
     assert {p.name for p in (tmp_path / "run").iterdir()} >= {"curve.json", "curve.csv", "curve.png", "heads"}
     assert "every head did: give lower rates (optim.lr)" in " ".join(capsys.readouterr().out.split())
+    # also where nothing became infinite: far worse than before the first step is no result
+    thrown = run("optim.lr=30", "tokens=2048", run_dir=tmp_path / "thrown").curve
+    assert any(h["status"] == "diverged" and h["loss"] is not None for h in thrown["heads"])
     told = result.curve["versions"]
     assert set(told) == {"bottleneck", "torch", "transformers", "pytorch-lightning", "commit", "python", "system", "device"}  # no name, no place
     assert told["torch"] == metadata.version("torch") and told["device"].endswith("CPU")
@@ -175,3 +179,46 @@ def test_names_are_drawn_and_told_as_they_stand(tmp_path, capsys):
     curve.write([one], tmp_path)
     curve.show([one], Console(width=200))
     assert r"$\bad$ [bold]x on text" in capsys.readouterr().out
+
+
+def head(rank: int, lr: float, perplexity: float, seed: int = 0) -> dict:
+    """One head of a curve as train.py writes it, no more than the table needs."""
+    return {"rank": rank, "lr": lr, "seed": seed, "init": "fisher", "parameters": 1, "loss": math.log(perplexity), "perplexity": perplexity, "bits_per_byte": 1.0,
+            "initial_loss": 2000.25, "status": "ok", "best": False, "kl": -1e-7}  # fmt: skip
+
+
+def printed(heads: list[dict], width: int = 80) -> str:
+    c = {"backbone": "toy", "data": "text", "tokens": 1000, "recipe": {}, "heads": curve.mark_best(heads), "reference": {"loss": 2.0, "perplexity": 7.389}}
+    console = Console(width=width, file=io.StringIO())
+    curve.show([c], console)
+    return console.file.getvalue()
+
+
+def test_the_table_cuts_no_number_and_says_of_how_many_seeds_and_rates_it_shows_the_best():
+    text = printed([head(8, 0.1, 15.55, 2), head(8, 0.1, 17.28, 0), head(8, 0.1, 16.2, 1), head(8, 1e-4, 1e120, 0)])
+    assert "the best of 3 seeds" in text and "all 3 seeds" in text and "15.55–17.28" in text and "…" not in text and "2e+03" in text and "-0.0000" not in text
+    assert "1e+120" in printed([head(8, 0.1, 1e120)]) and "seeds" not in printed([head(8, 0.1, 1e120)])
+    grid = [head(r, lr, 10 + abs(math.log10(lr) - at)) for r, at in ((8, -3), (16, -2), (32, -1)) for lr in (1e-3, 1e-2, 1e-1)]
+    text = printed(grid)
+    assert "the lowest rate tried is the best at rank 8: try lower ones" in text and "the highest rate tried is the best at rank 32: try higher ones" in text
+    assert "rate tried" not in printed([h for h in grid if h["lr"] < 0.1]), "two rates are no grid"
+
+
+def test_lines_are_named_by_what_their_recipes_have():
+    base = {"backbone": "toy", "data": "t", "tokens": 1, "backbone_hash": "a", "data_hash": "b"}
+    names = labels([{**base, "recipe": {"warmup": 0.1}}, {**base, "recipe": {"warmup": 0.1, "objective": "mixed", "mix": 0.9}}])
+    assert names == ["toy", "toy, mix 0.9, objective mixed"]
+
+
+@pytest.mark.parametrize("high", [30.0, 3e4, 1e60])
+def test_the_axis_of_perplexities_can_be_read(high):
+    """A handful of ticks, whatever lies between the lowest and the highest."""
+    import matplotlib.pyplot as plt
+
+    seen = []
+    close = plt.close
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(plt, "close", lambda figure: (seen.append([t for t in figure.axes[0].get_yticks() if figure.axes[0].get_ylim()[0] <= t <= figure.axes[0].get_ylim()[1]]), close(figure)))
+        c = {"backbone": "toy", "data": "t", "tokens": 1, "backbone_hash": "a", "data_hash": "b", "recipe": {}, "reference": {"perplexity": 9.0, "loss": 2.2}}
+        draw([{**c, "heads": curve.mark_best([head(8, 0.1, high), head(16, 0.1, 12.0)])}], io.BytesIO())
+    assert 3 <= len(seen[0]) <= 16, seen

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,21 +18,47 @@ from bottleneck import cli
 from bottleneck.benchmark import killed, scale
 from bottleneck.errors import UserError
 from bottleneck.tracking import MetricsCSV
+from conftest import ROOT
 
 
 @pytest.mark.parametrize("launcher, mode, goes_on", [("x.BasicLauncher", RunMode.MULTIRUN, True), ("x.SlurmLauncher", RunMode.MULTIRUN, False), ("x.BasicLauncher", RunMode.RUN, False)])
 def test_a_defect_in_one_job_leaves_the_others(monkeypatch, capsys, launcher, mode, goes_on):
     """As a UserError does, with its trace; on a cluster, or alone, it is raised as it was."""
-    run = SimpleNamespace(job=SimpleNamespace(num=1, override_dirname="ranks=8", get=lambda *_: 1), mode=mode, launcher={"_target_": launcher})
+    run = SimpleNamespace(runtime=SimpleNamespace(output_dir="out"), job=SimpleNamespace(num=1, override_dirname="ranks=8", get=lambda *_: 1), mode=mode, launcher={"_target_": launcher})
     monkeypatch.setattr(cli.HydraConfig, "get", lambda: run)
     monkeypatch.setattr(cli, "failures", [])
     monkeypatch.setattr(cli, "started", [0])
+    monkeypatch.setattr(cli, "folders", [])
     with contextlib.nullcontext() if goes_on else pytest.raises(ZeroDivisionError):
         cli.job(lambda: 1 / 0)
     assert ("Traceback" in capsys.readouterr().err) == goes_on
     assert cli.failures == (["job 1 (ranks=8): ZeroDivisionError: division by zero"] if goes_on else [])
     if goes_on:
         assert cli.one_line_errors(lambda: None) == 2 and "1 of 2 jobs failed:\njob 1 (ranks=8): ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_a_refused_run_leaves_no_folder_and_a_stopped_one_names_its_own(tmp_path, toy):
+    """In the folder that Hydra makes up, which nobody could name otherwise; what a user has put into a folder stays."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def started(*overrides, **options):
+        return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *overrides], cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    refused = started("optim.lr=-1")
+    assert "error: " in refused.communicate()[1] and refused.returncode == 2 and not any((tmp_path / "outputs").glob("*"))
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "notes.txt").write_text("mine")
+    assert started("optim.lr=-1", "hydra.run.dir=own").wait() == 2 and (tmp_path / "own" / "notes.txt").exists()
+    lost = started("ckpt_path=last")
+    assert "error: ckpt_path=last: goes on in hydra.run.dir, which is a new folder unless it is given" in lost.communicate()[1] and lost.returncode == 2
+    run = started(*toy, "tokens=76800", "trainer.log_every=1")
+    while not any("train/loss" in m.read_text() for m in tmp_path.glob("outputs/*/*/metrics.csv")):
+        time.sleep(0.02)
+        assert run.poll() is None
+    run.terminate()
+    _, error = run.communicate()
+    (folder,) = (p.relative_to(tmp_path) for p in tmp_path.glob("outputs/*/*"))
+    assert run.returncode == 143 and error.strip().endswith(f"; go on with ckpt_path=last and hydra.run.dir={folder}"), error
 
 
 def test_metrics_on_a_full_disk_are_one_line():

@@ -268,7 +268,7 @@ def test_the_first_cause_is_told(exits, kind, words):
     """NCCL's watchdog aborts the processes that wait for one that is gone."""
     failures = {i: SimpleNamespace(exitcode=e, pid=10 + i, message="", timestamp=i) for i, e in enumerate(exits)}
     with pytest.raises(kind) as caught:
-        _explain(SimpleNamespace(failures=failures), 2, 2.5)
+        _explain(SimpleNamespace(failures=failures), 2, 2.5, Path("runs/one"))
     assert str(caught.value).startswith(words) and "\n" not in str(caught.value)
 
 

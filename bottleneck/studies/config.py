@@ -155,7 +155,8 @@ def unknown_key(key: str, study: Optional[str] = None) -> str:
     """The one line for a key that the command does not have."""
     near = difflib.get_close_matches(key, _known(study), n=1, cutoff=0.6)
     hint = f"; did you mean {near[0]}?" if near else ""
-    return f"{key}: unknown key{f' of study={study}' if study else ''}{hint} (python -m bottleneck.study --help lists them)"
+    of, choice = (f" of study={study}", f"study={study} ") if study else ("", "")
+    return f"{key}: unknown key{of}{hint} (python -m bottleneck.study {choice}--cfg job lists them)"
 
 
 def check_study(cfg: DictConfig) -> StudyConfig:

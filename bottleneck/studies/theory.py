@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 
 from bottleneck.backbone import FullHead
-from bottleneck.errors import check
 from bottleneck.initial import Calibration, calibrate, roots
 from bottleneck.losses.chunked import chunk_rows
 from bottleneck.picture import as_text
