@@ -250,10 +250,11 @@ def _numbers(row: dict[str, Any]) -> list[str]:
 
 
 def _cell(value: Any, form: str) -> str:
-    """As `form` says, but no more than 6 characters of what is large, and no sign before a rounded zero."""
+    """As `form` says, but short where it is large, and no sign before a rounded zero."""
     if value is None:
         return "–"
-    shown = format(value, ".3g" if form == ".4f" and abs(value) >= 1e3 else form)
+    large = form == ".4f" and abs(value) >= 1e3
+    shown = format(value, (",.0f" if abs(value) < 1e6 else ".3g") if large else form)
     return shown.removeprefix("-") if set(shown) <= set("-0.") else shown
 
 
