@@ -135,7 +135,7 @@ def draw_details(curves: list[dict[str, Any]], file: BinaryIO) -> bool:
             for i, band in enumerate(c["reference"]["bands"]):
                 if band["tokens"] and all(h["bands"][i]["loss"] is not None for h in heads):
                     right.plot(x, [h["bands"][i]["loss"] - band["loss"] for h in heads], "o-", ms=4, color=plt.cm.viridis(i / 5), label=f"{band['band']} ({band['tokens']:,} tokens)")
-            right.set_title(f"by place of the target in the order of frequency (1: most frequent){'' if len(lines) == 1 else f', {name}'}", fontsize=9)
+            right.set_title(f"by the target's place in frequency (1: most frequent){'' if len(lines) == 1 else f', {name}'}", fontsize=9)
     if any(h["best"] and (h.get("kl") or 0) > 0 for c in curves for h in c["heads"]):  # a full-rank head that is the own one loses nothing
         left.set_yscale("log")
     middle.set_ylim(0, 1.02)
