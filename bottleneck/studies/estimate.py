@@ -146,15 +146,18 @@ def draw(content: dict[str, Any], file: BinaryIO) -> None:
         left.plot([h["rank"] for h in fair], [h["perplexity"] for h in fair], "o-", ms=3.5, lw=1.3, color=f"C{i}", label=init)
         shown += [h["perplexity"] for h in fair if init in ("fisher", "refined")]
         positive = [h for h in own if h["kl"] and h["kl"] > 1e-6]
-        right.plot([h["rank"] for h in positive], [h["kl"] for h in positive], "o-", ms=3.5, lw=1.3, color=f"C{i}", label=f"{init}: KL, nats")
+        right.plot([h["rank"] for h in positive], [h["kl"] for h in positive], "o-", ms=3.5, lw=1.3, color=f"C{i}", label=init)
         wrong = [h for h in own if h["top1_agreement"] is not None and h["top1_agreement"] < 1]
-        right.plot([h["rank"] for h in wrong], [1 - h["top1_agreement"] for h in wrong], ":", lw=1.2, color=f"C{i}", label=f"{init}: other top token")
+        right.plot([h["rank"] for h in wrong], [1 - h["top1_agreement"] for h in wrong], ":", lw=1.2, color=f"C{i}")
     if content["trained"]:
         losses = content["trained"]["losses"]
         left.plot([int(r) for r in losses], [math.exp(x) for x in losses.values()], "k*--", ms=7, lw=1, label=as_text(f"trained, {content['trained']['tokens']:,} tokens ({content['trained']['data']})"))
     left.axhline(reference, color="0.4", ls="--", lw=1, label=f"own head ({reference:.4g})")
     ceiling = 30 * max(shown) if len(shown) > 1 else 1e6  # random starts are far above what is of interest
     left.set_ylim(reference / 1.3, min(ceiling, 1.5 * max([h["perplexity"] for h in content["heads"] if h["perplexity"]], default=1e6)))
+    for line in left.get_lines():  # a start of which nothing is to be seen
+        if len(line.get_ydata()) and min(line.get_ydata()) > left.get_ylim()[1]:
+            line.set_label(f"{line.get_label()} (above {left.get_ylim()[1]:,.0f})")
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
@@ -163,7 +166,7 @@ def draw(content: dict[str, Any], file: BinaryIO) -> None:
         axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     right.set_ylim(top=min(right.get_ylim()[1], 30.0))  # nats: literal N(0, 1) starts are hundreds away
     left.set_ylabel("perplexity, no training")
-    right.set_ylabel("distance to the full head")
+    right.set_ylabel("solid: KL from the full head, nats\ndotted: share of tokens with another top token")
     save(figure, file)
 
 
