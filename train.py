@@ -88,7 +88,7 @@ def quiet() -> None:
 
 def build_trainer(c: TrainConfig, steps: int, run_dir: Path, flag: stopping.Flag) -> pl.Trainer:
     t = c.trainer
-    torch.set_num_threads(t.threads or processes.cores(t.devices))
+    torch.set_num_threads(t.threads or processes.threads(t.devices))
     strategy: Any = t.strategy
     if strategy == "ddp" or (strategy == "auto" and t.devices * t.num_nodes > 1):
         strategy = (zero2.Zero2Strategy if t.shard == "zero2" else DDPStrategy)(gradient_as_bucket_view=True, timeout=datetime.timedelta(minutes=t.timeout_minutes))

@@ -226,7 +226,7 @@ def _spread(heads: list[dict[str, Any]], best: dict[str, Any]) -> str:
     for h in heads:
         if (h["init"], h["rank"], h["status"]) == (best["init"], best["rank"], "ok") and h["perplexity"] is not None:
             found[h["seed"]] = min(h["perplexity"], found.get(h["seed"], math.inf))
-    return f"{_numbers({'loss': None, 'perplexity': min(found.values())})[1]}–{_numbers({'loss': None, 'perplexity': max(found.values())})[1]}" if found else "–"
+    return f"{_perplexity(min(found.values()))}–{_perplexity(max(found.values()))}" if found else "–"
 
 
 def _at_the_end(heads: list[dict[str, Any]]) -> list[str]:
@@ -244,9 +244,11 @@ def _at_the_end(heads: list[dict[str, Any]]) -> list[str]:
 
 
 def _numbers(row: dict[str, Any]) -> list[str]:
-    perplexity = row["perplexity"]
-    form = ",.2f" if perplexity is None or perplexity < 1e5 else ".3g"
-    return [_cell(row["loss"], ".4f"), _cell(perplexity, form)]
+    return [_cell(row["loss"], ".4f"), _perplexity(row["perplexity"])]
+
+
+def _perplexity(value: Any) -> str:
+    return _cell(value, ",.2f" if value is None or value < 1e5 else ".3g")
 
 
 def _cell(value: Any, form: str) -> str:

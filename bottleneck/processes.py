@@ -31,6 +31,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 
 from bottleneck.config import register
 from bottleneck.errors import LostPeers, Stopped, UserError, check, go_on
+from bottleneck.version import cores
 
 log = logging.getLogger(__name__)
 
@@ -103,11 +104,10 @@ def forget_gpu() -> None:
         torch._dynamo.reset()
 
 
-def cores(devices: int) -> int:
-    """CPU cores for this process: its share of those it may use, or what Slurm gave each task."""
-    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def threads(devices: int) -> int:
+    """CPU threads for this process: its share of the cores it may use, or what Slurm gave each task."""
     given = os.environ.get("SLURM_CPUS_PER_TASK", "")
-    return min(own, int(given)) if given.isdigit() and "SLURM_STEP_ID" in os.environ else max(1, own // devices)
+    return min(cores(), int(given)) if given.isdigit() and "SLURM_STEP_ID" in os.environ else max(1, cores() // devices)
 
 
 def spread(work: Callable[[DictConfig, Path], Any], cfg: DictConfig, run_dir: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Callable, Iterator, Optional
 
 import numpy as np
 
+from bottleneck.version import cores
 from data.words import WordEncoder, cutter
 
 CORE_CHARS = 1 << 18  # text given to the tokenizer at once, for each core …
@@ -30,11 +31,6 @@ FEW_CORES = 4  # up to which one core that looks words up is faster than all cor
 WORKERS = 2  # batches in the tokenizer at once: while one ends on few cores, the next has begun on the others
 
 Encode = Callable[[list[str]], list[np.ndarray]]
-
-
-def cores() -> int:
-    """CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def encoder(tokenizer: Any, dtype: np.dtype = np.dtype("uint32")) -> Encode:

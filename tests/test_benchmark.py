@@ -10,8 +10,8 @@ from rich.console import Console
 
 from bottleneck.benchmark import __main__ as benchmark
 from bottleneck.benchmark import table
+from bottleneck.version import cores
 from conftest import sentences
-from data.encode import cores
 
 
 def test_rows_reach_the_csv_and_the_table_whole(tmp_path):

@@ -23,7 +23,7 @@ from bottleneck.benchmark.table import Row, row, timed
 from bottleneck.checks import as_count, check_config
 from bottleneck.cli import composed
 from bottleneck.config import ROOT, BackboneConfig, DataConfig
-from data.encode import cores
+from bottleneck.version import cores
 from data.module import TextData
 from data.prepare import prepare
 from data.sources import Source

@@ -39,7 +39,7 @@ def read(args: argparse.Namespace) -> tuple[list[int], list[int], str]:
 
 def run(args: argparse.Namespace) -> list[Row]:
     counts, ranks, device = read(args)
-    said, rows, first, measured = Console(stderr=True), [], 0.0, []
+    said, rows, first = Console(stderr=True), [], None
     with ours.inputs(args.shape, args.steps * max(counts) * args.batch * args.block) as (backbone, tokens):
         faults: list[str] = []
         for n in counts:
@@ -58,10 +58,9 @@ def run(args: argparse.Namespace) -> list[Row]:
                 continue
             rows.append(row(NAME, case.name, f"{n} process{'es' * (n > 1)}", found.seconds, case.tokens, "tokens", peak_mib=found.peak_mib, device=device))
             rate = rows[-1].throughput or 0.0
-            first = first or rate
             parts = ", ".join(f"{p} {1e3 * s:.1f} ms" for p, s in found.parts.items())
-            against = f"{rate / first:.2f} x {measured[0]}; " if measured else ""
-            measured.append(n)
+            against = f"{rate / first[1]:.2f} x {first[0]}; " if first else ""
+            first = first or (n, rate)
             rows[-1].note = f"{against}{parts}; 150M tokens in {150e6 / rate / 60:.1f} min"
             said.print(f"{n}: {rate:,.0f} tokens/s, {rows[-1].note}", highlight=False)
     check(bool(rows), f"benchmark scale: {'; '.join(faults)}")

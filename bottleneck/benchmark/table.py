@@ -16,8 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bottleneck.checkpoint import write_atomic
-from bottleneck.version import commit, versions
-from data.encode import cores
+from bottleneck.version import commit, cores, versions
 
 PACKAGES = ("bottleneck", "torch", "transformers", "triton", "datasets", "tokenizers")
 

@@ -5,6 +5,7 @@ Dims: N tokens, D hidden size, R rank, V vocabulary.
 
 from __future__ import annotations
 
+from itertools import repeat
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 import bottleneck.losses.chunked as chunked
 import bottleneck.losses.reference as reference
 from bottleneck.losses.choice import IMPLS, choose, fused
-from bottleneck.losses.products import add_product, matmul_f32
+from bottleneck.losses.products import add_product
 
 
 class Weights(NamedTuple):
@@ -58,20 +59,25 @@ def logit_step(z_NR: Tensor, A_VR: Tensor, y_N: Tensor, impl: str, dA_VR: Option
     return module.step(z_NR, A_VR, y_N, dA_VR, scale)
 
 
-def step(h_ND: Tensor, w: Weights, y_N: Tensor, dA_VR: Optional[Tensor] = None, dB_RD: Optional[Tensor] = None, scale: float = 1.0) -> Tensor:
-    """Loss of every token under one head; its gradient is added to dA and dB where they are given. No autograd.
+def step(
+    h_ND: Tensor, w: Weights, y_N: Tensor, dA_VR: Optional[Tensor] = None, dB_RD: Optional[Tensor] = None, scale: float = 1.0, dh_ND: Optional[Tensor] = None
+) -> Tensor:
+    """Loss of every token under one head; its gradient is added to dA, dB and dh where they are given. No autograd.
 
     Args:
         y_N: from `targets`.
         dA_VR, dB_RD: float32, contiguous, both or none: += scale · gradient of the summed loss.
+        dh_ND: float32, with the two others only: the same of the hidden states.
     Returns: loss [N] in nats, float32, 0 where a token does not count.
     """
     if w.impl == "fused" and len(h_ND) > (most := fused().most_tokens(w.A.shape[1])):
-        parts = zip(h_ND.split(most), y_N.split(most))
-        return torch.cat([step(h, w, y, dA_VR, dB_RD, scale) for h, y in parts])
+        parts = zip(h_ND.split(most), y_N.split(most), repeat(None) if dh_ND is None else dh_ND.split(most))
+        return torch.cat([step(h, w, y, dA_VR, dB_RD, scale, dh) for h, y, dh in parts])
     loss_N, dz_NR = logit_step(h_ND @ w.B.T, w.A, y_N, w.impl, dA_VR, scale)
     if dB_RD is not None:
         add_product(dB_RD, dz_NR[:, : w.rank].T, h_ND, scale)
+    if dh_ND is not None:
+        add_product(dh_ND, dz_NR, w.B, scale)
     return loss_N
 
 
@@ -86,21 +92,14 @@ class LinearCrossEntropy(torch.autograd.Function):
         w, y = weights(A_VR, B_RD, h_ND.dtype, impl), targets(y_N, ignore_index, len(A_VR))
         count = (y >= 0).sum()
         need_h, need_A, need_B = ctx.needs_input_grad[:3]
-        if not (need_h or need_A or need_B):
-            loss = step(h_ND, w, y).sum(dtype=torch.float64)
-        else:
+        dh = dA = dB = None
+        if need_h or need_A or need_B:
             dA, dB = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (A_VR, B_RD))
-            most = fused().most_tokens(w.A.shape[1]) if impl == "fused" else max(1, len(h_ND))
-            losses, back = [], []
-            for h, t in zip(h_ND.split(most), y.split(most)):
-                loss_N, dz = logit_step(h @ w.B.T, w.A, t, impl, dA)
-                add_product(dB, dz[:, : w.rank].T, h, 1.0)
-                back += [matmul_f32(dz, w.B)] if need_h else []
-                losses.append(loss_N)
-            # a double-precision sum: the value does not depend on how N was cut into calls
-            loss = torch.cat(losses).sum(dtype=torch.float64)
-            ctx.gradients = (torch.cat(back) if need_h else None, dA if need_A else None, dB if need_B else None)
+            dh = torch.zeros(h_ND.shape, dtype=torch.float32, device=h_ND.device) if need_h else None
+            ctx.gradients = (dh, dA if need_A else None, dB if need_B else None)
             ctx.dtypes, ctx.count = [t.dtype for t in (h_ND, A_VR, B_RD)], count.clamp(min=1) if mean else None
+        # a double-precision sum: the value does not depend on how N was cut into calls
+        loss = step(h_ND, w, y, dA, dB, 1.0, dh).sum(dtype=torch.float64)
         return (loss / count if mean else loss).float()
 
     @staticmethod

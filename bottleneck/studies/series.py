@@ -10,7 +10,6 @@ import dataclasses
 import gc
 import json
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Iterator, Optional
@@ -25,6 +24,7 @@ from bottleneck.backbone import Backbone, label, load_shape
 from bottleneck.config import BackboneConfig
 from bottleneck.errors import UserError, check
 from bottleneck.studies.config import StudyConfig, step_number
+from bottleneck.version import cores
 
 log = logging.getLogger(__name__)
 # how checkpoints call their heads, and the embeddings that tied models have in their place
@@ -139,8 +139,7 @@ def device_of(c: StudyConfig) -> torch.device:
     """What the study runs on; sets the CPU threads. Raises UserError for a GPU that is not there."""
     kind = c.trainer.accelerator
     check(kind != "gpu" or torch.cuda.is_available(), "trainer.accelerator=gpu: there is no CUDA GPU here; allowed are auto, cpu")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(c.trainer.threads or cores)
+    torch.set_num_threads(c.trainer.threads or cores())
     return torch.device("cuda" if kind != "cpu" and torch.cuda.is_available() else "cpu")
 
 
