@@ -215,6 +215,8 @@ def _train(cfg: DictConfig, run_dir: Path, at_end: contextlib.ExitStack) -> Resu
 
     keys = bank_keys(c.optim, c.head.init, ranks, c.seed, hidden_size, vocab_size)
     bank = HeadBank(keys, vocab_size, hidden_size, c.head.loss_impl, t.micro_batch_size * c.data.block_size)
+    if c.head.teacher == "trained":
+        _ = bank.teacher  # there is one
 
     in_sweep = (run_dir.parent / "multirun.yaml").exists()  # which Hydra writes: this is one job of several
     facts = {key.name: tracking.facts(c, key, hidden_size, vocab_size, corpus.name, label(c.backbone)) for key in keys}
@@ -236,7 +238,7 @@ def _train(cfg: DictConfig, run_dir: Path, at_end: contextlib.ExitStack) -> Resu
         compiled = backbone.compile_layers((min(t.micro_batch_size, c.batch_size // (t.devices * t.num_nodes)), c.data.block_size))
         log.info("backbone: %s", "layers are compiled" if compiled else f"family {backbone.family} does not name its layers, not compiled")
     if c.head.objective != "ce":
-        bank.objective = Objective(backbone.head.float_logits, c.head.temperature, 1.0 if c.head.objective == "distill" else c.head.mix)
+        bank.objective = Objective(backbone.head.float_logits if c.head.teacher == "own" else None, c.head.temperature, 1.0 if c.head.objective == "distill" else c.head.mix)
     module = HeadSweep(
         backbone, bank, c.optim, steps, t.micro_batch_size, lambda b: start_heads(c, backbone, data, b),
         sharding.even(data.validation_batches) if sharded else data.validation_batches, stored, corpus.fingerprint,

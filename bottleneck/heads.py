@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import bottleneck.losses.distill as distill
-from bottleneck.errors import UserError
+from bottleneck.errors import UserError, check
 from bottleneck.losses import Weights, choose, step, targets, weights
 
 
@@ -64,6 +64,8 @@ class HeadBank(nn.Module):
     Attributes:
         keys: the heads' keys, in order.
         objective: what heads are trained on instead of cross-entropy, see `losses.distill`; their `losses` stay cross-entropy.
+            Where it has no teacher, the one head of rank D is that: it is trained on cross-entropy, the others on what it says
+            at that step. Any of them has the bits that it has with its teacher alone.
         diverged: [H] flags, 1.0 for heads whose gradient has been non-finite; on the device, saved with the heads.
     """
 
@@ -108,10 +110,24 @@ class HeadBank(nn.Module):
         """
         t = targets(y_N)
         heads = [self[key] for key in self.keys]
-        if self.objective is not None:
-            gradients = [(head.A.grad, head.B.grad) for head in heads]
-            return _sums(distill.steps(h_ND, cast, t, gradients, scale, self.objective))
-        return _sums(step(h_ND, w, t, head.A.grad, head.B.grad, scale) for head, w in zip(heads, cast))
+        o = self.objective
+        teacher = self.teacher if o is not None and o.teacher is None else None
+        taught = [i for i in range(len(heads)) if i != teacher] if o is not None else []
+        found = {i: step(h_ND, cast[i], t, heads[i].A.grad, heads[i].B.grad, scale) for i in range(len(heads)) if i not in taught}
+        if taught:
+            if teacher is not None:
+                o = o._replace(teacher=lambda h_nD: distill.head_logits(h_nD, cast[teacher]))
+            gradients = [(heads[i].A.grad, heads[i].B.grad) for i in taught]
+            found |= zip(taught, distill.steps(h_ND, [cast[i] for i in taught], t, gradients, scale, o))
+        return _sums(found[i] for i in range(len(heads)))
+
+    @property
+    def teacher(self) -> int:
+        """Which of `keys` has the rank of the hidden state. Raises UserError where not exactly one has."""
+        hidden_size = self[self.keys[0]].B.shape[1]
+        full = [i for i, key in enumerate(self.keys) if key.rank == hidden_size]
+        check(len(full) == 1, f"head.teacher=trained: wants one head of the full rank {hidden_size} in the run, with one rate and one seed; here are {len(full)}")
+        return full[0]
 
     @torch.no_grad()
     def losses(self, h_ND: Tensor, y_N: Tensor, cast: list[Weights]) -> Tensor:

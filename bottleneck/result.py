@@ -44,6 +44,8 @@ def build_curve(c: TrainConfig, module: HeadSweep, corpus: Corpus) -> dict[str, 
         recipe |= {"objective": c.head.objective, "temperature": c.head.temperature}
     if c.head.objective == "mixed":
         recipe["mix"] = c.head.mix
+    if c.head.teacher != "own":
+        recipe["teacher"] = c.head.teacher
     return curve.finish({
         "schema": curve.SCHEMA, "backbone": backbone.name, "backbone_hash": backbone.hash,
         "hidden_size": backbone.hidden_size, "vocab_size": backbone.vocab_size,

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bottleneck.compare import BANDS, bands_of, compare, differences, top
+from bottleneck.errors import UserError
 from bottleneck.heads import HeadBank, HeadKey
 from bottleneck.knee import crossing, knees, told
 from bottleneck.losses.distill import Objective, steps
@@ -110,6 +111,48 @@ def test_distillation_gradients_are_those_of_the_definition(temperature, mix):
         alone = [(torch.zeros_like(A), torch.zeros_like(B))]
         assert torch.equal(steps(h, [cast[i]], targets(y), alone, 0.5, o)[0], losses[i])
         assert torch.equal(alone[0][0], grads[i][0]) and torch.equal(alone[0][1], grads[i][1])
+
+
+def test_a_trained_teacher_learns_from_the_data_and_teaches_the_others():
+    """The head of rank D has the gradient of cross-entropy, bit for bit; the others that of distillation from its logits of the step."""
+    g = torch.Generator().manual_seed(2)
+    N, D, V = 500, 12, 90
+    h, y = torch.randn(N, D, generator=g), torch.randint(0, V, (N,), generator=g)
+    keys = [HeadKey(3, 1e-2, 0), HeadKey(D, 1e-2, 0), HeadKey(5, 1e-2, 0)]
+
+    def bank_of(keys):
+        bank = HeadBank(keys, V, D, "chunked")
+        for key in keys:
+            own = torch.Generator().manual_seed(key.rank)
+            bank[key].set(torch.randn(V, key.rank, generator=own), torch.randn(key.rank, D, generator=own) / 3)
+        bank.zero_gradients()
+        return bank
+
+    def gradients(bank, objective):
+        bank.objective = objective
+        losses = bank.accumulate(h, y, bank.cast(torch.float32), 1 / N)
+        return {key: (loss, bank[key].A.grad, bank[key].B.grad) for key, loss in zip(bank.keys, losses)}
+
+    found = gradients(bank_of(keys), Objective(None, 1.0, 0.9))
+    teacher = bank_of(keys)[keys[1]]
+    fixed = gradients(bank_of(keys), Objective(lambda x: (x @ teacher.B.T) @ teacher.A.T, 1.0, 0.9))
+    plain = gradients(bank_of(keys), None)
+    pair = gradients(bank_of(keys[1:]), Objective(None, 1.0, 0.9))
+    for key, want in ((keys[0], fixed), (keys[1], plain), (keys[2], fixed), (keys[2], pair), (keys[1], pair)):
+        assert all(torch.equal(a, b) for a, b in zip(found[key], want[key])), key
+    assert not torch.equal(found[keys[0]][1], plain[keys[0]][1])
+    for wrong in (keys[:1], [*keys, HeadKey(D, 2e-2, 0)]):
+        with pytest.raises(UserError, match="head.teacher=trained"):
+            gradients(bank_of(wrong), Objective(None, 1.0, 0.9))
+
+
+def test_a_trained_teacher_through_a_run(run):
+    """Said in the recipe; refused where there is no head of the full rank, or no KL."""
+    curve = run("ranks=[4,32]", "objective=mixed", "head.mix=0.9", "head.teacher=trained").curve
+    assert curve["recipe"]["teacher"] == "trained" and [h["status"] for h in curve["heads"]] == ["ok", "ok"]
+    for wrong in (("ranks=[4]", "objective=distill", "head.teacher=trained"), ("ranks=[4,32]", "head.teacher=trained")):
+        with pytest.raises(UserError, match="head.teacher=trained"):
+            run(*wrong)
 
 
 def test_distillation_ends_nearer_to_the_full_head(run, tmp_path):

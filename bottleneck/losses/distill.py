@@ -1,4 +1,4 @@
-"""Training on what the full head says: KL from its softmax at a temperature, alone or mixed with cross-entropy on the data.
+"""Training on what a full head says: KL from its softmax at a temperature, alone or mixed with cross-entropy on the data.
 
 For a token with the full head's logits s* and a head's logits s = A z, z = B h (Hinton et al. 2015):
 
@@ -13,7 +13,7 @@ Dims: n tokens of a chunk, D hidden size, R rank, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Callable, Iterator, NamedTuple
+from typing import Callable, Iterator, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -24,9 +24,12 @@ from bottleneck.losses.products import add_product, matmul_f32
 
 
 class Objective(NamedTuple):
-    """What heads are trained on: the full head's logits [n, V] of hidden states [n, D], T and the share m of the KL."""
+    """What heads are trained on: the full head's logits [n, V] of hidden states [n, D], T and the share m of the KL.
 
-    teacher: Callable[[Tensor], Tensor]
+    Without a teacher it is the bank's own head of rank D, which learns from the data meanwhile: see `heads.HeadBank`.
+    """
+
+    teacher: Optional[Callable[[Tensor], Tensor]]
     temperature: float
     mix: float  # 0: cross-entropy alone, 1: KL alone
 
@@ -38,6 +41,11 @@ class Goal(NamedTuple):
     least_n: Tensor
     temperature: float
     weight: float
+
+
+def head_logits(h_nD: Tensor, w: Weights) -> Tensor:
+    """Logits [n, V] of a head as the products read it, float32."""
+    return matmul_f32(h_nD @ w.B.T, w.A.T)
 
 
 def _goals(o: Objective, h_nD: Tensor, y_n1: Tensor) -> Iterator[Goal]:
