@@ -146,13 +146,13 @@ def test_a_trained_teacher_learns_from_the_data_and_teaches_the_others():
             gradients(bank_of(wrong), Objective(None, 1.0, 0.9))
 
 
-def test_a_trained_teacher_through_a_run(run):
+def test_a_trained_teacher_through_a_run(run, tmp_path):
     """Said in the recipe; refused where there is no head of the full rank, or no KL."""
     curve = run("ranks=[4,32]", "objective=mixed", "head.mix=0.9", "head.teacher=trained").curve
     assert curve["recipe"]["teacher"] == "trained" and [h["status"] for h in curve["heads"]] == ["ok", "ok"]
     for wrong in (("ranks=[4]", "objective=distill", "head.teacher=trained"), ("ranks=[4,32]", "head.teacher=trained")):
         with pytest.raises(UserError, match="head.teacher=trained"):
-            run(*wrong)
+            run(*wrong, run_dir=tmp_path / "refused")
 
 
 def test_distillation_ends_nearer_to_the_full_head(run, tmp_path):
