@@ -75,15 +75,18 @@ def test_many_tokens_are_taken_in_parts(rank, monkeypatch):
         monkeypatch.setattr(fused_module, "most_tokens", lambda rank: most)
         dA, dB = torch.zeros_like(A), torch.zeros_like(B)
         found.append((step(h, w, y, dA, dB), dA, dB))
-    for a, b in zip(*found):
-        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5) and a.abs().sum() > 0
+
+    def same(a, b):  # a sum in another order: rounded at the size of its largest terms
+        return torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max())) and a.abs().sum() > 0
+
+    assert all(same(a, b) for a, b in zip(*found))
     # and through autograd
     x, a, b = (t.clone().requires_grad_() for t in (h, A, B / 6))
     lengths = []
     plain = linear.logit_step
     monkeypatch.setattr(linear, "logit_step", lambda z, *more: lengths.append(len(z)) or plain(z, *more))
     linear_cross_entropy(x, a, b, y.long(), impl="fused", reduction="sum", ignore_index=-1).backward()
-    assert lengths == [16, 16, 16, 2] and torch.allclose(a.grad, found[0][1], rtol=1e-4, atol=1e-5) and torch.allclose(b.grad, found[0][2], rtol=1e-4, atol=1e-5)
+    assert lengths == [16, 16, 16, 2] and same(a.grad, found[0][1]) and same(b.grad, found[0][2])
 
 
 @pytest.mark.parametrize("rank", [1, 8, 48, 200, FLASH_RANK + 1])
