@@ -106,7 +106,7 @@ def check_config(cfg: DictConfig) -> TrainConfig:
     as_rate("head.temperature", c.head.temperature)
     check(0 < c.head.mix < 1, f"head.mix={c.head.mix}: must be between 0 and 1")
     if c.head.objective != "ce":
-        allowed = ("auto", "chunked")
+        allowed = ("auto", "chunked", "fused")
         check(c.head.loss_impl in allowed, f"head.loss_impl={c.head.loss_impl}: head.objective={c.head.objective} runs in chunks; allowed are {', '.join(allowed)}")
     check(c.head.objective != "ce" or c.head.temperature == 1, f"head.temperature={c.head.temperature}: head.objective=ce does not use it")
     _one_of("head.teacher", c.head.teacher, ("own", "trained"))
@@ -143,8 +143,8 @@ def _check_optim(o: OptimConfig) -> None:
         o.lr_rule = "grid"  # a list of rates to try means nothing else
     if o.lr_rule == "table":
         full = isinstance(o.table, dict) and len(o.table) > 0
-        check(full, "optim.table: lr_rule=table needs a rate for each rank, such as optim.table={64:0.01}")
-        o.table = {as_count("optim.table", rank): as_rate(f"optim.table.{rank}", rate) for rank, rate in o.table.items()}
+        check(full, "optim.table: lr_rule=table needs a rate for each rank, such as optim.table={64:0.01}, or several: {64:[0.01,0.02]}")
+        o.table = {as_count("optim.table", rank): _unique(f"optim.table.{rank}", [as_rate(f"optim.table.{rank}", v) for v in as_list(given)]) for rank, given in o.table.items()}
     else:
         check(o.table is None, f"optim.table: is there, but optim.lr_rule={o.lr_rule} does not use it; give optim=table")
     _unique("optim.grid_factors", [as_rate("optim.grid_factors", v) for v in o.grid_factors])

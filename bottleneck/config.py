@@ -94,7 +94,7 @@ class OptimConfig:
     # likewise a number, or one for each head.init
     gamma: Any = field(default_factory=lambda: {"fisher": 0.8, "refined": 0.8, "svd": 0.6, "scaled": 0.6, "normal": 0.6})
     n_ref: Any = None  # power: parameters at which lr_ref holds; default: the full-rank head of this backbone
-    table: Any = None  # table: rate of each rank, {8:0.02,64:0.01}
+    table: Any = None  # table: rate of each rank, or rates, {8:0.02,64:[0.01,0.02]}
     lrs: Any = None  # grid: rates tried at every rank; default: the power rule's rate times grid_factors
     # grid without lrs: multiples of the power rule's rate
     grid_factors: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0, 2.0, 4.0])

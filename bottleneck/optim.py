@@ -27,7 +27,7 @@ def rates(c: OptimConfig, init: str, rank: int, hidden_size: int, vocab_size: in
     if c.lr is not None:
         return list(c.lr)
     if c.lr_rule == "table":
-        return [float(c.table[rank])]
+        return list(c.table[rank])
     power = power_rate(c, init, rank, hidden_size, vocab_size)
     if c.lr_rule == "power":
         return [power]

@@ -13,8 +13,12 @@ from bottleneck.compare import BANDS, bands_of, compare, differences, top
 from bottleneck.errors import UserError
 from bottleneck.heads import HeadBank, HeadKey
 from bottleneck.knee import crossing, knees, told
+import bottleneck.losses.fused as fused
 from bottleneck.losses.distill import Objective, steps
 from bottleneck.losses.linear import targets, weights
+from bottleneck.losses.products import matmul_f32
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def brute(p_logits: np.ndarray, q_logits: np.ndarray) -> np.ndarray:
@@ -84,33 +88,62 @@ def test_bands_follow_the_counts():
         assert ((torch.arange(20_000) >= first - 1) & (torch.arange(20_000) < (last or 20_000)) == (bands == i)).all()
 
 
-@pytest.mark.parametrize("temperature, mix", [(1.0, 1.0), (2.5, 1.0), (2.0, 0.3)])
-def test_distillation_gradients_are_those_of_the_definition(temperature, mix):
-    """Against autograd in float64: loss and both gradients of two heads, with masked tokens, in several chunks."""
+def taught(heads, W, h, y, temperature, mix, impl, dtype=torch.float32):
+    """Losses [H, N] and gradients of heads that the full head W teaches; scale 0.5."""
+    grads = [(torch.zeros_like(A), torch.zeros_like(B)) for A, B in heads]
+    full = W.to(dtype)
+    o = Objective(lambda x: matmul_f32(x, full.T), temperature, mix)
+    return steps(h.to(dtype), [weights(A, B, dtype, impl) for A, B in heads], targets(y), grads, 0.5, o), grads
+
+
+def defined(heads, W, h, y, temperature, mix, dtype):
+    """The same from the definition, by autograd on logits of a dtype."""
+    out, h, keep = [], h.to(dtype), y >= 0
+    t = (h @ W.to(dtype).T).to(torch.promote_types(dtype, torch.float32)) / temperature
+    for A, B in heads:
+        A, B = A.to(dtype).requires_grad_(), B.to(dtype).requires_grad_()
+        s = (h @ B.T @ A.T).to(t)
+        kl = (torch.softmax(t, -1) * (torch.log_softmax(t, -1) - torch.log_softmax(s / temperature, -1))).sum(-1)
+        loss = mix * temperature**2 * kl + (1 - mix) * torch.nn.functional.cross_entropy(s, y.clamp(min=0), reduction="none")
+        out.append(((loss * keep).detach(), *torch.autograd.grad((loss * keep).sum(), (A, B))))
+    return out
+
+
+def pupils(N, D, V, ranks):
     g = torch.Generator().manual_seed(1)
-    N, D, V = 700, 12, 90
     h, W = torch.randn(N, D, generator=g), torch.randn(V, D, generator=g)
     y = torch.randint(0, V, (N,), generator=g)
     y[::9] = -100
-    heads = [(torch.randn(V, r, generator=g), torch.randn(r, D, generator=g) / 3) for r in (1, 7)]
-    grads = [(torch.zeros_like(A), torch.zeros_like(B)) for A, B in heads]
-    o = Objective(lambda x: x @ W.T, temperature, mix)
-    cast = [weights(A, B, torch.float32, "chunked") for A, B in heads]
-    losses = steps(h, cast, targets(y), grads, 0.5, o)
-    keep = y >= 0
-    for (A, B), found, (dA, dB) in zip(heads, losses, grads):
-        A, B = A.double().requires_grad_(), B.double().requires_grad_()
-        s, t = h.double() @ B.T @ A.T, h.double() @ W.double().T
-        kl = (torch.softmax(t / temperature, -1) * (torch.log_softmax(t / temperature, -1) - torch.log_softmax(s / temperature, -1))).sum(-1)
-        want = mix * temperature**2 * kl + (1 - mix) * torch.nn.functional.cross_entropy(s, y.clamp(min=0), reduction="none")
-        want = want * keep
-        want.sum().backward()
+    heads = [(torch.randn(V, r, generator=g), torch.randn(r, D, generator=g) / 3) for r in ranks]
+    return [(A.to(DEVICE), B.to(DEVICE)) for A, B in heads], W.to(DEVICE), h.to(DEVICE), y.to(DEVICE)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "fused"])
+@pytest.mark.parametrize("temperature, mix", [(1.0, 1.0), (1.0, 0.4), (2.5, 1.0), (2.0, 0.3)])
+def test_distillation_gradients_are_those_of_the_definition(impl, temperature, mix, monkeypatch):
+    """Against autograd in float64: loss and both gradients of two heads, with masked tokens, in several chunks and blocks of a row."""
+    monkeypatch.setattr(fused, "MEMORY", 0)  # chunks of 128
+    monkeypatch.setattr(fused, "ROW", fused.Tile(1, 64, 4, 1))
+    heads, W, h, y = pupils(130 if impl == "fused" else 700, 12, 90, (1, 7))
+    losses, grads = taught(heads, W, h, y, temperature, mix, impl)
+    for found, (dA, dB), (want, want_A, want_B) in zip(losses, grads, defined(heads, W, h, y, temperature, mix, torch.float64)):
         assert torch.allclose(found.double(), want, atol=1e-4)
-        assert torch.allclose(2 * dA.double(), A.grad, rtol=1e-4, atol=1e-3) and torch.allclose(2 * dB.double(), B.grad, rtol=1e-4, atol=1e-3)
-    for i, (A, B) in enumerate(heads):  # alone: the same bits
-        alone = [(torch.zeros_like(A), torch.zeros_like(B))]
-        assert torch.equal(steps(h, [cast[i]], targets(y), alone, 0.5, o)[0], losses[i])
-        assert torch.equal(alone[0][0], grads[i][0]) and torch.equal(alone[0][1], grads[i][1])
+        assert torch.allclose(2 * dA.double(), want_A, rtol=1e-4, atol=1e-3) and torch.allclose(2 * dB.double(), want_B, rtol=1e-4, atol=1e-3)
+    for i, head in list(enumerate(heads))[-1 if impl == "fused" else 0 :]:  # alone: the same bits
+        loss, ((dA, dB),) = taught([head], W, h, y, temperature, mix, impl)
+        assert torch.equal(loss[0], losses[i]) and torch.equal(dA, grads[i][0]) and torch.equal(dB, grads[i][1])
+
+
+@pytest.mark.parametrize("temperature, mix", [(1.0, 0.9), (2.0, 0.5)])
+def test_distillation_in_sixteen_bits_is_as_close_as_plain_pytorch(temperature, mix):
+    """Three ways: the error against float64 is at most that of eager PyTorch in bfloat16, plus 5 %."""
+    heads, W, h, y = pupils(65, 48, 1300, (5, 40))
+    heads, W, h = [tuple(t.bfloat16().float() for t in head) for head in heads], W.bfloat16().float() / 3, h.bfloat16().float()
+    losses, grads = taught(heads, W, h, y, temperature, mix, "fused", torch.bfloat16)
+    exact, plain = (defined(heads, W, h, y, temperature, mix, d) for d in (torch.float64, torch.bfloat16))
+    for loss, (dA, dB), truth, eager in zip(losses, grads, exact, plain):
+        for got, want, other in zip((loss, 2 * dA, 2 * dB), truth, eager):
+            assert (got - want).norm() <= 1.05 * (other - want).norm()
 
 
 def test_a_trained_teacher_learns_from_the_data_and_teaches_the_others():

@@ -25,7 +25,7 @@ NEEDED = {("data", "local"): ["data.files=x.txt"], ("data", "prepared"): ["data.
 def test_every_choice_composes_and_passes_the_checks(group, name):
     extra = NEEDED.get((group, name), [])
     if (group, name) == ("optim", "table"):
-        extra = ["optim.table={8:0.1,64:0.2}"]
+        extra = ["optim.table={8:0.1,64:[0.2,0.3]}"]
     c = check_config(composed([f"{group}={name}", *extra]))
     assert total_steps(c) >= 1
     if group == "backbone":

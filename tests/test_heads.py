@@ -124,7 +124,7 @@ def test_power_rule():
     assert power_rate(o, "fisher", 256, 256, 8192) == 1e-3
     assert power_rate(o, "fisher", 64, 256, 8192) == 2e-3
     assert power_rate(OptimConfig(lr_ref=1e-3, gamma=0.5, n_ref=4 * 256 * (8192 + 256)), "fisher", 256, 256, 8192) == 2e-3
-    assert rates(OptimConfig(lr_rule="table", table={4: 0.3}), "fisher", 4, 8, 9) == [0.3]
+    assert rates(OptimConfig(lr_rule="table", table={4: [0.3, 0.1]}), "fisher", 4, 8, 9) == [0.3, 0.1]
     assert rates(OptimConfig(lr=[0.1, 0.2]), "fisher", 4, 8, 9) == [0.1, 0.2]
     grid = rates(OptimConfig(lr_rule="grid", lr_ref=1e-3, gamma=0.5), "fisher", 64, 256, 8192)
     assert grid == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]

@@ -5,8 +5,9 @@ For a token with the full head's logits s* and a head's logits s = A z, z = B h 
     loss = (1 − m) · CE(y, softmax(s)) + m · T² · KL(softmax(s*/T) ‖ softmax(s/T))
     d loss / d s = (1 − m) · (softmax(s) − onehot(y)) + m · T · (softmax(s/T) − softmax(s*/T))
 
-A chunk of tokens at a time on any device; the full head's softmax is made once for all heads of a bank, which share nothing
-else, so each head has the bits that it has alone.
+A chunk of tokens at a time; the full head's softmax is made once for all heads of a bank, which share nothing else, so each head
+has the bits that it has alone. Heads on `fused` have one Triton kernel turn a chunk of their logits into its gradient; the rest,
+on any device, is plain PyTorch.
 
 Dims: n tokens of a chunk, D hidden size, R rank, V vocabulary.
 """
@@ -18,6 +19,7 @@ from typing import Callable, Iterator, NamedTuple, Optional
 import torch
 from torch import Tensor
 
+from bottleneck.losses.choice import fused
 from bottleneck.losses.chunked import chunk_rows
 from bottleneck.losses.linear import Weights
 from bottleneck.losses.products import add_product, matmul_f32
@@ -70,24 +72,38 @@ def steps(h_ND: Tensor, heads: list[Weights], y_N: Tensor, gradients: list[tuple
     """
     N, V = len(h_ND), len(heads[0].A)
     losses = torch.zeros(len(heads), N, dtype=torch.float32, device=h_ND.device)
-    rows = max(1, chunk_rows(V, h_ND.device.type) // 2)  # more chunks of V-wide numbers are held than without a teacher
+    kernels = fused() if all(w.impl == "fused" for w in heads) else None
+    # more chunks of V-wide numbers are held than without a teacher
+    rows = kernels.goal_rows(N, V, h_ND.element_size()) if kernels else max(1, chunk_rows(V, h_ND.device.type) // 2)
     for start in range(0, N, rows):
         part = slice(start, start + rows)
-        h, keep = h_ND[part], y_N[part] >= 0
-        goals = list(_goals(o, h, y_N[part].clamp(min=0).long()[:, None]))
+        h, y, keep = h_ND[part], y_N[part], (y_N[part] >= 0)[:, None]
+        if kernels:
+            p, least = kernels.teach(o.teacher(h), o.temperature, h.element_size())
+        else:
+            goals = list(_goals(o, h, y.clamp(min=0).long()[:, None]))
         for i, (w, (dA, dB)) in enumerate(zip(heads, gradients)):
             z = h @ w.B.T
-            logits = matmul_f32(z, w.A.T)
-            loss, G = torch.zeros_like(losses[i, part]), None
-            for goal in goals:
-                log_q = torch.log_softmax(logits if goal.temperature == 1 else logits / goal.temperature, -1)
-                loss += goal.weight * (goal.least_n - (goal.target_nV * log_q).sum(-1))
-                g = log_q.exp_().sub_(goal.target_nV)
-                slope = goal.weight / goal.temperature
-                g = g if slope == 1 else g.mul_(slope)
-                G = g if G is None else G.add_(g)
-            losses[i, part] = loss.masked_fill(~keep, 0.0)
-            G, keep_z = G.to(z.dtype), keep[:, None]
-            add_product(dA, G.T, (z * keep_z)[:, : w.rank], scale)
-            add_product(dB, ((G @ w.A) * keep_z)[:, : w.rank].T, h, scale)
+            if kernels:
+                G = z @ w.A.T
+                losses[i, part] = kernels.follow(G, p, least, y, o.temperature, o.mix)
+            else:
+                loss, G = _follow(matmul_f32(z, w.A.T), goals)
+                losses[i, part] = loss.masked_fill(~keep[:, 0], 0.0)
+                G = G.to(z.dtype)
+            add_product(dA, G.T, (z * keep)[:, : w.rank], scale)
+            add_product(dB, ((G @ w.A) * keep)[:, : w.rank].T, h, scale)
     return losses
+
+
+def _follow(logits_nV: Tensor, goals: list[Goal]) -> tuple[Tensor, Tensor]:
+    """Loss [n], and its gradient at the logits [n, V]."""
+    total, G = 0.0, None
+    for goal in goals:
+        log_q = torch.log_softmax(logits_nV if goal.temperature == 1 else logits_nV / goal.temperature, -1)
+        total = total + goal.weight * (goal.least_n - (goal.target_nV * log_q).sum(-1))
+        g = log_q.exp_().sub_(goal.target_nV)
+        slope = goal.weight / goal.temperature
+        g = g if slope == 1 else g.mul_(slope)
+        G = g if G is None else G.add_(g)
+    return total, G

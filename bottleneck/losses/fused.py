@@ -11,6 +11,7 @@ Dims: N tokens, R rank (padded, see `padded_rank`), V vocabulary.
 from __future__ import annotations
 
 import functools
+import math
 import os
 from typing import NamedTuple, Optional
 
@@ -39,6 +40,8 @@ class Tile(NamedTuple):
 # Measured on an H100 with bfloat16, N = 8,192, V = 50,304 (launch/LOG.md), by padded rank.
 SCAN = {16: Tile(64, 128, 4, 3, 2), 32: Tile(64, 128, 4, 3, 2), 64: Tile(64, 128, 4, 3, 2), 128: Tile(64, 128, 4, 2, 2), 256: Tile(128, 64, 8, 3)}
 SPREAD = {16: Tile(32, 128, 4, 3), 32: Tile(32, 128, 4, 3), 64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 4, 2), 256: Tile(64, 64, 4, 2)}
+# A row of logits by one program.
+ROW = Tile(1, 8192, 16, 1)
 # Float32 operands, older cards: small enough for any. The interpreter's time goes by the number of tiles.
 PLAIN = Tile(128, 512, 4, 2) if INTERPRETED else Tile(32, 32, 4, 2)
 
@@ -115,7 +118,7 @@ def _chunks(z: Tensor, A: Tensor, y: Tensor, dA: Optional[Tensor], scale: float)
         part = z[start : start + rows]
         G = torch.mm(part, A.T, out=buffer[: len(part)]) if grad else matmul_f32(part, A.T)
         at = slice(start, start + rows)
-        kernels.soften[(len(G),)](G, y[at], loss[at], V, G.stride(0), BLOCK=8192, GRAD=grad, num_warps=16)
+        kernels.soften[(len(G),)](G, y[at], loss[at], V, G.stride(0), BLOCK=ROW.entries, GRAD=grad, num_warps=ROW.warps)
         if grad:
             add_product(dA, G.T, part, scale)
             torch.mm(G, A, out=part)  # dz in the place of z, which is not read again
@@ -124,6 +127,44 @@ def _chunks(z: Tensor, A: Tensor, y: Tensor, dA: Optional[Tensor], scale: float)
 
 def chunk_rows(N: int, V: int, R: int, itemsize: int) -> int:
     """Tokens of a chunk of logits: with z [N, R] beside it under MEMORY, in chunks of equal size and whole tiles of 128."""
-    most = max(128, (MEMORY - N * R * itemsize) // (V * itemsize) // 128 * 128)
-    chunks = triton.cdiv(N, most)
+    return _equal(N, (MEMORY - N * R * itemsize) // (V * itemsize))
+
+
+def goal_rows(N: int, V: int, itemsize: int) -> int:
+    """Likewise where a full head teaches: its logits in float32 with its softmax beside them, then that and a head's logits."""
+    return _equal(N, MEMORY // (V * (4 + itemsize)))
+
+
+def _equal(N: int, most: int) -> int:
+    most = max(128, most // 128 * 128)
+    chunks = max(1, triton.cdiv(N, most))
     return min(N, triton.cdiv(triton.cdiv(N, chunks), 128) * 128)
+
+
+def teach(logits_nV: Tensor, temperature: float, itemsize: int) -> tuple[Tensor, Tensor]:
+    """Of a full head's logits: softmax at a temperature p [n, V], and Σ p log p [n], float32.
+
+    Args: itemsize: bytes of an entry of p: 4, or 2, which are float16's: between 0 and 1 it has three bits more than bfloat16.
+    """
+    n, V = logits_nV.shape
+    p = torch.empty(n, V, dtype=torch.float16 if itemsize == 2 else torch.float32, device=logits_nV.device)
+    least = torch.empty(n, dtype=torch.float32, device=logits_nV.device)
+    with torch.cuda.device_of(logits_nV):
+        kernels.teach[(n,)](logits_nV, p, least, V, logits_nV.stride(0), math.log2(math.e) / temperature, BLOCK=ROW.entries, num_warps=ROW.warps)
+    return p, least
+
+
+def follow(logits_nV: Tensor, p_nV: Tensor, least_n: Tensor, y_n: Tensor, temperature: float, mix: float) -> Tensor:
+    """Loss [n] of a head beside what `teach` gives, as `losses.distill` has it; d loss / d logits takes the place of the logits."""
+    if INTERPRETED and logits_nV.dtype == torch.bfloat16:  # which Triton's interpreter rounds towards zero
+        wide = logits_nV.float()
+        loss = follow(wide, p_nV, least_n, y_n, temperature, mix)
+        logits_nV.copy_(wide)
+        return loss
+    loss = torch.empty(len(logits_nV), dtype=torch.float32, device=logits_nV.device)
+    V, hot = logits_nV.shape[1], temperature != 1
+    with torch.cuda.device_of(logits_nV):
+        kernels.follow[(len(loss),)](
+            logits_nV, p_nV, least_n, y_n, loss, V, logits_nV.stride(0), mix, temperature, BLOCK=ROW.entries, HOT=hot, num_warps=ROW.warps
+        )
+    return loss

@@ -173,3 +173,84 @@ def soften(logits_ptr, y_ptr, loss_ptr, V, stride, BLOCK: tl.constexpr, GRAD: tl
             g = tl.exp2(s - lse)
             g = tl.where(cols == y, g - 1.0, g) * weight
             tl.store(at + cols, g.to(logits_ptr.dtype.element_ty), mask=cols < V)
+
+
+@triton.jit
+def teach(logits_ptr, p_ptr, least_ptr, V, stride, heat, BLOCK: tl.constexpr):
+    """One row of a full head's logits [n, V]: softmax(logits / T) p, and Σ p log p. heat: log2(e) / T."""
+    row = tl.program_id(0).to(tl.int64)
+    at = logits_ptr + row * stride
+    m = tl.full([BLOCK], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK], tl.float32)
+    mean = tl.zeros([BLOCK], tl.float32)  # Σ exp(s − m) s
+    for v0 in range(0, V, BLOCK):
+        cols = v0 + tl.arange(0, BLOCK)
+        s = tl.load(at + cols, mask=cols < V, other=float("-inf")).to(tl.float32) * heat
+        top = tl.maximum(m, s)
+        base = tl.where(top == float("-inf"), 0.0, top)
+        shrink, e = tl.exp2(m - base), tl.exp2(s - base)
+        l = l * shrink + e
+        mean = mean * shrink + e * tl.where(cols < V, s, 0.0)
+        m = top
+    top = tl.max(m, 0)
+    share = tl.exp2(m - top)
+    total = tl.sum(l * share, 0)
+    lse = top + tl.log2(total)
+    tl.store(least_ptr + row, (tl.sum(mean * share, 0) / total - lse) * LN2)
+    for v0 in range(0, V, BLOCK):
+        cols = v0 + tl.arange(0, BLOCK)
+        s = tl.load(at + cols, mask=cols < V, other=float("-inf")).to(tl.float32) * heat
+        tl.store(p_ptr + row * V + cols, tl.exp2(s - lse).to(p_ptr.dtype.element_ty), mask=cols < V)
+
+
+@triton.jit
+def follow(logits_ptr, p_ptr, least_ptr, y_ptr, loss_ptr, V, stride, mix, temperature, BLOCK: tl.constexpr, HOT: tl.constexpr):
+    """One row of a head's logits [n, V]: its loss beside p [n, V] of `teach`, see `losses.distill`, and d loss / d logits in its place.
+
+    HOT: the temperature is not 1. Zeros where the token does not count.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    at, p_at = logits_ptr + row * stride, p_ptr + row * V
+    y = tl.load(y_ptr + row)
+    counts = y >= 0
+    cool = 1.0 / temperature
+    m = tl.full([BLOCK], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK], tl.float32)
+    hot = tl.zeros([BLOCK], tl.float32)  # Σ exp((s − m) / T)
+    whole = tl.zeros([BLOCK], tl.float32)  # Σ p, by which p is divided: in 16 bits it is not 1
+    mean = tl.zeros([BLOCK], tl.float32)  # Σ p s
+    for v0 in range(0, V, BLOCK):
+        cols = v0 + tl.arange(0, BLOCK)
+        s = tl.load(at + cols, mask=cols < V, other=float("-inf")).to(tl.float32) * LOG2E
+        p = tl.load(p_at + cols, mask=cols < V, other=0.0).to(tl.float32)
+        top = tl.maximum(m, s)
+        base = tl.where(top == float("-inf"), 0.0, top)
+        l = l * tl.exp2(m - base) + tl.exp2(s - base)
+        if HOT:
+            hot = hot * tl.exp2((m - base) * cool) + tl.exp2((s - base) * cool)
+        m = top
+        whole += p
+        mean += p * tl.where(cols < V, s, 0.0)
+    top = tl.max(m, 0)
+    total = tl.log2(tl.sum(l * tl.exp2(m - top), 0))
+    lse = top + total
+    lse_hot = lse
+    if HOT:
+        lse_hot = top * cool + tl.log2(tl.sum(hot * tl.exp2((m - top) * cool), 0))
+    rescale = 1.0 / tl.sum(whole, 0)
+    own = tl.load(at + tl.maximum(y, 0), mask=y < V, other=float("nan")).to(tl.float32) * LOG2E
+    entropy = ((top - own) + total) * LN2
+    divergence = tl.load(least_ptr + row) + (lse_hot - tl.sum(mean, 0) * rescale * cool) * LN2
+    loss = mix * temperature * temperature * divergence + (1.0 - mix) * entropy
+    tl.store(loss_ptr + row, tl.where(counts, loss, 0.0))
+    weight = tl.where(counts, 1.0, 0.0)
+    for v0 in range(0, V, BLOCK):
+        cols = v0 + tl.arange(0, BLOCK)
+        s = tl.load(at + cols, mask=cols < V, other=float("-inf")).to(tl.float32) * LOG2E
+        p = tl.load(p_at + cols, mask=cols < V, other=0.0).to(tl.float32)
+        q = tl.exp2(s - lse)
+        g = (1.0 - mix) * tl.where(cols == y, q - 1.0, q)
+        if HOT:
+            q = tl.exp2(s * cool - lse_hot)
+        g += mix * temperature * (q - p * rescale)
+        tl.store(at + cols, (g * weight).to(logits_ptr.dtype.element_ty), mask=cols < V)
