@@ -14,7 +14,8 @@ Dims: n tokens of a chunk, D hidden size, R rank, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Callable, Iterator, NamedTuple, Optional
+import functools
+from typing import Any, Callable, Iterator, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -75,25 +76,36 @@ def steps(h_ND: Tensor, heads: list[Weights], y_N: Tensor, gradients: list[tuple
     kernels = fused() if all(w.impl == "fused" for w in heads) else None
     # more chunks of V-wide numbers are held than without a teacher
     rows = kernels.goal_rows(N, V, h_ND.element_size()) if kernels else max(1, chunk_rows(V, h_ND.device.type) // 2)
+    work = functools.partial(_fast, kernels) if kernels else _plain
     for start in range(0, N, rows):
         part = slice(start, start + rows)
-        h, y, keep = h_ND[part], y_N[part], (y_N[part] >= 0)[:, None]
-        if kernels:
-            p, least = kernels.teach(o.teacher(h), o.temperature, h.element_size())
-        else:
-            goals = list(_goals(o, h, y.clamp(min=0).long()[:, None]))
-        for i, (w, (dA, dB)) in enumerate(zip(heads, gradients)):
-            z = h @ w.B.T
-            if kernels:
-                G = z @ w.A.T
-                losses[i, part] = kernels.follow(G, p, least, y, o.temperature, o.mix)
-            else:
-                loss, G = _follow(matmul_f32(z, w.A.T), goals)
-                losses[i, part] = loss.masked_fill(~keep[:, 0], 0.0)
-                G = G.to(z.dtype)
-            add_product(dA, G.T, (z * keep)[:, : w.rank], scale)
-            add_product(dB, ((G @ w.A) * keep)[:, : w.rank].T, h, scale)
+        work(h_ND[part], heads, y_N[part], gradients, scale, o, losses[:, part])
     return losses
+
+
+def _fast(kernels: Any, h_nD: Tensor, heads: list[Weights], y_n: Tensor, gradients: list[tuple[Tensor, Tensor]], scale: float, o: Objective, losses_Hn: Tensor) -> None:
+    """A chunk of tokens in few launches: what does not count is zero in G, and so in all that follows."""
+    p, least = kernels.teach(o.teacher(h_nD), o.temperature, h_nD.element_size())
+    for w, (dA, dB), loss in zip(heads, gradients, losses_Hn):
+        z = h_nD @ w.B.T
+        G = z @ w.A.T
+        kernels.follow(G, p, least, y_n, o.temperature, o.mix, loss)
+        add_product(dA, G.T, z[:, : w.rank], scale)
+        add_product(dB, (G @ w.A)[:, : w.rank].T, h_nD, scale)
+        del G  # before there is another
+
+
+def _plain(h_nD: Tensor, heads: list[Weights], y_n: Tensor, gradients: list[tuple[Tensor, Tensor]], scale: float, o: Objective, losses_Hn: Tensor) -> None:
+    """The same on any device."""
+    keep = (y_n >= 0)[:, None]
+    goals = list(_goals(o, h_nD, y_n.clamp(min=0).long()[:, None]))
+    for w, (dA, dB), loss in zip(heads, gradients, losses_Hn):
+        z = h_nD @ w.B.T
+        found, G = _follow(matmul_f32(z, w.A.T), goals)
+        loss.copy_(found.masked_fill(~keep[:, 0], 0.0))
+        G = G.to(z.dtype)
+        add_product(dA, G.T, (z * keep)[:, : w.rank], scale)
+        add_product(dB, ((G @ w.A) * keep)[:, : w.rank].T, h_nD, scale)
 
 
 def _follow(logits_nV: Tensor, goals: list[Goal]) -> tuple[Tensor, Tensor]:

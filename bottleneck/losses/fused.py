@@ -41,7 +41,7 @@ class Tile(NamedTuple):
 SCAN = {16: Tile(64, 128, 4, 3, 2), 32: Tile(64, 128, 4, 3, 2), 64: Tile(64, 128, 4, 3, 2), 128: Tile(64, 128, 4, 2, 2), 256: Tile(128, 64, 8, 3)}
 SPREAD = {16: Tile(32, 128, 4, 3), 32: Tile(32, 128, 4, 3), 64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 4, 2), 256: Tile(64, 64, 4, 2)}
 # A row of logits by one program.
-ROW = Tile(1, 8192, 16, 1)
+ROW = Tile(1, 8192, 32, 1)
 # Float32 operands, older cards: small enough for any. The interpreter's time goes by the number of tiles.
 PLAIN = Tile(128, 512, 4, 2) if INTERPRETED else Tile(32, 32, 4, 2)
 
@@ -154,17 +154,15 @@ def teach(logits_nV: Tensor, temperature: float, itemsize: int) -> tuple[Tensor,
     return p, least
 
 
-def follow(logits_nV: Tensor, p_nV: Tensor, least_n: Tensor, y_n: Tensor, temperature: float, mix: float) -> Tensor:
-    """Loss [n] of a head beside what `teach` gives, as `losses.distill` has it; d loss / d logits takes the place of the logits."""
+def follow(logits_nV: Tensor, p_nV: Tensor, least_n: Tensor, y_n: Tensor, temperature: float, mix: float, loss_n: Tensor) -> None:
+    """The loss of a head beside what `teach` gives, as `losses.distill` has it; d loss / d logits takes the place of the logits."""
     if INTERPRETED and logits_nV.dtype == torch.bfloat16:  # which Triton's interpreter rounds towards zero
         wide = logits_nV.float()
-        loss = follow(wide, p_nV, least_n, y_n, temperature, mix)
+        follow(wide, p_nV, least_n, y_n, temperature, mix, loss_n)
         logits_nV.copy_(wide)
-        return loss
-    loss = torch.empty(len(logits_nV), dtype=torch.float32, device=logits_nV.device)
-    V, hot = logits_nV.shape[1], temperature != 1
+        return
     with torch.cuda.device_of(logits_nV):
-        kernels.follow[(len(loss),)](
-            logits_nV, p_nV, least_n, y_n, loss, V, logits_nV.stride(0), mix, temperature, BLOCK=ROW.entries, HOT=hot, num_warps=ROW.warps
-        )
-    return loss
+        kernels.follow[(len(logits_nV),)](
+            logits_nV, p_nV, least_n, y_n, loss_n, logits_nV.shape[1], logits_nV.stride(0), mix, temperature,
+            BLOCK=ROW.entries, HOT=temperature != 1, num_warps=ROW.warps,
+        )  # fmt: skip

@@ -145,7 +145,10 @@ def spread(z_ptr, A_ptr, y_ptr, lse_ptr, dA_ptr, N, V, scale, width, R: tl.const
 
 @triton.jit
 def soften(logits_ptr, y_ptr, loss_ptr, V, stride, BLOCK: tl.constexpr, GRAD: tl.constexpr):
-    """One row of logits [n, V]: its loss and, with GRAD, p − onehot(y) in its place (zero where the token does not count)."""
+    """One row of logits [n, V]: its loss and, with GRAD, p − onehot(y) in its place (zero where the token does not count).
+
+    The row is read twice: it is to stay in the level-2 cache until the second time, and not longer.
+    """
     row = tl.program_id(0)
     at = logits_ptr + row.to(tl.int64) * stride
     y = tl.load(y_ptr + row)
@@ -154,7 +157,7 @@ def soften(logits_ptr, y_ptr, loss_ptr, V, stride, BLOCK: tl.constexpr, GRAD: tl
     l = tl.zeros([BLOCK], tl.float32)
     for v0 in range(0, V, BLOCK):
         cols = v0 + tl.arange(0, BLOCK)
-        s = tl.load(at + cols, mask=cols < V, other=float("-inf")).to(tl.float32) * LOG2E
+        s = tl.load(at + cols, mask=cols < V, other=float("-inf"), eviction_policy="evict_last").to(tl.float32) * LOG2E
         top = tl.maximum(m, s)
         # each lane keeps a maximum of its own; a lane that has seen nothing has none
         base = tl.where(top == float("-inf"), 0.0, top)
@@ -169,7 +172,7 @@ def soften(logits_ptr, y_ptr, loss_ptr, V, stride, BLOCK: tl.constexpr, GRAD: tl
         weight = tl.where(counts, 1.0, 0.0)
         for v0 in range(0, V, BLOCK):
             cols = v0 + tl.arange(0, BLOCK)
-            s = tl.load(at + cols, mask=cols < V, other=float("-inf")).to(tl.float32) * LOG2E
+            s = tl.load(at + cols, mask=cols < V, other=float("-inf"), eviction_policy="evict_first").to(tl.float32) * LOG2E
             g = tl.exp2(s - lse)
             g = tl.where(cols == y, g - 1.0, g) * weight
             tl.store(at + cols, g.to(logits_ptr.dtype.element_ty), mask=cols < V)
