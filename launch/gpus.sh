@@ -26,7 +26,7 @@ one() { # one NAME BENCHMARK OPTIONS…: a benchmark, its table and its CSV
     shift
     echo "== $name: benchmark $*" >&2
     # shellcheck disable=SC2086
-    timeout --signal=INT --kill-after=30 "${LIMIT:-600}" "$python" -m bottleneck.benchmark "$@" ${ARGS:-} --csv "$out/$name.csv" 2> "$out/$name.log" ||
+    timeout --signal=INT --kill-after=120 "${LIMIT:-600}" "$python" -m bottleneck.benchmark "$@" ${ARGS:-} --csv "$out/$name.csv" 2> "$out/$name.log" ||
         { failed=1; tail -n 3 "$out/$name.log" >&2; }
 }
 

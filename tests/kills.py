@@ -18,7 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bottleneck.benchmark.killed import family, trains  # noqa: E402
+from bottleneck.benchmark.killed import trains  # noqa: E402
+from bottleneck.benchmark.ours import family  # noqa: E402
 from bottleneck.checkpoint import LAST, PREVIOUS  # noqa: E402
 
 

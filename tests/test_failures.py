@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +17,7 @@ import pytest
 from hydra.types import RunMode
 
 from bottleneck import cli
-from bottleneck.benchmark import killed, scale
+from bottleneck.benchmark import killed, ours, scale
 from bottleneck.errors import UserError
 from bottleneck.tracking import MetricsCSV
 from conftest import ROOT
@@ -112,10 +114,35 @@ def test_a_stopped_run_leaves_no_process_behind():
     """Not even one in a session of its own, as torch starts its workers."""
     run = killed.Run.__new__(killed.Run)
     run.process = subprocess.Popen(["bash", "-c", "setsid sleep 300 & wait"], start_new_session=True)
-    while len(pids := killed.family(run.process.pid)) < 2:
+    while len(pids := ours.family(run.process.pid)) < 2:
         time.sleep(0.01)
     run.stop()
+    assert_gone(pids)
+
+
+def assert_gone(pids):
     end = time.monotonic() + 10
     while any(Path(f"/proc/{p}").exists() and "Z" not in Path(f"/proc/{p}/stat").read_text().split()[2] for p in pids):
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+def test_an_interrupted_benchmark_takes_its_run_along(deaf, monkeypatch, tmp_path):
+    """It had its run killed by subprocess.run a quarter of a second after a Ctrl-C, which left torch's workers, in sessions of their
+    own, alone on their GPUs. The run is given time to end itself; one that does not is killed with all that it started."""
+    monkeypatch.setattr(ours, "PATIENCE", 1.0 if deaf else 60.0)
+    said, pids = tmp_path / "said", []
+    trap = "trap '' INT" if deaf else f"trap 'sleep 0.5; kill $!; touch {said}; exit 130' INT"
+
+    def interrupt():
+        while len(found := ours.family(os.getpid())) < 3 or "sleep" not in Path(f"/proc/{found[-1]}/cmdline").read_text():
+            time.sleep(0.01)
+        pids.extend(found[1:])
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        ours._call(["bash", "-c", f"{trap}; setsid sleep 300 & wait"])
+    assert_gone(pids)
+    assert said.exists() != deaf

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import signal
 import subprocess
@@ -31,18 +30,6 @@ WAIT = 300.0  # seconds for a group to start, or to start again
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     scale.add_arguments(parser)
     parser.add_argument("--checkpoint-every", type=int, default=5, help="steps between checkpoints (default: 5)")
-
-
-def family(pid: int) -> list[int]:
-    """A process and those that it started, however deep, as long as they are there."""
-    found = [pid]
-    for parent in found:
-        for path in Path(f"/proc/{parent}/task").glob("*/children"):
-            try:
-                found += [int(p) for p in path.read_text().split() if int(p) not in found]
-            except OSError:
-                pass
-    return found
 
 
 def trains(pid: int) -> bool:
@@ -93,11 +80,7 @@ class Run:
             raise UserError(f"benchmark: {self.folder.name}: launch/torchrun.sh ended with {self.process.returncode}, see above")
 
     def stop(self) -> None:
-        if self.process.poll() is None:
-            for pid in reversed(family(self.process.pid)):  # torch starts workers in sessions of their own
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            self.process.wait()
+        ours.stop(self.process)
 
 
 def run(args: argparse.Namespace) -> list[Row]:
@@ -117,7 +100,7 @@ def run(args: argparse.Namespace) -> list[Row]:
                 start = one.until(1)
                 if folder.name == "cut":
                     one.until(2 * every + 1)
-                    workers = [p for p in family(one.process.pid)[1:] if trains(p)]  # the first is torchrun's agent
+                    workers = [p for p in ours.family(one.process.pid)[1:] if trains(p)]  # the first is torchrun's agent
                     killed = time.monotonic()
                     os.kill(workers[-1], signal.SIGKILL)
                     time.sleep(1.0)  # what was on its way to the log arrives

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
+import os
+import signal
 import subprocess
 import sys
 import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
@@ -18,6 +20,7 @@ from bottleneck.checks import as_count
 from bottleneck.config import ROOT
 from bottleneck.errors import UserError, check
 
+PATIENCE = 100.0  # seconds after a Ctrl-C: a step, a checkpoint, and torch's agent, which waits for its processes
 PARTS = ("forward", "heads", "reduction", "optimizer")
 
 
@@ -76,7 +79,7 @@ def read_ranks(args: argparse.Namespace) -> list[int]:
     return ranks
 
 
-@contextmanager
+@contextlib.contextmanager
 def inputs(shape: str, tokens: int) -> Iterator[tuple[Path, Path]]:
     """Folders of a backbone's shape and of that many prepared tokens."""
     with tempfile.TemporaryDirectory() as name:
@@ -97,13 +100,50 @@ def overrides(c: Case, backbone: Path, tokens: Path) -> list[str]:
     ]  # fmt: skip
 
 
+def family(pid: int) -> list[int]:
+    """A process and those that it started, however deep, as long as they are there."""
+    found = [pid]
+    for parent in found:
+        for path in Path(f"/proc/{parent}/task").glob("*/children"):
+            try:
+                found += [int(p) for p in path.read_text().split() if int(p) not in found]
+            except OSError:
+                pass
+    return found
+
+
+def stop(process: subprocess.Popen, patience: float = 0.0) -> None:
+    """End a run with all its processes, which torch starts in sessions of their own.
+
+    Args: patience: seconds that it has after a Ctrl-C to end by itself.
+    """
+    if process.poll() is None and patience:
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+    if process.poll() is None:
+        for pid in reversed(family(process.pid)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+def _call(command: list[str]) -> int:
+    """Exit code of a command. It is not outlived by what it started, also where this process is interrupted."""
+    process = subprocess.Popen(command, cwd=ROOT, stdout=sys.stderr)
+    try:
+        return process.wait()
+    finally:
+        stop(process, PATIENCE)
+
+
 def measure(c: Case, backbone: Path, tokens: Path) -> Logged:
     """Run it. Raises UserError where it fails; its own output is on stderr."""
     with tempfile.TemporaryDirectory() as run:
         command = [sys.executable, str(ROOT / "train.py"), *overrides(c, backbone, tokens), f"hydra.run.dir={run}"]
-        done = subprocess.run(command, cwd=ROOT, stdout=sys.stderr)
-        if done.returncode:
-            raise UserError(f"benchmark: train.py ended with {done.returncode}, see above")
+        code = _call(command)
+        if code:
+            raise UserError(f"benchmark: train.py ended with {code}, see above")
         found: dict[str, list[float]] = {}
         with open(Path(run) / "metrics.csv", newline="") as f:
             for r in csv.DictReader(f):
