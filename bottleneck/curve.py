@@ -192,7 +192,8 @@ def show(curves: list[dict[str, Any]], console: Console) -> None:
     """Print the best head of every rank beside the backbone's own head."""
     for c, label in zip(curves, labels(curves)):
         seeds = len({h["seed"] for h in c["heads"]})
-        more = (label.removeprefix(c["backbone"]) if len(curves) > 1 else "") + (f", the best of {seeds} seeds" if seeds > 1 else "")
+        apart = [w for w in label.removeprefix(c["backbone"]).split(", ") if w and not w.endswith(" tokens")]  # which the title names anyway
+        more = "".join(f", {w}" for w in apart) + (f", the best of {seeds} seeds" if seeds > 1 else "")
         table = Table(title=escape(f"{c['backbone']} on {c['data']}, {c['tokens']:,} training tokens{more}"), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
         for column in ("rank", "lr", "loss", "perplexity", "start", "KL", "top-1", "accept"):
             table.add_column(column, justify="right", no_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from typing import Any, BinaryIO
 
 PAPER_MARK = 1000  # "degrades visibly below r ≈ 1000, whatever the model's size" (Godey et al. 2024, Fig. 6)
@@ -16,20 +17,31 @@ def as_text(name: Any) -> str:
 def labels(curves: list[dict[str, Any]]) -> list[str]:
     """Names of the lines: the backbone, and whatever else tells them apart."""
     parts = [[c["backbone"]] for c in curves]
+    starts = [tuple(sorted({h["init"] for h in c.get("heads", ())})) for c in curves]
+    if len(set(starts)) > 1:
+        for part, inits in zip(parts, starts):
+            part += inits if len(inits) == 1 else []  # several are lines of their own
     for key in ("data", "tokens"):
         if len({c[key] for c in curves}) > 1:
             for part, c in zip(parts, curves):
-                part.append(f"{c[key]:,} tokens" if key == "tokens" else str(c[key]))
+                part.append(_count(c[key]) if key == "tokens" else str(c[key]))
     for key in sorted({k for c in curves for k in c["recipe"]}):
         if len({str(c["recipe"].get(key)) for c in curves}) > 1:
             for part, c in zip(parts, curves):
-                if key in c["recipe"]:  # some are there only where they are not what is usual
+                if key in c["recipe"] and (key, c["recipe"][key]) != ("temperature", 1.0):  # some are there only where they are not what is usual
                     part.append(f"{key} {c['recipe'][key]}")
     for key in ("backbone_hash", "data_hash"):  # the same name for different weights or text
         for part, c in zip(parts, curves):
             if sum(p == part for p in parts) > 1:
                 part.append(str(c[key])[:6])
     return [", ".join(part) for part in parts]
+
+
+def _count(tokens: int) -> str:
+    return f"{tokens / 1e6:.4g}M tokens" if tokens >= 1e6 else f"{tokens:,} tokens"
+
+
+WIDEST = 44  # letters of a legend that stands inside the axes
 
 
 def draw(curves: list[dict[str, Any]], file: BinaryIO) -> None:
@@ -44,6 +56,7 @@ def draw(curves: list[dict[str, Any]], file: BinaryIO) -> None:
     colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
     ranks: set[int] = set()
     values: list[float] = []
+    owns: set[tuple] = set()
     number = 0
     for curve, label in zip(curves, map(as_text, labels(curves))):
         inits = sorted({h["init"] for h in curve["heads"]})
@@ -66,7 +79,11 @@ def draw(curves: list[dict[str, Any]], file: BinaryIO) -> None:
         own = curve["reference"]["perplexity"]
         if own:
             values.append(own)
-            axes.axhline(own, color=first, ls="--", lw=1, label=f"{label}, own head ({own:.4g})")
+            whose = (curve["backbone_hash"], curve["data_hash"], f"{own:.4g}")
+            if whose not in owns:  # runs on the same backbone and text share it
+                owns.add(whose)
+                several = len({(c["backbone_hash"], c["data_hash"]) for c in curves}) > 1 or len(curves) == 1
+                axes.axhline(own, color=first if several else "0.3", ls="--", lw=1, label=f"{label if several else as_text(curve['backbone'])}, own head ({own:.4g})")
             for k in curve.get("knee", []):
                 if k["rank"] is not None and len(curves) == 1 and len(inits) == 1:
                     axes.plot([k["rank"]], [math.exp(curve["reference"]["loss"] * (1 + k["percent"] / 100))], "|", color="0.35", ms=11)
@@ -99,9 +116,20 @@ def draw(curves: list[dict[str, Any]], file: BinaryIO) -> None:
     axes.set_xlabel("rank r of the head W = AB")
     axes.set_ylabel("validation perplexity")
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, frameon=False)
+    _legend(figure, axes)
     figure.savefig(file, format="png")
     plt.close(figure)
+
+
+def _legend(figure: Any, axes: Any) -> None:
+    """Inside the axes where it fits, else below them."""
+    handles, names = axes.get_legend_handles_labels()
+    if max(map(len, names), default=0) <= WIDEST and len(names) <= 6:
+        axes.legend(fontsize=8, frameon=False)
+        return
+    wrapped = ["\n    ".join(textwrap.wrap(n, 110)) for n in names]
+    figure.set_figheight(figure.get_figheight() + 0.17 * sum(1 + n.count("\n") for n in wrapped))
+    figure.legend(handles, wrapped, loc="outside lower left", fontsize=8, frameon=False)
 
 
 def draw_details(curves: list[dict[str, Any]], file: BinaryIO) -> bool:

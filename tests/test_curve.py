@@ -208,6 +208,26 @@ def test_lines_are_named_by_what_their_recipes_have():
     base = {"backbone": "toy", "data": "t", "tokens": 1, "backbone_hash": "a", "data_hash": "b"}
     names = labels([{**base, "recipe": {"warmup": 0.1}}, {**base, "recipe": {"warmup": 0.1, "objective": "mixed", "mix": 0.9}}])
     assert names == ["toy", "toy, mix 0.9, objective mixed"]
+    starts = [{**base, "tokens": t, "recipe": {}, "heads": [head(8, 0.1, 2.0) | {"init": i}]} for i, t in (("scaled", 149_946_368), ("fisher", 5_000))]
+    assert labels(starts) == ["toy, scaled, 149.9M tokens", "toy, fisher, 5,000 tokens"]
+
+
+def test_long_names_stand_below_the_picture_and_a_shared_own_head_is_drawn_once():
+    """Beside the axes' left edge they were cut, over the curves."""
+    import matplotlib.pyplot as plt
+
+    seen = []
+    close = plt.close
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(plt, "close", lambda figure: (seen.append((figure.legends, figure.axes[0].get_legend(), figure.get_window_extent())), close(figure)))
+        c = {"backbone": "a-backbone-of-a-rather-long-name", "data": "t", "tokens": 1, "backbone_hash": "a", "data_hash": "b", "reference": {"perplexity": 9.0, "loss": 2.2}}
+        two = [{**c, "recipe": {"mix": m, "objective": "mixed"}, "heads": curve.mark_best([head(8, 0.1, 30.0), head(16, 0.1, 12.0)])} for m in (0.5, 0.9)]
+        draw(two, io.BytesIO())
+    ((legend,), inside, page) = seen[0]
+    names = [t.get_text() for t in legend.get_texts()]
+    assert inside is None and sum("own head" in n for n in names) == 1 and len(names) == len(set(names))
+    box = legend.get_window_extent()
+    assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0
 
 
 @pytest.mark.parametrize("high", [30.0, 3e4, 1e60])
