@@ -130,18 +130,23 @@ def start_heads(c: TrainConfig, backbone: Backbone, data: TextData, bank: HeadBa
         hidden = list(hidden)  # read once a pass
     moments = initial.calibrate(hidden, backbone.head)
     start = initial.starts("fisher" if c.head.init == "refined" else c.head.init, backbone.head, moments)
-    if c.head.init != "refined":
-        for key in bank.keys:
-            bank[key].set(*start(key))
-        return
+    if c.head.init == "refined":
+        start = _refined(c, backbone, bank, start, hidden, moments)
+    for key in bank.keys:
+        bank[key].set(*start(key))
+    if c.head.whiten:
+        bank.use_coordinates(*initial.roots(moments.cov_DD))
+
+
+def _refined(c: TrainConfig, backbone: Backbone, bank: HeadBank, start: Any, hidden: list[torch.Tensor], moments: initial.Calibration) -> Any:
+    """Starts taught on the calibration tokens, as `initial.starts` gives them."""
     # heads that differ in their rate alone start alike
     alike = {(key.rank, key.seed): key for key in bank.keys}
     log.info("refining %d starts: %d passes", len(alike), c.head.passes)
     began = time.monotonic()
     taught = refine([start(key) for key in alike.values()], hidden, backbone.head, moments, c.head.passes)
     log.info("refined in %.1f s", time.monotonic() - began)
-    for key in bank.keys:
-        bank[key].set(*taught[list(alike).index((key.rank, key.seed))])
+    return lambda key: taught[list(alike).index((key.rank, key.seed))]
 
 
 def train(cfg: DictConfig, run_dir: Path) -> Result:
@@ -214,7 +219,7 @@ def _train(cfg: DictConfig, run_dir: Path, at_end: contextlib.ExitStack) -> Resu
     data = TextData(corpus, c.data.block_size, c.batch_size, steps, t.micro_batch_size, c.data.seed, leading_bos(tokenizer))
 
     keys = bank_keys(c.optim, c.head.init, ranks, c.seed, hidden_size, vocab_size)
-    bank = HeadBank(keys, vocab_size, hidden_size, c.head.loss_impl, t.micro_batch_size * c.data.block_size)
+    bank = HeadBank(keys, vocab_size, hidden_size, c.head.loss_impl, t.micro_batch_size * c.data.block_size, c.head.whiten)
     if c.head.teacher == "trained":
         _ = bank.teacher  # there is one
 

@@ -209,8 +209,7 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 def save_heads(bank: HeadBank, folder: Path, metadata: dict[str, str]) -> None:
     """Final heads as `<key>.safetensors` with tensors A [V, r] and B [r, d]; equal heads are equal files."""
     for key in bank.keys:
-        head = bank[key]
-        tensors = {"A": head.A.detach().cpu().contiguous(), "B": head.B.detach().cpu().contiguous()}
+        tensors = {name: t.cpu().contiguous() for name, t in zip("AB", bank.factors(key))}
         about = metadata | {"rank": key.rank, "lr": key.lr, "seed": key.seed}
         # one metadata entry: safetensors writes several in random order
         content = save(tensors, metadata={"bottleneck": json.dumps(about, sort_keys=True)})

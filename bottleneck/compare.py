@@ -78,7 +78,7 @@ def compare(backbone: Backbone, bank: HeadBank, batches: Iterable[tuple[Tensor, 
     device = backbone.lm_head.weight.device
     V, H = len(band_V), len(bank)
     band_V = band_V.to(device)
-    weights = [(bank[key].A.detach().to(backbone.dtype), bank[key].B.detach().to(backbone.dtype)) for key in bank.keys]
+    weights = [tuple(t.to(backbone.dtype) for t in bank.factors(key)) for key in bank.keys]
     numbers = torch.zeros(H, len(NUMBERS), dtype=torch.float64, device=device)
     losses = torch.zeros(H + 1, len(BANDS), dtype=torch.float64, device=device)  # the full head's last
     counts = torch.zeros(len(BANDS), dtype=torch.float64, device=device)

@@ -73,6 +73,7 @@ class HeadConfig:
     init: str = "fisher"
     calibration_tokens: Any = 16_384  # training tokens that measure the hidden states, for every start but normal
     passes: Any = 2  # refined: over the calibration tokens, of which it wants 65,536 or more (head=refined)
+    whiten: bool = False  # train B in coordinates in which hidden states have variance 1: for backbones with outlier dimensions
     # ce (cross-entropy on the data) | distill (KL from the full head) | mixed (mix · KL + (1 − mix) · cross-entropy)
     objective: str = "ce"
     temperature: float = 1.0  # distill, mixed: both softmaxes are taken at it

@@ -67,9 +67,10 @@ class HeadBank(nn.Module):
             Where it has no teacher, the one head of rank D is that: it is trained on cross-entropy, the others on what it says
             at that step. Any of them has the bits that it has with its teacher alone.
         diverged: [H] flags, 1.0 for heads whose gradient has been non-finite; on the device, saved with the heads.
+        whiten_DD: Σ^-½ where heads are trained in whitened coordinates, see `head.whiten`, else None; saved with the heads.
     """
 
-    def __init__(self, keys: list[HeadKey], vocab_size: int, hidden_size: int, loss_impl: str = "auto", tokens: int = 4096):
+    def __init__(self, keys: list[HeadKey], vocab_size: int, hidden_size: int, loss_impl: str = "auto", tokens: int = 4096, whiten: bool = False):
         super().__init__()
         names = [k.name for k in keys]
         doubled = {n for n in names if names.count(n) > 1}
@@ -79,12 +80,37 @@ class HeadBank(nn.Module):
         self.objective: Optional[distill.Objective] = None
         self.heads = nn.ModuleDict({k.name: LowRankHead(vocab_size, k.rank, hidden_size) for k in keys})
         self.register_buffer("diverged", torch.zeros(len(keys)))
+        self.register_buffer("whiten_DD", torch.eye(hidden_size) if whiten else None)
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def __getitem__(self, key: HeadKey) -> LowRankHead:
         return self.heads[key.name]  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def use_coordinates(self, root_DD: Tensor, inverse_DD: Tensor) -> None:
+        """Heads stay what they are; from now on their parameter B holds C = B Σ^½ [R, D], which reads x = Σ^-½ h.
+
+        A step of AdamW moves every entry of a parameter alike. Where one entry of h is a thousand times the others, as in many
+        language models, a rate at which the others learn throws its column of B about; entries of x are all of variance 1.
+
+        Args: Σ^½ and Σ^-½ of the hidden states' covariance, from `initial.roots`.
+        """
+        for head in self.heads.values():
+            head.B.copy_(head.B.double() @ root_DD.to(head.B.device))
+        self.whiten_DD.copy_(inverse_DD)
+
+    def factors(self, key: HeadKey) -> tuple[Tensor, Tensor]:
+        """A [V, R] and B [R, D] of a head, which reads hidden states as they are."""
+        head = self[key]
+        return head.A.detach(), head.B.detach() if self.whiten_DD is None else head.B.detach() @ self.whiten_DD
+
+    @torch.no_grad()
+    def finish_gradients(self) -> None:
+        """`accumulate` adds to gradients of B; once all tokens of a step are in, those of C are dC = dB Σ^-½."""
+        for head in self.heads.values() if self.whiten_DD is not None else ():
+            head.B.grad.copy_(head.B.grad @ self.whiten_DD.T)  # in place: it may be a part of a bucket of DDP's
 
     def impl(self, key: HeadKey, dtype: torch.dtype) -> str:
         """The implementation of the loss that a head runs on for hidden states of a dtype: never "auto"."""
@@ -93,7 +119,7 @@ class HeadBank(nn.Module):
 
     def cast(self, dtype: torch.dtype) -> list[Weights]:
         """All heads as the products read them, for `accumulate` and `losses`; good until the parameters change."""
-        return [weights(self[key].A, self[key].B, dtype, self.impl(key, dtype)) for key in self.keys]
+        return [weights(*self.factors(key), dtype, self.impl(key, dtype)) for key in self.keys]
 
     def zero_gradients(self) -> None:
         """Gradients of zeros, in place where there are some: `accumulate` adds to them."""

@@ -77,7 +77,7 @@ class HeadSweep(pl.LightningModule):
         self.backbone, self.bank = backbone, bank
         # DDP neither broadcasts nor buckets what never changes
         frozen = [*backbone.named_parameters(prefix="backbone"), *backbone.named_buffers(prefix="backbone")]
-        self._ddp_params_and_buffers_to_ignore = [name for name, _ in frozen]
+        self._ddp_params_and_buffers_to_ignore = [*(name for name, _ in frozen), "bank.whiten_DD"]
         self.optim, self.steps, self.micro_batch = optim, steps, micro_batch
         self.start, self.validation, self.config = start, validation, config
         self.data_hash = data_hash
@@ -124,7 +124,7 @@ class HeadSweep(pl.LightningModule):
         if self.global_step == 0:
             self.start(self.bank)
             if torch.distributed.is_initialized():  # one start for all, whatever their arithmetic
-                for p in self.bank.parameters():
+                for p in [*self.bank.parameters(), *self.bank.buffers()]:
                     torch.distributed.broadcast(p.data, 0)
             self.initial = self.validate()
 
@@ -142,6 +142,7 @@ class HeadSweep(pl.LightningModule):
             self.parts("forward")
             losses += self.bank.accumulate(h_ND, ids[:, 1:].flatten(), cast, 1 / tokens)
             self.parts("heads")
+        self.bank.finish_gradients()
         losses /= tokens
         if torch.distributed.is_initialized():
             self.manual_backward(HandOver.apply(*self.bank.parameters()))  # DDP (or ZeRO-2) reduces the gradients, once a step

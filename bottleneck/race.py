@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Optional
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -139,7 +140,7 @@ def draw(base: Run, others: list[Run], file: BinaryIO) -> None:
 
 
 def show(found: list[Finding], base: Run, console: Console) -> None:
-    table = Table(title=escape(f"tokens until the loss of {base.name} after {base.curve['tokens']:,}"))
+    table = Table(title=escape(f"tokens until the loss of {base.name} after {base.curve['tokens']:,}"), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for name in ("rank", "its loss", "run", "there after", "its last loss", "rate"):
         table.add_column(name, justify="left" if name == "run" else "right")
     for f in found:

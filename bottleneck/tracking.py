@@ -249,7 +249,7 @@ def facts(c: TrainConfig, key: HeadKey, hidden_size: int, vocab_size: int, data:
     return {
         "rank": key.rank, "parameters": key.rank * (vocab_size + hidden_size), "lr": key.lr, "seed": key.seed, "init": c.head.init, "passes": c.head.passes if c.head.init == "refined" else None,
         "objective": c.head.objective, "temperature": c.head.temperature if c.head.objective != "ce" else None, "mix": c.head.mix if c.head.objective == "mixed" else None,
-        "teacher": c.head.teacher if c.head.objective != "ce" else None,
+        "teacher": c.head.teacher if c.head.objective != "ce" else None, "whiten": c.head.whiten,
         "backbone": backbone, "revision": c.backbone.revision, "hidden_size": hidden_size, "vocab_size": vocab_size, "data": data,
         "tokens": c.tokens // (c.batch_size * c.data.block_size) * c.batch_size * c.data.block_size, "batch_size": c.batch_size,
         "block_size": c.data.block_size, "data_seed": c.data.seed, "weight_decay": o.weight_decay, "betas": list(o.betas), "eps": o.eps, "warmup": o.warmup, "lr_final": o.lr_final,
