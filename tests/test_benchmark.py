@@ -33,6 +33,7 @@ def test_rows_reach_the_csv_and_the_table_whole(tmp_path):
     assert "theirs" in text and "3 s (1.8 to 4.2)" in text and "torch" in text
 
 
+@pytest.mark.slow
 def test_a_tiny_run_of_data(tmp_path, toy_backbone, capfd):
     """Both sides tokenise the same documents: prepare has one end-of-text more for each, and one before each stream."""
     docs = sentences(4, 60, words=100)

@@ -39,6 +39,7 @@ def test_a_defect_in_one_job_leaves_the_others(monkeypatch, capsys, launcher, mo
         assert cli.one_line_errors(lambda: None) == 2 and "1 of 2 jobs failed:\njob 1 (ranks=8): ZeroDivisionError" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_refused_run_leaves_no_folder_and_a_stopped_one_names_its_own(tmp_path, toy):
     """In the folder that Hydra makes up, which nobody could name otherwise; what a user has put into a folder stays."""
     env = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -49,6 +49,7 @@ def whole(longer, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_any_number_of_processes_in_any_job_of_a_multirun(toy, tmp_path):
     """The fault that Lightning and Hydra leave open: each job has its own processes, batches and curve; a bad one harms none."""
     sweep = tmp_path / "sweep"

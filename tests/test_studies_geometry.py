@@ -78,6 +78,7 @@ def test_what_follows_is_told_from_what_drifts(tmp_path):
     assert len(dx) == 78 and np.sign(dx).tolist() == np.sign(dy).tolist()
 
 
+@pytest.mark.slow
 def test_numbers_are_the_same_in_every_process(tmp_path):
     """Also the intervals of changes, whatever seed Python hashes names with."""
     rng = np.random.default_rng(2)

@@ -72,6 +72,7 @@ def test_tokenizer_round_trip():
     assert tokenizer.eos_token_id == model().config.eos_token_id
 
 
+@pytest.mark.slow
 def test_beats_a_five_gram_model():
     """A backbone that was never trained, or hardly, fails here: the 5-gram model knows the sample's own training text."""
     stream = torch.from_numpy(tokens("validation"))

@@ -80,6 +80,7 @@ def test_a_run_for_each_head_and_one_for_the_curve(together):
     assert any(k.startswith("heads") for k in keys) and any(k.startswith("perplexity_against_rank") for k in keys) and any(k.startswith("curve") for k in keys)
 
 
+@pytest.mark.slow
 def test_a_multirun_gives_the_same_runs(toy, quiet, together, tmp_path):
     sweep = [o for o in toy if not o.startswith("ranks")]
     done = shell("-m", *sweep, *OFFLINE, "ranks=2,8,32", f"hydra.sweep.dir={tmp_path / 'many'}")
