@@ -216,7 +216,7 @@ def _train(cfg: DictConfig, run_dir: Path, at_end: contextlib.ExitStack) -> Resu
     if len(corpus.validation) - 1 < FEW:
         log.info("%s has %s validation tokens, which is few: perplexities are uncertain; give data.validation_files, more text, or a larger data.validation_fraction", corpus.name, f"{len(corpus.validation) - 1:,}")
     t = c.trainer
-    data = TextData(corpus, c.data.block_size, c.batch_size, steps, t.micro_batch_size, c.data.seed, leading_bos(tokenizer))
+    data = TextData(corpus, c.data.block_size, c.batch_size, steps, t.micro_batch_size, c.data.seed, leading_bos(tokenizer), c.data.epochs)
 
     keys = bank_keys(c.optim, c.head.init, ranks, c.seed, hidden_size, vocab_size)
     bank = HeadBank(keys, vocab_size, hidden_size, c.head.loss_impl, t.micro_batch_size * c.data.block_size, c.head.whiten)

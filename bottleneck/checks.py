@@ -89,6 +89,7 @@ def check_config(cfg: DictConfig) -> TrainConfig:
     d = c.data
     as_count("data.block_size", d.block_size, 2)
     as_count("data.seed", d.seed, 0)
+    d.epochs = as_count("data.epochs", d.epochs)
     _check_source(d)
     if d.files is not None:
         hub_only = [k for k in ("subset", "validation_split") if getattr(d, k) is not None] + ["split"] * (d.split != "train")
@@ -197,6 +198,7 @@ def _check_trainer(c: TrainConfig) -> None:
         c.tokens >= step,
         f"tokens={c.tokens}: less than one step of batch_size x data.block_size = {step} tokens",
     )
+    check(c.data.epochs <= total_steps(c), f"data.epochs={c.data.epochs}: more than the {total_steps(c)} steps that tokens={c.tokens} buys")
 
 
 def check_shapes(c: TrainConfig, hidden_size: int, context: Optional[int]) -> list[int]:

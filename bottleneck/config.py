@@ -59,6 +59,7 @@ class DataConfig:
     document_start: Optional[str] = None  # regular expression: rows are joined until one matches (WikiText's titles)
     block_size: int = 2048  # tokens predicted per sequence
     seed: int = 0  # order of the training blocks, and which documents are held out
+    epochs: Any = 1  # how often the text is read: the budget `tokens` is so many passes over tokens / epochs of it, each in another order
     max_tokens: Any = None  # stop tokenising after this many training tokens; default: all text
     validation_fraction: float = 0.01  # share of the documents held out where there is no validation text
     validation_tokens: Any = 1_000_000  # validate on whole documents up to about this many tokens

@@ -40,6 +40,8 @@ def build_curve(c: TrainConfig, module: HeadSweep, corpus: Corpus) -> dict[str, 
     }  # fmt: skip
     if c.head.init == "refined":
         recipe["passes"] = c.head.passes
+    if c.data.epochs > 1:
+        recipe["epochs"] = c.data.epochs
     if c.head.whiten:
         recipe["whiten"] = True
     if c.head.objective != "ce":

@@ -252,6 +252,6 @@ def facts(c: TrainConfig, key: HeadKey, hidden_size: int, vocab_size: int, data:
         "teacher": c.head.teacher if c.head.objective != "ce" else None, "whiten": c.head.whiten,
         "backbone": backbone, "revision": c.backbone.revision, "hidden_size": hidden_size, "vocab_size": vocab_size, "data": data,
         "tokens": c.tokens // (c.batch_size * c.data.block_size) * c.batch_size * c.data.block_size, "batch_size": c.batch_size,
-        "block_size": c.data.block_size, "data_seed": c.data.seed, "weight_decay": o.weight_decay, "betas": list(o.betas), "eps": o.eps, "warmup": o.warmup, "lr_final": o.lr_final,
+        "block_size": c.data.block_size, "data_seed": c.data.seed, "epochs": c.data.epochs, "weight_decay": o.weight_decay, "betas": list(o.betas), "eps": o.eps, "warmup": o.warmup, "lr_final": o.lr_final,
         "clip": o.clip, "calibration_tokens": c.head.calibration_tokens, "dtype": c.backbone.dtype, "git_commit": commit(),
     }  # fmt: skip

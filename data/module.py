@@ -1,6 +1,6 @@
 """Prepared tokens as batches: one training batch is one optimizer step of one process.
 
-Which sequences a step holds depends on `data.seed` and the global batch alone, not on the number of processes or
+Which sequences a step holds depends on `data.seed`, `data.epochs` and the global batch alone, not on the number of processes or
 micro-batches. Dims: N sequences, T tokens predicted per sequence.
 """
 
@@ -23,15 +23,21 @@ IGNORE = -100  # target that does not count
 
 
 class StepBatches(Dataset):
-    """Item `step` is this process's share of that step's sequences, [N, T+1] ids: inputs and targets overlap."""
+    """Item `step` is this process's share of that step's sequences, [N, T+1] ids: inputs and targets overlap.
 
-    def __init__(self, corpus: Corpus, block: int, batch: int, steps: int, seed: int, bos: Optional[int], rank=0, world=1):
+    In several epochs the first steps / epochs of them are all the text there is; each epoch has an order of its own.
+    """
+
+    def __init__(self, corpus: Corpus, block: int, batch: int, steps: int, seed: int, bos: Optional[int], rank=0, world=1, epochs=1):
         self.tokens, self.block, self.batch, self.steps, self.bos = corpus.train, block, batch, steps, bos
         self.rank, self.share = rank, batch // world
         blocks = (len(self.tokens) - 1) // block
         self.order = np.random.default_rng(seed).permutation(blocks)
-        needed, have = steps * batch * block, blocks * block
-        check(needed <= have, f"tokens: {needed} are asked for, {corpus.name} has {have} training tokens in blocks of {block}; give fewer, a smaller data.block_size, or more text")
+        text = math.ceil(steps / epochs) * batch  # blocks of an epoch
+        needed, have = text * block, blocks * block
+        once = "" if epochs == 1 else f" for each of {epochs} epochs"
+        check(needed <= have, f"tokens: {needed} are asked for{once}, {corpus.name} has {have} training tokens in blocks of {block}; give fewer, a smaller data.block_size, more text, or read it again with a larger data.epochs")
+        self.plan = np.concatenate([self.order[:text], *(np.random.default_rng([seed, epoch]).permutation(self.order[:text]) for epoch in range(1, epochs))])
 
     def __len__(self) -> int:
         return self.steps
@@ -46,7 +52,7 @@ class StepBatches(Dataset):
 
     def __getitem__(self, step: int) -> Tensor:
         first = step * self.batch + self.rank * self.share
-        return self.blocks(self.order[first : first + self.share])
+        return self.blocks(self.plan[first : first + self.share])
 
     def calibration(self, tokens: int) -> Tensor:
         """The first sequences of the training order, at least `tokens` of them where there are as many: [N, T+1]."""
@@ -87,17 +93,17 @@ def leading_bos(tokenizer: Any) -> Optional[int]:
 class TextData(pl.LightningDataModule):
     """The batches of a run. Position is saved and restored by the stateful loader, exactly.
 
-    Raises: UserError where the training tokens are fewer than the budget.
+    Raises: UserError where the training tokens are fewer than an epoch of the budget.
     """
 
-    def __init__(self, corpus: Corpus, block: int, batch: int, steps: int, micro_batch: int, seed: int, bos: Optional[int]):
+    def __init__(self, corpus: Corpus, block: int, batch: int, steps: int, micro_batch: int, seed: int, bos: Optional[int], epochs: int = 1):
         super().__init__()
         self.corpus, self.block, self.batch, self.steps = corpus, block, batch, steps
-        self.micro_batch, self.seed, self.bos = micro_batch, seed, bos
+        self.micro_batch, self.seed, self.bos, self.epochs = micro_batch, seed, bos, epochs
         self._steps(0, 1)  # refuses a budget beyond the corpus now, before any weights are loaded
 
     def _steps(self, rank: int, world: int) -> StepBatches:
-        return StepBatches(self.corpus, self.block, self.batch, self.steps, self.seed, self.bos, rank, world)
+        return StepBatches(self.corpus, self.block, self.batch, self.steps, self.seed, self.bos, rank, world, self.epochs)
 
     def calibration(self, tokens: int) -> Tensor:
         return self._steps(0, 1).calibration(tokens)

@@ -76,6 +76,8 @@ def test_counts_and_lists():
         ("optim.gamma=nan", "optim.gamma=nan"),
         ("trainer.strategy=ddp_spawn", "must be one of auto, ddp"),
         ("data.seed=99999999999999999999", "too large"),
+        ("data.epochs=0", "data.epochs=0: must be a whole number of at least 1"),
+        ("data.epochs=1000000", "data.epochs=1000000: more than the"),
         ("optim.warmup=1", "optim.warmup"),
         ("tokens=100", "less than one step"),
         ("tokens=1.5", "whole number"),

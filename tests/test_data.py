@@ -189,6 +189,23 @@ def test_same_sequences_whatever_the_processes(corpus, world):
     assert torch.equal(whole.calibration(30), whole[0][:2])
 
 
+@pytest.mark.parametrize("epochs", [2, 3])
+def test_epochs_read_the_same_text_in_other_orders(corpus, epochs):
+    """The first epoch is the run that reads the text once; the others read exactly its blocks, each in its own order."""
+    once = StepBatches(corpus, 16, 8, 6, seed=3, bos=None)
+    steps = 6 * epochs - (epochs == 3)  # a budget that the epochs do not divide ends early in the last
+    whole = StepBatches(corpus, 16, 8, steps, seed=3, bos=None, epochs=epochs)
+    assert len(whole) == steps
+    seen = [torch.cat([whole[k] for k in range(6 * e, min(6 * e + 6, steps))]).tolist() for e in range(epochs)]
+    assert seen[0] == torch.cat([once[k] for k in range(6)]).tolist()
+    for e in range(1, epochs):
+        assert seen[e] not in seen[:e]
+        assert (sorted(seen[e]) == sorted(seen[0])) if 6 * e + 6 <= steps else all(block in seen[0] for block in seen[e])
+    assert torch.equal(whole.calibration(30), once.calibration(30))
+    halves = [StepBatches(corpus, 16, 8, steps, 3, None, rank, 2, epochs) for rank in (0, 1)]
+    assert torch.equal(whole[7], torch.cat([h[7] for h in halves]))
+
+
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_validation_counts_every_token_once(corpus, world):
     """All targets of all processes together are the validation stream without its first token; inputs are one behind."""
@@ -256,6 +273,10 @@ def test_bad_input_is_one_line(tmp_path, tokenizer, kw, words):
 def test_budget_beyond_the_corpus(corpus):
     with pytest.raises(UserError, match="tokens: .* are asked for"):
         TextData(corpus, 16, 64, 1000, 4, 0, None)
+    blocks = (len(corpus.train) - 1) // 16
+    assert TextData(corpus, 16, 1, 2 * blocks, 1, 0, None, epochs=2).steps == 2 * blocks
+    with pytest.raises(UserError, match="for each of 2 epochs, .*a larger data.epochs"):
+        TextData(corpus, 16, 1, 2 * blocks + 1, 1, 0, None, epochs=2)
 
 
 def test_names():

@@ -116,6 +116,9 @@ def test_order_of_the_data_depends_on_data_seed_alone(run, tmp_path, caplog):
     c = run("data.seed=1", run_dir=tmp_path / "c")
     assert_same_heads(*[{n[:-1]: t for n, t in heads_of(tmp_path / d).items()} for d in "ab"])  # fisher has no randomness
     assert a.curve["heads"][0]["loss"] != c.curve["heads"][0]["loss"] and b.curve["data_hash"] == a.curve["data_hash"]
+    d = run("data.epochs=2", run_dir=tmp_path / "d")  # the same budget, of half the text
+    assert d.curve["tokens"] == a.curve["tokens"] and d.curve["recipe"]["epochs"] == 2 and "epochs" not in a.curve["recipe"]
+    assert d.curve["heads"][0]["loss"] != a.curve["heads"][0]["loss"] and d.curve["heads"][0]["initial_loss"] == a.curve["heads"][0]["initial_loss"]
 
 
 def test_grid_keeps_the_best_and_records_all(run):
