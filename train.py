@@ -46,6 +46,7 @@ from bottleneck.optim import bank_keys, build_optimizer
 from bottleneck.progress import TokenProgress
 from bottleneck.refine import refine
 from bottleneck.result import build_curve
+from bottleneck.teacher import open_teacher
 from data.module import TextData, leading_bos
 from data.prepare import prepare
 
@@ -170,6 +171,9 @@ def train(cfg: DictConfig, run_dir: Path) -> Result:
 def _train(cfg: DictConfig, run_dir: Path, at_end: contextlib.ExitStack) -> Result:
     quiet()
     c = checks.check_config(cfg)
+    teacher = open_teacher(c.head.teacher)
+    if teacher is not None:
+        c.head.teacher = teacher.name
     stored = dataclasses.asdict(c)
     processes.check_world(c.trainer.devices, c.trainer.num_nodes)
     steps = checks.total_steps(c)
@@ -198,6 +202,8 @@ def _train(cfg: DictConfig, run_dir: Path, at_end: contextlib.ExitStack) -> Resu
 
     hidden_size, context, vocab_size = load_shape(c.backbone)
     ranks = checks.check_shapes(c, hidden_size, context)
+    if teacher is not None:
+        teacher.check_shape(hidden_size, vocab_size)
     run_dir.mkdir(parents=True, exist_ok=True)
     flag = stopping.Flag()
     at_end.callback(flag.leave)
@@ -243,7 +249,9 @@ def _train(cfg: DictConfig, run_dir: Path, at_end: contextlib.ExitStack) -> Resu
         compiled = backbone.compile_layers((min(t.micro_batch_size, c.batch_size // (t.devices * t.num_nodes)), c.data.block_size))
         log.info("backbone: %s", "layers are compiled" if compiled else f"family {backbone.family} does not name its layers, not compiled")
     if c.head.objective != "ce":
-        bank.objective = Objective(backbone.head.float_logits if c.head.teacher == "own" else None, c.head.temperature, 1.0 if c.head.objective == "distill" else c.head.mix)
+        says = teacher.logits(backbone) if teacher is not None else backbone.head.float_logits if c.head.teacher == "own" else None
+        whose = f"{teacher.name} of {teacher.run.folder}" if teacher is not None else "the full head"
+        bank.objective = Objective(says, c.head.temperature, 1.0 if c.head.objective == "distill" else c.head.mix, whose)
     module = HeadSweep(
         backbone, bank, c.optim, steps, t.micro_batch_size, lambda b: start_heads(c, backbone, data, b),
         sharding.even(data.validation_batches) if sharded else data.validation_batches, stored, corpus.fingerprint,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+from pathlib import Path
 from typing import Any, Optional
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -110,7 +111,8 @@ def check_config(cfg: DictConfig) -> TrainConfig:
         allowed = ("auto", "chunked", "fused")
         check(c.head.loss_impl in allowed, f"head.loss_impl={c.head.loss_impl}: head.objective={c.head.objective} runs in chunks; allowed are {', '.join(allowed)}")
     check(c.head.objective != "ce" or c.head.temperature == 1, f"head.temperature={c.head.temperature}: head.objective=ce does not use it")
-    _one_of("head.teacher", c.head.teacher, ("own", "trained"))
+    teacher = c.head.teacher
+    check(teacher in ("own", "trained") or Path(teacher).expanduser().is_dir(), f"head.teacher={teacher}: must be own, trained, or the folder of a finished run")
     check(c.head.objective != "ce" or c.head.teacher == "own", f"head.teacher={c.head.teacher}: head.objective=ce does not use it")
     check(c.head.objective == "mixed" or c.head.mix == 0.5, f"head.mix={c.head.mix}: only head.objective=mixed uses it")
     _one_of("backbone.dtype", c.backbone.dtype, DTYPES)

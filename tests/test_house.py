@@ -16,7 +16,7 @@ ORDER = [
     "bottleneck.checks", "bottleneck.cli", "bottleneck.processes", "bottleneck.stopping", "bottleneck.timing",
     "bottleneck.parts", "bottleneck.backbone", "bottleneck.sharding", "bottleneck.heads", "bottleneck.initial", "bottleneck.refine", "bottleneck.optim", "bottleneck.zero2", "bottleneck.metrics", "bottleneck.compare",
     "bottleneck.module", "bottleneck.checkpoint", "bottleneck.progress",
-    "bottleneck.picture", "bottleneck.knee", "bottleneck.curve", "bottleneck.tracking", "bottleneck.race", "bottleneck.sweeps", "bottleneck.report", "bottleneck.runs", "bottleneck.export", "bottleneck.downstream", "bottleneck.evaluate",
+    "bottleneck.picture", "bottleneck.knee", "bottleneck.curve", "bottleneck.tracking", "bottleneck.race", "bottleneck.sweeps", "bottleneck.report", "bottleneck.runs", "bottleneck.teacher", "bottleneck.export", "bottleneck.downstream", "bottleneck.evaluate",
     "data.sources", "data.cache", "data.words", "data.encode", "data.prepare", "data.module", "bottleneck.result", "data.debian_text", "data.make_sample", "data.debian", "data.pretrain",
     "bottleneck.studies", "bottleneck.studies.config", "bottleneck.studies.paper", "bottleneck.studies.output", "bottleneck.studies.statistics", "bottleneck.studies.series",
     "bottleneck.studies.text", "bottleneck.studies.trained", "bottleneck.studies.scaling", "bottleneck.studies.saturation", "bottleneck.studies.evals",

@@ -35,6 +35,7 @@ class Objective(NamedTuple):
     teacher: Optional[Callable[[Tensor], Tensor]]
     temperature: float
     mix: float  # 0: cross-entropy alone, 1: KL alone
+    whose: str = "the full head"  # the teacher, in messages
 
 
 class Goal(NamedTuple):

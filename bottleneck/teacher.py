@@ -1,0 +1,51 @@
+"""A head of an earlier run that teaches this run's: head.teacher=FOLDER."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Callable, NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from bottleneck.backbone import Backbone
+from bottleneck.errors import check
+from bottleneck.heads import HeadKey
+from bottleneck.losses import weights
+from bottleneck.losses.distill import head_logits
+from bottleneck.runs import Run, open_run
+
+
+class Teacher(NamedTuple):
+    """The best head of the highest rank of a finished run, and that run."""
+
+    run: Run
+    row: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Which head it is, wherever its folder lies: its name and the hash of its file. What a run is resumed and compared by."""
+        return f"{HeadKey(self.row['rank'], self.row['lr'], self.row['seed']).name}:{self.run.hash(self.row)}"
+
+    def check_shape(self, hidden_size: int, vocab_size: int) -> None:
+        """Raises UserError where this run's backbone is of another shape; before its weights are loaded."""
+        theirs = [self.run.curve["vocab_size"], self.run.curve["hidden_size"]]
+        check(theirs == [vocab_size, hidden_size], f"head.teacher={self.run.folder}: its heads are for a vocabulary and hidden size of {theirs}, this backbone's are {[vocab_size, hidden_size]}")
+
+    def logits(self, backbone: Backbone) -> Callable[[Tensor], Tensor]:
+        """Hidden states [n, D] to its float32 logits [n, V]. Raises UserError where it was trained on another backbone."""
+        theirs = self.run.curve["backbone_hash"]
+        check(theirs == backbone.hash, f"head.teacher={self.run.folder}: its heads were trained on backbone {theirs}, this run's is {backbone.hash}")
+        device = backbone.lm_head.weight.device
+        with torch.no_grad():
+            w = weights(*(t.to(device) for t in self.run.factors(self.row)), backbone.dtype, "chunked")
+        return lambda h_nD: head_logits(h_nD, w)
+
+
+def open_teacher(value: str) -> Optional[Teacher]:
+    """None where `value` is not a folder but own or trained. Raises UserError where the folder is not that of a finished run."""
+    if value in ("own", "trained"):
+        return None
+    run = open_run(Path(value).expanduser())
+    check(bool(run.ranks), f"head.teacher={value}: all heads there diverged")
+    return Teacher(run, run.pick(run.ranks[-1]))
