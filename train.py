@@ -17,6 +17,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import contextlib
 import dataclasses
 import datetime
+import functools
 import logging
 import sys
 import time
@@ -43,7 +44,7 @@ from bottleneck.heads import HeadBank
 from bottleneck.losses.distill import Objective
 from bottleneck.module import HeadSweep, ValidateEvery
 from bottleneck.optim import bank_keys, build_optimizer
-from bottleneck.progress import TokenProgress
+from bottleneck.progress import TokenProgress, told
 from bottleneck.refine import refine
 from bottleneck.result import build_curve
 from bottleneck.teacher import open_teacher
@@ -126,7 +127,7 @@ def start_heads(c: TrainConfig, backbone: Backbone, data: TextData, bank: HeadBa
     if len(c.seed) > 1 and c.head.init in ("fisher", "refined", "svd"):
         log.warning("seed=%s: head.init=%s has nothing random, heads of different seeds will be equal", c.seed, c.head.init)
     ids = data.calibration(c.head.calibration_tokens).to(backbone.lm_head.weight.device)
-    hidden: Any = (backbone(part[:, :-1]) for part in ids.split(c.trainer.micro_batch_size))
+    hidden: Any = (backbone(part[:, :-1]) for part in told("calibrating", ids.split(c.trainer.micro_batch_size)))
     if c.head.init == "refined":
         hidden = list(hidden)  # read once a pass
     moments = initial.calibrate(hidden, backbone.head)
@@ -145,7 +146,7 @@ def _refined(c: TrainConfig, backbone: Backbone, bank: HeadBank, start: Any, hid
     alike = {(key.rank, key.seed): key for key in bank.keys}
     log.info("refining %d starts: %d passes", len(alike), c.head.passes)
     began = time.monotonic()
-    taught = refine([start(key) for key in alike.values()], hidden, backbone.head, moments, c.head.passes)
+    taught = refine([start(key) for key in alike.values()], hidden, backbone.head, moments, c.head.passes, watch=functools.partial(told, "refining"))
     log.info("refined in %.1f s", time.monotonic() - began)
     return lambda key: taught[list(alike).index((key.rank, key.seed))]
 

@@ -1,15 +1,30 @@
-"""Progress of a run on the terminal: step, tokens/s, time left. A plain line every few seconds where there is no terminal."""
+"""Progress of a run on the terminal: step, tokens/s, time left. A plain line every few seconds where there is no terminal, and
+before the first step."""
 
 from __future__ import annotations
 
+import logging
 import time
-from typing import Any, Optional
+from typing import Any, Iterator, Optional, Sequence, TypeVar
 
 import pytorch_lightning as pl
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+log = logging.getLogger(__name__)
 LINE_SECONDS = 10.0
+Item = TypeVar("Item")
+
+
+def told(what: str, items: Sequence[Item]) -> Iterator[Item]:
+    """The items one by one, with a line in the log every few seconds about how far they are; none where they are through sooner."""
+    began = said = time.monotonic()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if now - said > LINE_SECONDS:
+            said = now
+            log.info("%s: %d of %d, %.0f s left", what, done, len(items), (now - began) / done * (len(items) - done))
+        yield item
 
 
 class TokenProgress(pl.Callback):

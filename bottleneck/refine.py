@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Sequence
+from typing import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -113,6 +113,7 @@ def refine(
     c: Calibration,
     passes: int = PASSES,
     batch: int = BATCH,
+    watch: Callable[[range], Iterable[int]] = iter,
 ) -> list[tuple[Tensor, Tensor]]:
     """Teach every start what the full head says on the calibration tokens.
 
@@ -124,6 +125,7 @@ def refine(
         hidden: batches of hidden states [..., D] on the device of the head; kept, so N·D numbers are held.
         c: moments of these hidden states, from `initial.calibrate`.
         passes: over the tokens; 0 gives the starts back.
+        watch: goes through the steps and may say how far they are.
     Returns: (A [V, R], B [R, D]) float64 with E[(B h)(B h)ᵀ] = I; the start itself where its KL could not be lowered.
     """
     if not passes:
@@ -144,7 +146,7 @@ def refine(
     batch = min(batch, len(h_ND))
     per_pass = len(h_ND) // batch  # what is left over is another part of the tokens at every pass
     steps = passes * per_pass
-    for k in range(steps):
+    for k in watch(range(steps)):
         if k % per_pass == 0:
             order = torch.randperm(len(h_ND), generator=generator).to(h_ND.device)
         picked = order[k % per_pass * batch :][:batch]

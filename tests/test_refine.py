@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+import bottleneck.progress as progress
 from bottleneck.backbone import Backbone, FullHead, load_tokenizer
 from bottleneck.config import BackboneConfig
 from bottleneck.heads import HeadKey
@@ -175,3 +176,13 @@ def test_lower_held_out_loss_on_the_embedded_backbone():
     after = refine(before, hidden, backbone.head, c)
     old, new = ([cross_entropy((h @ B.float().T) @ A.float().T, y).item() for A, B in heads] for heads in (before, after))
     assert new[0] < old[0] - 0.4 and new[1] < old[1] - 0.2
+
+
+def test_long_work_before_the_first_step_says_how_far_it_is(monkeypatch, caplog):
+    """Every item once, in order; a line whenever enough time has gone by, with what is left; silence where it is short."""
+    clock = iter(range(0, 1000, 4))  # seconds: each item takes four
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
+    with caplog.at_level("INFO"):
+        assert list(progress.told("refining", range(2))) == [0, 1] and not caplog.messages
+        assert list(progress.told("refining", range(10))) == list(range(10))
+    assert caplog.messages == ["refining: 2 of 10, 48 s left", "refining: 5 of 10, 24 s left", "refining: 8 of 10, 9 s left"]
