@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from filelock import FileLock, Timeout
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from safetensors.torch import save
 
+from bottleneck.config import TrainConfig
 from bottleneck.errors import UserError, check
 from bottleneck.heads import HeadBank
 
@@ -189,8 +191,12 @@ FREE = ("trainer.", "logger.", "ckpt_path", "data.cache_dir", "data.files", "dat
 
 
 def check_same_run(stored: dict[str, Any], current: dict[str, Any], path: Path) -> None:
-    """A resumed run must be the run that was stored. Raises UserError naming the first key that differs."""
-    a, b = _flat(stored), _flat(current)
+    """A resumed run must be the run that was stored. Raises UserError naming the first key that differs.
+
+    A key that did not exist when the run began has for it the value that changes nothing, its default.
+    """
+    a, b, defaults = map(_flat, (stored, current, dataclasses.asdict(TrainConfig())))
+    a = {key: defaults[key] for key in b if key in defaults} | a
     for key in sorted(a.keys() | b.keys()):
         if key.startswith(FREE):
             continue

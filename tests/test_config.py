@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from bottleneck import cli
+from bottleneck.checkpoint import check_same_run
 from bottleneck.checks import RANK_LADDER, check_config, check_shapes, total_steps
 from bottleneck.config import SCHEMA_KEYS, BackboneConfig
 from bottleneck.errors import UserError
@@ -176,3 +178,19 @@ def test_output_that_nobody_reads_on_is_no_failure():
     command = f"{sys.executable} -m bottleneck.study experiment=paper | head -1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("The commands for every figure")
+
+
+def test_a_run_that_began_before_a_key_existed_goes_on_with_its_default(tmp_path):
+    def config(*overrides: str) -> dict:
+        return dataclasses.asdict(check_config(composed(list(overrides))))
+
+    older = config()
+    del older["data"]["epochs"]
+    check_same_run(older, config(), tmp_path)
+    with pytest.raises(UserError, match="data.epochs=2: the run in .* has 1"):
+        check_same_run(older, config("data.epochs=2"), tmp_path)
+    for other in ("optim.lr_ref=0.01", "optim.lr=[0.1,0.2]"):  # keys that are a number here and a tree or a list there
+        for a, b in ((config(other), config()), (config(), config(other))):
+            with pytest.raises(UserError, match="optim.lr"):
+                check_same_run(a, b, tmp_path)
+        check_same_run(config(other), config(other), tmp_path)
