@@ -62,7 +62,7 @@ def _tokenizer():
     return AutoTokenizer.from_pretrained(ROOT / "data/backbones/tiny")
 
 
-def tokens_folder(folder: Path, tokens: int, validation: int = 20_000) -> Path:
+def tokens_folder(folder: Path, tokens: int, validation: int = 5_000) -> Path:
     """Prepared tokens drawn from Zipf's law over the vocabulary, as `data.prepared` reads them."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
