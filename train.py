@@ -251,7 +251,7 @@ def _train(cfg: DictConfig, run_dir: Path, at_end: contextlib.ExitStack) -> Resu
         log.info("backbone: %s", "layers are compiled" if compiled else f"family {backbone.family} does not name its layers, not compiled")
     if c.head.objective != "ce":
         says = teacher.logits(backbone) if teacher is not None else backbone.head.float_logits if c.head.teacher == "own" else None
-        whose = f"{teacher.name} of {teacher.run.folder}" if teacher is not None else "the full head"
+        whose = f"{c.head.teacher} of {teacher.run.folder}" if teacher is not None else "the full head"
         bank.objective = Objective(says, c.head.temperature, 1.0 if c.head.objective == "distill" else c.head.mix, whose)
     module = HeadSweep(
         backbone, bank, c.optim, steps, t.micro_batch_size, lambda b: start_heads(c, backbone, data, b),
