@@ -36,7 +36,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 from bottleneck import checkpoint, checks, cli, config, curve, initial, processes, sharding, stopping, tracking, zero2
-from bottleneck.backbone import Backbone, label, load_shape, load_tokenizer
+from bottleneck.backbone import Backbone, FullHead, label, load_shape, load_tokenizer
 from bottleneck.compare import bands_of
 from bottleneck.config import TrainConfig
 from bottleneck.errors import LostPeers, Stopped, UserError, check
@@ -121,8 +121,8 @@ def build_trainer(c: TrainConfig, steps: int, run_dir: Path, flag: stopping.Flag
     return trainer
 
 
-def start_heads(c: TrainConfig, backbone: Backbone, data: TextData, bank: HeadBank) -> None:
-    """Give every head its start, from the first sequences of the training order."""
+def start_heads(c: TrainConfig, backbone: Backbone, full: FullHead, data: TextData, bank: HeadBank) -> None:
+    """Give every head its start, from the first sequences of the training order; closed forms are of the head `full`."""
     log.info("starting heads: %s, %d calibration tokens", c.head.init, c.head.calibration_tokens)
     if len(c.seed) > 1 and c.head.init in ("fisher", "refined", "svd"):
         log.warning("seed=%s: head.init=%s has nothing random, heads of different seeds will be equal", c.seed, c.head.init)
@@ -130,23 +130,25 @@ def start_heads(c: TrainConfig, backbone: Backbone, data: TextData, bank: HeadBa
     hidden: Any = (backbone(part[:, :-1]) for part in told("calibrating", ids.split(c.trainer.micro_batch_size)))
     if c.head.init == "refined":
         hidden = list(hidden)  # read once a pass
-    moments = initial.calibrate(hidden, backbone.head)
-    start = initial.starts("fisher" if c.head.init == "refined" else c.head.init, backbone.head, moments)
+    moments = initial.calibrate(hidden, full)
+    start = initial.starts("fisher" if c.head.init == "refined" else c.head.init, full, moments)
     if c.head.init == "refined":
-        start = _refined(c, backbone, bank, start, hidden, moments)
+        start = _refined(c, full, bank, start, hidden, moments)
     for key in bank.keys:
         bank[key].set(*start(key))
-    if c.head.whiten:
-        bank.use_coordinates(*initial.roots(moments.cov_DD))
+    if bank.whiten_DD is not None:
+        one = torch.eye(backbone.hidden_size, dtype=torch.float64)
+        root, inverse = initial.roots(moments.cov_DD) if c.head.whiten else (one, one)
+        bank.use_coordinates(root / c.optim.lr_ratio, inverse * c.optim.lr_ratio)
 
 
-def _refined(c: TrainConfig, backbone: Backbone, bank: HeadBank, start: Any, hidden: list[torch.Tensor], moments: initial.Calibration) -> Any:
+def _refined(c: TrainConfig, full: FullHead, bank: HeadBank, start: Any, hidden: list[torch.Tensor], moments: initial.Calibration) -> Any:
     """Starts taught on the calibration tokens, as `initial.starts` gives them."""
     # heads that differ in their rate alone start alike
     alike = {(key.rank, key.seed): key for key in bank.keys}
     log.info("refining %d starts: %d passes", len(alike), c.head.passes)
     began = time.monotonic()
-    taught = refine([start(key) for key in alike.values()], hidden, backbone.head, moments, c.head.passes, watch=functools.partial(told, "refining"))
+    taught = refine([start(key) for key in alike.values()], hidden, full, moments, c.head.passes, watch=functools.partial(told, "refining"))
     log.info("refined in %.1f s", time.monotonic() - began)
     return lambda key: taught[list(alike).index((key.rank, key.seed))]
 
@@ -226,7 +228,7 @@ def _train(cfg: DictConfig, run_dir: Path, at_end: contextlib.ExitStack) -> Resu
     data = TextData(corpus, c.data.block_size, c.batch_size, steps, t.micro_batch_size, c.data.seed, leading_bos(tokenizer), c.data.epochs)
 
     keys = bank_keys(c.optim, c.head.init, ranks, c.seed, hidden_size, vocab_size)
-    bank = HeadBank(keys, vocab_size, hidden_size, c.head.loss_impl, t.micro_batch_size * c.data.block_size, c.head.whiten)
+    bank = HeadBank(keys, vocab_size, hidden_size, c.head.loss_impl, t.micro_batch_size * c.data.block_size, c.head.whiten or c.optim.lr_ratio != 1)
     if c.head.teacher == "trained":
         _ = bank.teacher  # there is one
 
@@ -249,12 +251,13 @@ def _train(cfg: DictConfig, run_dir: Path, at_end: contextlib.ExitStack) -> Resu
     if checks.compiles(c, device_type):
         compiled = backbone.compile_layers((min(t.micro_batch_size, c.batch_size // (t.devices * t.num_nodes)), c.data.block_size))
         log.info("backbone: %s", "layers are compiled" if compiled else f"family {backbone.family} does not name its layers, not compiled")
+    full = teacher.head(backbone) if teacher is not None else backbone.head
     if c.head.objective != "ce":
-        says = teacher.logits(backbone) if teacher is not None else backbone.head.float_logits if c.head.teacher == "own" else None
+        says = full.float_logits if c.head.teacher != "trained" else None
         whose = f"{c.head.teacher} of {teacher.run.folder}" if teacher is not None else "the full head"
         bank.objective = Objective(says, c.head.temperature, 1.0 if c.head.objective == "distill" else c.head.mix, whose)
     module = HeadSweep(
-        backbone, bank, c.optim, steps, t.micro_batch_size, lambda b: start_heads(c, backbone, data, b),
+        backbone, bank, c.optim, steps, t.micro_batch_size, lambda b: start_heads(c, backbone, full, data, b),
         sharding.even(data.validation_batches) if sharded else data.validation_batches, stored, corpus.fingerprint,
         bands_of(corpus.train, vocab_size), corpus.validation_bytes, t.log_every, flag,
         zero2.Zero2AdamW if t.shard == "zero2" else build_optimizer,

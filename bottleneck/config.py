@@ -101,6 +101,7 @@ class OptimConfig:
     lrs: Any = None  # grid: rates tried at every rank; default: the power rule's rate times grid_factors
     # grid without lrs: multiples of the power rule's rate
     grid_factors: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0, 2.0, 4.0])
+    lr_ratio: float = 1.0  # the rate of B as a share of A's, which is the head's (decay, clipping and eps see B divided by it)
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # decay of AdamW's two moments
     eps: float = 1e-8  # added to the root of the second moment
     weight_decay: float = 0.1  # decoupled, on A and B

@@ -60,6 +60,7 @@ class HeadBank(nn.Module):
     Args:
         loss_impl: see `losses.linear_cross_entropy`; "auto" picks for each rank.
         tokens: tokens of one micro-batch, which "auto" picks by.
+        coordinates: B is trained in other coordinates, from `use_coordinates`, see `head.whiten` and `optim.lr_ratio`.
 
     Attributes:
         keys: the heads' keys, in order.
@@ -67,10 +68,10 @@ class HeadBank(nn.Module):
             Where it has no teacher, the one head of rank D is that: it is trained on cross-entropy, the others on what it says
             at that step. Any of them has the bits that it has with its teacher alone.
         diverged: [H] flags, 1.0 for heads whose gradient has been non-finite; on the device, saved with the heads.
-        whiten_DD: Σ^-½ where heads are trained in whitened coordinates, see `head.whiten`, else None; saved with the heads.
+        whiten_DD: what `use_coordinates` was given, None where B is trained as it is; saved with the heads.
     """
 
-    def __init__(self, keys: list[HeadKey], vocab_size: int, hidden_size: int, loss_impl: str = "auto", tokens: int = 4096, whiten: bool = False):
+    def __init__(self, keys: list[HeadKey], vocab_size: int, hidden_size: int, loss_impl: str = "auto", tokens: int = 4096, coordinates: bool = False):
         super().__init__()
         names = [k.name for k in keys]
         doubled = {n for n in names if names.count(n) > 1}
@@ -80,7 +81,7 @@ class HeadBank(nn.Module):
         self.objective: Optional[distill.Objective] = None
         self.heads = nn.ModuleDict({k.name: LowRankHead(vocab_size, k.rank, hidden_size) for k in keys})
         self.register_buffer("diverged", torch.zeros(len(keys)))
-        self.register_buffer("whiten_DD", torch.eye(hidden_size) if whiten else None)
+        self.register_buffer("whiten_DD", torch.eye(hidden_size) if coordinates else None)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -90,12 +91,13 @@ class HeadBank(nn.Module):
 
     @torch.no_grad()
     def use_coordinates(self, root_DD: Tensor, inverse_DD: Tensor) -> None:
-        """Heads stay what they are; from now on their parameter B holds C = B Σ^½ [R, D], which reads x = Σ^-½ h.
+        """Heads stay what they are; from now on their parameter B holds C = B M [R, D], which reads x = M^-1 h.
 
         A step of AdamW moves every entry of a parameter alike. Where one entry of h is a thousand times the others, as in many
-        language models, a rate at which the others learn throws its column of B about; entries of x are all of variance 1.
+        language models, a rate at which the others learn throws its column of B about; with M = Σ^½ entries of x are all of
+        variance 1. With M / s a step of C is s times as long, in B.
 
-        Args: Σ^½ and Σ^-½ of the hidden states' covariance, from `initial.roots`.
+        Args: M and its inverse: Σ^½ and Σ^-½ of the hidden states' covariance from `initial.roots`, or a multiple of them.
         """
         for head in self.heads.values():
             head.B.copy_(head.B.double() @ root_DD.to(head.B.device))

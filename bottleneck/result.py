@@ -44,6 +44,8 @@ def build_curve(c: TrainConfig, module: HeadSweep, corpus: Corpus) -> dict[str, 
         recipe["epochs"] = c.data.epochs
     if c.head.whiten:
         recipe["whiten"] = True
+    if o.lr_ratio != 1:
+        recipe["lr_ratio"] = o.lr_ratio
     if c.head.objective != "ce":
         recipe |= {"objective": c.head.objective, "temperature": c.head.temperature}
     if c.head.objective == "mixed":

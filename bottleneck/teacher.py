@@ -1,18 +1,15 @@
-"""A head of an earlier run that teaches this run's: head.teacher=FOLDER."""
+"""A head of an earlier run that teaches this run's, and that they start from: head.teacher=FOLDER."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
-from torch import Tensor
 
-from bottleneck.backbone import Backbone
+from bottleneck.backbone import Backbone, FullHead
 from bottleneck.errors import check
 from bottleneck.heads import HeadKey
-from bottleneck.losses import weights
-from bottleneck.losses.distill import head_logits
 from bottleneck.runs import Run, open_run
 
 
@@ -32,14 +29,14 @@ class Teacher(NamedTuple):
         theirs = [self.run.curve["vocab_size"], self.run.curve["hidden_size"]]
         check(theirs == [vocab_size, hidden_size], f"head.teacher={self.run.folder}: its heads are for a vocabulary and hidden size of {theirs}, this backbone's are {[vocab_size, hidden_size]}")
 
-    def logits(self, backbone: Backbone) -> Callable[[Tensor], Tensor]:
-        """Hidden states [n, D] to its float32 logits [n, V]. Raises UserError where it was trained on another backbone."""
+    @torch.no_grad()
+    def head(self, backbone: Backbone) -> FullHead:
+        """W = A B as the backbone's own head would be held, in its dtype. Raises UserError where it was trained on another backbone."""
         theirs = self.run.curve["backbone_hash"]
         check(theirs == backbone.hash, f"head.teacher={self.run.folder}: its heads were trained on backbone {theirs}, this run's is {backbone.hash}")
-        device = backbone.lm_head.weight.device
-        with torch.no_grad():
-            w = weights(*(t.to(device) for t in self.run.factors(self.row)), backbone.dtype, "chunked")
-        return lambda h_nD: head_logits(h_nD, w)
+        own = backbone.lm_head.weight
+        A, B = (t.to(own.device) for t in self.run.factors(self.row))
+        return FullHead((A @ B).to(own.dtype))
 
 
 def open_teacher(value: str) -> Optional[Teacher]:

@@ -247,7 +247,7 @@ def facts(c: TrainConfig, key: HeadKey, hidden_size: int, vocab_size: int, data:
     """What a head is, for comparison with others: alike whether it trains alone or in company."""
     o = c.optim
     return {
-        "rank": key.rank, "parameters": key.rank * (vocab_size + hidden_size), "lr": key.lr, "seed": key.seed, "init": c.head.init, "passes": c.head.passes if c.head.init == "refined" else None,
+        "rank": key.rank, "parameters": key.rank * (vocab_size + hidden_size), "lr": key.lr, "lr_ratio": o.lr_ratio, "seed": key.seed, "init": c.head.init, "passes": c.head.passes if c.head.init == "refined" else None,
         "objective": c.head.objective, "temperature": c.head.temperature if c.head.objective != "ce" else None, "mix": c.head.mix if c.head.objective == "mixed" else None,
         "teacher": c.head.teacher if c.head.objective != "ce" else None, "whiten": c.head.whiten,
         "backbone": backbone, "revision": c.backbone.revision, "hidden_size": hidden_size, "vocab_size": vocab_size, "data": data,

@@ -36,6 +36,15 @@ def test_the_full_head_in_a_folder_teaches_what_the_full_head_teaches(run, earli
     assert name.startswith("r32_lr1e-30_s0:") and name != other.curve["recipe"]["teacher"] and str(tmp_path) not in json.dumps(told.curve)
 
 
+@pytest.mark.parametrize("init", ["fisher", "refined", "svd"])
+def test_closed_forms_are_of_the_head_that_teaches(run, tmp_path, init):
+    """At rank D a closed form is its head itself, so its loss before any training is that with which the teacher ended, and its KL is none."""
+    learned = run("ranks=[4,32]", "optim.lr=1e-1", run_dir=tmp_path / "learned").curve
+    taught = run("ranks=[4,32]", f"head.init={init}", "objective=distill", "optim.lr=1e-30", f"head.teacher={tmp_path / 'learned'}", run_dir=tmp_path / "taught").curve
+    assert taught["heads"][1]["initial_loss"] == pytest.approx(learned["heads"][1]["loss"], abs=1e-5)
+    assert abs(learned["heads"][1]["loss"] - learned["reference"]["loss"]) > 1e-2  # the own head would be told from it
+
+
 def test_a_run_goes_on_with_the_same_teacher_wherever_it_lies(run, earlier, tmp_path):
     objective = ("ranks=[2,8]", "objective=distill", "ckpt_path=last")
     first = run(*objective, f"head.teacher={earlier}")

@@ -10,6 +10,7 @@ from conftest import assert_same_heads, heads_of, shell
 
 from bottleneck.checkpoint import LAST
 from bottleneck.config import OptimConfig
+from bottleneck.errors import UserError
 from bottleneck.heads import HeadBank, HeadKey
 from bottleneck.initial import roots
 from bottleneck.optim import build_optimizer, clip_per_head
@@ -29,20 +30,20 @@ def hidden(outlier: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return h, y, W
 
 
-def trained(h, y, start, whiten=None, steps=5):
+def trained(h, y, start, whiten=None, steps=5, optim=OptimConfig()):
     """Losses before each step, and the bank after the last."""
-    bank = HeadBank(KEYS, V, D, "chunked", whiten=whiten is not None)
+    bank = HeadBank(KEYS, V, D, "chunked", coordinates=whiten is not None)
     for key in KEYS:
         bank[key].set(*start[key])
     if whiten is not None:
         bank.use_coordinates(*whiten)
-    optimizer, losses = build_optimizer(bank, OptimConfig()), []
+    optimizer, losses = build_optimizer(bank, optim), []
     for _ in range(steps):
         bank.zero_gradients()
         cast = bank.cast(torch.float32)
         sums = sum(bank.accumulate(h[i::2], y[i::2], cast, 1 / N) for i in range(2))
         bank.finish_gradients()
-        _, optimizer.divisors = clip_per_head(bank, 1.0, sums, optimizer.norms())
+        _, optimizer.divisors = clip_per_head(bank, optim.clip, sums, optimizer.norms())
         optimizer.step()
         losses.append((sums / N).tolist())
     return losses, bank
@@ -64,6 +65,26 @@ def test_it_is_training_on_whitened_hidden_states():
     assert torch.allclose(x.T @ x / N, torch.eye(D), atol=1e-3)
 
 
+@pytest.mark.parametrize("ratio", [0.3, 4.0])
+def test_a_ratio_of_rates_is_two_rates(ratio):
+    """An independent way: PyTorch's AdamW with a group for A and one for B. Decay and clipping see B as it is trained, so here are none."""
+    h, y, _ = hidden(1.0)
+    g = torch.Generator().manual_seed(1)
+    start = {k: (torch.randn(V, k.rank, generator=g), torch.randn(k.rank, D, generator=g) / 10) for k in KEYS}
+    one = torch.eye(D, dtype=torch.float64)
+    losses, bank = trained(h, y, start, (one / ratio, one * ratio), optim=OptimConfig(weight_decay=0, eps=1e-30, clip=None))
+    for i, key in enumerate(KEYS):
+        A, B = (t.clone().requires_grad_() for t in start[key])
+        optimizer = torch.optim.AdamW([{"params": [A], "lr": key.lr}, {"params": [B], "lr": ratio * key.lr}], betas=(0.9, 0.95), eps=1e-30, weight_decay=0)
+        for k in range(5):
+            loss = torch.nn.functional.cross_entropy(h @ B.T @ A.T, y)
+            assert abs(loss.item() - losses[k][i]) < 1e-4
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        torch.testing.assert_close(bank.factors(key), (A.detach(), B.detach()), rtol=1e-3, atol=1e-4)
+
+
 def test_an_outlier_does_not_throw_a_good_start_about():
     """The same step is small for all directions of x; in h's own coordinates that of the outlier is three hundred times too long."""
     h, y, W = hidden(300.0)
@@ -73,6 +94,17 @@ def test_an_outlier_does_not_throw_a_good_start_about():
     for i in range(len(KEYS)):
         plain, white = ([step[i] for step in trained(h, y, start, w)[0]] for w in (None, (root, inverse)))
         assert abs(plain[0] - white[0]) < 1e-4 and max(plain) > plain[0] + 0.3 and max(white) < white[0] + 0.01
+
+
+def test_a_run_with_a_ratio_of_rates(run, tmp_path):
+    """The start is the same head; then it goes another way."""
+    for extra in ((), ("head.whiten=true",)):
+        plain, slow = (run("ranks=[4]", "optim.lr=1e-2", *extra, *ratio, run_dir=tmp_path / f"{len(extra)}{len(ratio)}").curve for ratio in ((), ("optim.lr_ratio=0.1",)))
+        assert abs(plain["heads"][0]["initial_loss"] - slow["heads"][0]["initial_loss"]) < 1e-4 < abs(plain["heads"][0]["loss"] - slow["heads"][0]["loss"])
+        assert slow["recipe"]["lr_ratio"] == 0.1 and "lr_ratio" not in plain["recipe"]
+    for wrong in ("0", "-1", "nan"):
+        with pytest.raises(UserError, match="optim.lr_ratio"):
+            run("ranks=[4]", f"optim.lr_ratio={wrong}")
 
 
 def test_a_run_in_whitened_coordinates(run, tmp_path):
