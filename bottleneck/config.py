@@ -80,7 +80,7 @@ class HeadConfig:
     temperature: float = 1.0  # distill, mixed: both softmaxes are taken at it
     mix: float = 0.5  # mixed: share of the KL
     # distill, mixed: own (the backbone's head) | trained (the run's head of rank d, which itself learns from the data) | the folder
-    # of a finished run, whose best head of its highest rank it then is
+    # of a finished run, whose best head of its highest rank it then is; closed-form starts are then of that head
     teacher: str = "own"
     # auto (the fastest here) | fused (Triton, GPU) | chunked (any device) | reference (logits in full, for checking)
     loss_impl: str = "auto"
