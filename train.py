@@ -35,21 +35,28 @@ from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
-from bottleneck import checkpoint, checks, cli, config, curve, initial, processes, sharding, stopping, tracking, zero2
-from bottleneck.backbone import Backbone, FullHead, label, load_shape, load_tokenizer
-from bottleneck.compare import bands_of
-from bottleneck.config import TrainConfig
-from bottleneck.errors import LostPeers, Stopped, UserError, check
-from bottleneck.heads import HeadBank
+from bottleneck.backbone import sharding
+from bottleneck.backbone.model import Backbone, FullHead, label, load_shape, load_tokenizer
+from bottleneck.cli import one_line_errors as cli
+from bottleneck.config import checks
+from bottleneck.config import schema as config
+from bottleneck.config.schema import TrainConfig
+from bottleneck.core.errors import LostPeers, Stopped, UserError, check
+from bottleneck.data.module import TextData, leading_bos
+from bottleneck.data.prepare import prepare
+from bottleneck.evaluation.agreement import bands_of
+from bottleneck.heads import closed_forms as initial
+from bottleneck.heads.bank import HeadBank
+from bottleneck.heads.refine import refine
 from bottleneck.losses.distill import Objective
-from bottleneck.module import HeadSweep, ValidateEvery
-from bottleneck.optim import bank_keys, build_optimizer
-from bottleneck.progress import TokenProgress, told
-from bottleneck.refine import refine
-from bottleneck.result import build_curve
-from bottleneck.teacher import open_teacher
-from data.module import TextData, leading_bos
-from data.prepare import prepare
+from bottleneck.results import curve
+from bottleneck.training import checkpoint, processes, tracking, zero2
+from bottleneck.training import signals as stopping
+from bottleneck.training.curve_of_run import build_curve
+from bottleneck.training.module import HeadSweep, ValidateEvery
+from bottleneck.training.optim import bank_keys, build_optimizer
+from bottleneck.training.progress import TokenProgress, told
+from bottleneck.training.teacher import open_teacher
 
 log = logging.getLogger("bottleneck")
 # Warnings of libraries about what is meant to be so, or about themselves.
@@ -93,8 +100,13 @@ def build_trainer(c: TrainConfig, steps: int, run_dir: Path, flag: stopping.Flag
     torch.set_num_threads(t.threads or processes.threads(t.devices))
     strategy: Any = t.strategy
     if strategy == "ddp" or (strategy == "auto" and t.devices * t.num_nodes > 1):
-        strategy = (zero2.Zero2Strategy if t.shard == "zero2" else DDPStrategy)(gradient_as_bucket_view=True, timeout=datetime.timedelta(minutes=t.timeout_minutes))
-    check(t.accelerator != "gpu" or torch.cuda.is_available(), "trainer.accelerator=gpu: there is no CUDA GPU here; allowed are auto, cpu")
+        strategy = (zero2.Zero2Strategy if t.shard == "zero2" else DDPStrategy)(
+            gradient_as_bucket_view=True, timeout=datetime.timedelta(minutes=t.timeout_minutes)
+        )
+    check(
+        t.accelerator != "gpu" or torch.cuda.is_available(),
+        "trainer.accelerator=gpu: there is no CUDA GPU here; allowed are auto, cpu",
+    )
     callbacks: list[pl.Callback] = [TokenProgress()] if t.progress else []
     callbacks += [processes.SendBfloat16()] if t.reduce_dtype == "bfloat16" and t.devices * t.num_nodes > 1 else []
     callbacks += [ValidateEvery(t.val_every)] if t.val_every else []
@@ -107,12 +119,24 @@ def build_trainer(c: TrainConfig, steps: int, run_dir: Path, flag: stopping.Flag
         accelerator = "gpu" if torch.cuda.is_available() else "cpu"
     try:
         trainer = pl.Trainer(
-            accelerator=accelerator, devices=t.devices, num_nodes=t.num_nodes, strategy=strategy,
-            max_steps=steps, max_epochs=-1, limit_val_batches=0, num_sanity_val_steps=0,
-            logger=False, callbacks=callbacks,
-            plugins=plugins, default_root_dir=run_dir, use_distributed_sampler=False,
-            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
-        )  # fmt: skip
+            accelerator=accelerator,
+            devices=t.devices,
+            num_nodes=t.num_nodes,
+            strategy=strategy,
+            max_steps=steps,
+            max_epochs=-1,
+            limit_val_batches=0,
+            num_sanity_val_steps=0,
+            logger=False,
+            callbacks=callbacks,
+            plugins=plugins,
+            default_root_dir=run_dir,
+            use_distributed_sampler=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            log_every_n_steps=1,
+        )
     except (MisconfigurationException, RuntimeError, ValueError) as error:
         raise UserError(f"trainer: {error}") from error
     # signals are bottleneck.stopping's: Lightning asks all processes before every step and waits for the answer, which holds a GPU up
@@ -125,7 +149,9 @@ def start_heads(c: TrainConfig, backbone: Backbone, full: FullHead, data: TextDa
     """Give every head its start, from the first sequences of the training order; closed forms are of the head `full`."""
     log.info("starting heads: %s, %d calibration tokens", c.head.init, c.head.calibration_tokens)
     if len(c.seed) > 1 and c.head.init in ("fisher", "refined", "svd"):
-        log.warning("seed=%s: head.init=%s has nothing random, heads of different seeds will be equal", c.seed, c.head.init)
+        log.warning(
+            "seed=%s: head.init=%s has nothing random, heads of different seeds will be equal", c.seed, c.head.init
+        )
     ids = data.calibration(c.head.calibration_tokens).to(backbone.lm_head.weight.device)
     hidden: Any = (backbone(part[:, :-1]) for part in told("calibrating", ids.split(c.trainer.micro_batch_size)))
     if c.head.init == "refined":
@@ -142,13 +168,22 @@ def start_heads(c: TrainConfig, backbone: Backbone, full: FullHead, data: TextDa
         bank.use_coordinates(root / c.optim.lr_ratio, inverse * c.optim.lr_ratio)
 
 
-def _refined(c: TrainConfig, full: FullHead, bank: HeadBank, start: Any, hidden: list[torch.Tensor], moments: initial.Calibration) -> Any:
+def _refined(
+    c: TrainConfig, full: FullHead, bank: HeadBank, start: Any, hidden: list[torch.Tensor], moments: initial.Calibration
+) -> Any:
     """Starts taught on the calibration tokens, as `initial.starts` gives them."""
     # heads that differ in their rate alone start alike
     alike = {(key.rank, key.seed): key for key in bank.keys}
     log.info("refining %d starts: %d passes", len(alike), c.head.passes)
     began = time.monotonic()
-    taught = refine([start(key) for key in alike.values()], hidden, full, moments, c.head.passes, watch=functools.partial(told, "refining"))
+    taught = refine(
+        [start(key) for key in alike.values()],
+        hidden,
+        full,
+        moments,
+        c.head.passes,
+        watch=functools.partial(told, "refining"),
+    )
     log.info("refined in %.1f s", time.monotonic() - began)
     return lambda key: taught[list(alike).index((key.rank, key.seed))]
 
@@ -217,24 +252,48 @@ def _train(cfg: DictConfig, run_dir: Path, at_end: contextlib.ExitStack) -> Resu
     device_type = trainer.strategy.root_device.type
     checks.check_device(c, device_type)
     if device_type == "cuda":
-        torch.cuda.set_device(trainer.strategy.root_device)  # for kernels that ask for the current one; Lightning does it in fit
+        torch.cuda.set_device(
+            trainer.strategy.root_device
+        )  # for kernels that ask for the current one; Lightning does it in fit
     tokenizer = load_tokenizer(c.backbone)
     corpus = prepare(c.data, tokenizer)
     top = max(int(corpus.train.max()), int(corpus.validation.max()))
     check(top < vocab_size, f"backbone.tokenizer: makes id {top}, the backbone's vocabulary ends at {vocab_size - 1}")
     if len(corpus.validation) - 1 < FEW:
-        log.info("%s has %s validation tokens, which is few: perplexities are uncertain; give data.validation_files, more text, or a larger data.validation_fraction", corpus.name, f"{len(corpus.validation) - 1:,}")
+        log.info(
+            "%s has %s validation tokens, which is few: perplexities are uncertain; give data.validation_files, more text, or a larger data.validation_fraction",
+            corpus.name,
+            f"{len(corpus.validation) - 1:,}",
+        )
     t = c.trainer
-    data = TextData(corpus, c.data.block_size, c.batch_size, steps, t.micro_batch_size, c.data.seed, leading_bos(tokenizer), c.data.epochs)
+    data = TextData(
+        corpus,
+        c.data.block_size,
+        c.batch_size,
+        steps,
+        t.micro_batch_size,
+        c.data.seed,
+        leading_bos(tokenizer),
+        c.data.epochs,
+    )
 
     keys = bank_keys(c.optim, c.head.init, ranks, c.seed, hidden_size, vocab_size)
-    bank = HeadBank(keys, vocab_size, hidden_size, c.head.loss_impl, t.micro_batch_size * c.data.block_size, c.head.whiten or c.optim.lr_ratio != 1)
+    bank = HeadBank(
+        keys,
+        vocab_size,
+        hidden_size,
+        c.head.loss_impl,
+        t.micro_batch_size * c.data.block_size,
+        c.head.whiten or c.optim.lr_ratio != 1,
+    )
     if c.head.teacher == "trained":
         _ = bank.teacher  # there is one
 
     in_sweep = (run_dir.parent / "multirun.yaml").exists()  # which Hydra writes: this is one job of several
     facts = {key.name: tracking.facts(c, key, hidden_size, vocab_size, corpus.name, label(c.backbone)) for key in keys}
-    trainer.loggers = tracking.build_loggers(c.logger, run_dir, (run_dir.parent if in_sweep else run_dir).name, facts, resume_step)
+    trainer.loggers = tracking.build_loggers(
+        c.logger, run_dir, (run_dir.parent if in_sweep else run_dir).name, facts, resume_step
+    )
     outcome: dict[str, Any] = {}
     at_end.callback(lambda: tracking.close(trainer.loggers, outcome.get("curve"), in_sweep))
 
@@ -245,32 +304,64 @@ def _train(cfg: DictConfig, run_dir: Path, at_end: contextlib.ExitStack) -> Resu
     else:
         backbone = Backbone.load(c.backbone, trainer.strategy.root_device)
     shape = (backbone.vocab_size, backbone.hidden_size)
-    check(shape == (vocab_size, hidden_size), f"backbone {backbone.name}: its head is {list(shape)}, its config says {[vocab_size, hidden_size]}")
-    log.info("%s: d = %d, V = %d; %d head%s, %d steps of %d tokens", backbone.name, hidden_size, vocab_size, len(bank), "s" * (len(bank) > 1),
-             steps, c.batch_size * c.data.block_size)  # fmt: skip
+    check(
+        shape == (vocab_size, hidden_size),
+        f"backbone {backbone.name}: its head is {list(shape)}, its config says {[vocab_size, hidden_size]}",
+    )
+    log.info(
+        "%s: d = %d, V = %d; %d head%s, %d steps of %d tokens",
+        backbone.name,
+        hidden_size,
+        vocab_size,
+        len(bank),
+        "s" * (len(bank) > 1),
+        steps,
+        c.batch_size * c.data.block_size,
+    )
     if checks.compiles(c, device_type):
-        compiled = backbone.compile_layers((min(t.micro_batch_size, c.batch_size // (t.devices * t.num_nodes)), c.data.block_size))
-        log.info("backbone: %s", "layers are compiled" if compiled else f"family {backbone.family} does not name its layers, not compiled")
+        compiled = backbone.compile_layers(
+            (min(t.micro_batch_size, c.batch_size // (t.devices * t.num_nodes)), c.data.block_size)
+        )
+        log.info(
+            "backbone: %s",
+            "layers are compiled" if compiled else f"family {backbone.family} does not name its layers, not compiled",
+        )
     full = teacher.head(backbone) if teacher is not None else backbone.head
     if c.head.objective != "ce":
         says = full.float_logits if c.head.teacher != "trained" else None
         whose = f"{c.head.teacher} of {teacher.run.folder}" if teacher is not None else "the full head"
-        bank.objective = Objective(says, c.head.temperature, 1.0 if c.head.objective == "distill" else c.head.mix, whose)
+        bank.objective = Objective(
+            says, c.head.temperature, 1.0 if c.head.objective == "distill" else c.head.mix, whose
+        )
     module = HeadSweep(
-        backbone, bank, c.optim, steps, t.micro_batch_size, lambda b: start_heads(c, backbone, full, data, b),
-        sharding.even(data.validation_batches) if sharded else data.validation_batches, stored, corpus.fingerprint,
-        bands_of(corpus.train, vocab_size), corpus.validation_bytes, t.log_every, flag,
+        backbone,
+        bank,
+        c.optim,
+        steps,
+        t.micro_batch_size,
+        lambda b: start_heads(c, backbone, full, data, b),
+        sharding.even(data.validation_batches) if sharded else data.validation_batches,
+        stored,
+        corpus.fingerprint,
+        bands_of(corpus.train, vocab_size),
+        corpus.validation_bytes,
+        t.log_every,
+        flag,
         zero2.Zero2AdamW if t.shard == "zero2" else build_optimizer,
-    )  # fmt: skip
+    )
     module.resume_step = resume_step
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     except torch.OutOfMemoryError as error:
-        raise UserError(f"trainer.micro_batch_size={t.micro_batch_size}: out of GPU memory; give a smaller one, fewer heads, or trainer=fsdp: {error}") from error
+        raise UserError(
+            f"trainer.micro_batch_size={t.micro_batch_size}: out of GPU memory; give a smaller one, fewer heads, or trainer=fsdp: {error}"
+        ) from error
     except RuntimeError as error:
         if trainer.world_size > 1 and processes.lost_peers(error):
             who = f"process {trainer.global_rank} of {trainer.world_size}"
-            raise LostPeers(f"{who} lost the others, or had no answer for {t.timeout_minutes} minutes (trainer.timeout_minutes): {error}") from error
+            raise LostPeers(
+                f"{who} lost the others, or had no answer for {t.timeout_minutes} minutes (trainer.timeout_minutes): {error}"
+            ) from error
         raise
     except SystemExit:
         if trainer.interrupted:  # Lightning's answer to Ctrl-C
@@ -293,8 +384,13 @@ def main(cfg: DictConfig) -> None:
     run = HydraConfig.get()
 
     def work() -> None:
-        given = any(o.startswith(("hydra.run.dir=", "hydra.sweep.dir=", "hydra.sweep.subdir=")) for o in run.overrides.hydra)
-        check(cfg.ckpt_path != "last" or given, "ckpt_path=last: goes on in hydra.run.dir, which is a new folder unless it is given; give hydra.run.dir=FOLDER")
+        given = any(
+            o.startswith(("hydra.run.dir=", "hydra.sweep.dir=", "hydra.sweep.subdir=")) for o in run.overrides.hydra
+        )
+        check(
+            cfg.ckpt_path != "last" or given,
+            "ckpt_path=last: goes on in hydra.run.dir, which is a new folder unless it is given; give hydra.run.dir=FOLDER",
+        )
         spread(cfg, Path(run.runtime.output_dir))
 
     cli.job(work)

@@ -21,8 +21,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from bottleneck import cli, config
-from bottleneck.errors import UserError
+from bottleneck.cli import one_line_errors as cli
+from bottleneck.core.errors import UserError
+from bottleneck.core.paths import CONF
 from bottleneck.studies.config import check_study, register, unknown_key
 from bottleneck.studies.paper import listing
 
@@ -42,7 +43,7 @@ def study(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     return result
 
 
-@hydra.main(version_base="1.3", config_path=str(config.ROOT / "conf"), config_name="study")
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="study")
 def main(cfg: DictConfig) -> None:
     cli.job(lambda: study(cfg, Path(HydraConfig.get().runtime.output_dir)))
 

@@ -16,8 +16,8 @@ from typing import Any, Optional
 
 import numpy as np
 
-from bottleneck.config import DataConfig
-from bottleneck.errors import check
+from bottleneck.config.schema import DataConfig
+from bottleneck.core.errors import check
 
 FORMAT = 1  # of the folder; a change makes old ones unknown
 PARTS = ("train", "validation")
@@ -103,10 +103,16 @@ def open_prepared(cfg: DataConfig, tokenizer: Any) -> Corpus:
     """
     folder = Path(cfg.prepared).expanduser()
     where = f"data.prepared={cfg.prepared}"
-    check((folder / "manifest.json").is_file(), f"{where}: not a folder of prepared tokens (no manifest.json); give the folder that python -m data.prepare printed, or a copy")
+    check(
+        (folder / "manifest.json").is_file(),
+        f"{where}: not a folder of prepared tokens (no manifest.json); give the folder that python -m data.prepare printed, or a copy",
+    )
     fault = verify(folder)
     check(fault is None, f"{where}: damaged ({fault}); copy it again")
     manifest = read_manifest(folder)
     same = manifest.get("tokenizer") == tokenizer_hash(tokenizer)
-    check(same, f"{where}: its tokenizer ({manifest.get('tokenizer')}) is not the backbone's ({tokenizer_hash(tokenizer)}); prepare the text with this backbone")
+    check(
+        same,
+        f"{where}: its tokenizer ({manifest.get('tokenizer')}) is not the backbone's ({tokenizer_hash(tokenizer)}); prepare the text with this backbone",
+    )
     return Corpus(cfg.name or manifest.get("name") or folder.name, folder, manifest)

@@ -16,8 +16,8 @@ from typing import Any, Callable, Iterator, Optional
 
 import numpy as np
 
-from bottleneck.version import cores
-from data.words import WordEncoder, cutter
+from bottleneck.core.environment import cores
+from bottleneck.data.words import WordEncoder, cutter
 
 CORE_CHARS = 1 << 18  # text given to the tokenizer at once, for each core …
 MOST_CHARS = 1 << 21  # … and in all: it needs about 120 bytes a character

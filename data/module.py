@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from bottleneck.errors import check
-from data.prepare import Corpus
+from bottleneck.core.errors import check
+from bottleneck.data.prepare import Corpus
 
 IGNORE = -100  # target that does not count
 
@@ -28,7 +28,18 @@ class StepBatches(Dataset):
     In several epochs the first steps / epochs of them are all the text there is; each epoch has an order of its own.
     """
 
-    def __init__(self, corpus: Corpus, block: int, batch: int, steps: int, seed: int, bos: Optional[int], rank=0, world=1, epochs=1):
+    def __init__(
+        self,
+        corpus: Corpus,
+        block: int,
+        batch: int,
+        steps: int,
+        seed: int,
+        bos: Optional[int],
+        rank=0,
+        world=1,
+        epochs=1,
+    ):
         self.tokens, self.block, self.batch, self.steps, self.bos = corpus.train, block, batch, steps, bos
         self.rank, self.share = rank, batch // world
         blocks = (len(self.tokens) - 1) // block
@@ -36,8 +47,16 @@ class StepBatches(Dataset):
         text = math.ceil(steps / epochs) * batch  # blocks of an epoch
         needed, have = text * block, blocks * block
         once = "" if epochs == 1 else f" for each of {epochs} epochs"
-        check(needed <= have, f"tokens: {needed} are asked for{once}, {corpus.name} has {have} training tokens in blocks of {block}; give fewer, a smaller data.block_size, more text, or read it again with a larger data.epochs")
-        self.plan = np.concatenate([self.order[:text], *(np.random.default_rng([seed, epoch]).permutation(self.order[:text]) for epoch in range(1, epochs))])
+        check(
+            needed <= have,
+            f"tokens: {needed} are asked for{once}, {corpus.name} has {have} training tokens in blocks of {block}; give fewer, a smaller data.block_size, more text, or read it again with a larger data.epochs",
+        )
+        self.plan = np.concatenate(
+            [
+                self.order[:text],
+                *(np.random.default_rng([seed, epoch]).permutation(self.order[:text]) for epoch in range(1, epochs)),
+            ]
+        )
 
     def __len__(self) -> int:
         return self.steps
@@ -96,14 +115,26 @@ class TextData(pl.LightningDataModule):
     Raises: UserError where the training tokens are fewer than an epoch of the budget.
     """
 
-    def __init__(self, corpus: Corpus, block: int, batch: int, steps: int, micro_batch: int, seed: int, bos: Optional[int], epochs: int = 1):
+    def __init__(
+        self,
+        corpus: Corpus,
+        block: int,
+        batch: int,
+        steps: int,
+        micro_batch: int,
+        seed: int,
+        bos: Optional[int],
+        epochs: int = 1,
+    ):
         super().__init__()
         self.corpus, self.block, self.batch, self.steps = corpus, block, batch, steps
         self.micro_batch, self.seed, self.bos, self.epochs = micro_batch, seed, bos, epochs
         self._steps(0, 1)  # refuses a budget beyond the corpus now, before any weights are loaded
 
     def _steps(self, rank: int, world: int) -> StepBatches:
-        return StepBatches(self.corpus, self.block, self.batch, self.steps, self.seed, self.bos, rank, world, self.epochs)
+        return StepBatches(
+            self.corpus, self.block, self.batch, self.steps, self.seed, self.bos, rank, world, self.epochs
+        )
 
     def calibration(self, tokens: int) -> Tensor:
         return self._steps(0, 1).calibration(tokens)

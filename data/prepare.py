@@ -22,14 +22,14 @@ from typing import Any, Iterable, Iterator, Optional
 import numpy as np
 from filelock import FileLock
 
-from bottleneck import cli
-from bottleneck.backbone import load_tokenizer
-from bottleneck.checks import as_list, check_config
-from bottleneck.config import DataConfig
-from bottleneck.errors import Parser, UserError, check
-from data.cache import FORMAT, PARTS, Corpus, open_prepared, read_manifest, tokenizer_hash, verify
-from data.encode import Writer, background, encoder
-from data.sources import Source
+from bottleneck.backbone.model import load_tokenizer
+from bottleneck.cli import one_line_errors as cli
+from bottleneck.config.checks import as_list, check_config
+from bottleneck.config.schema import DataConfig
+from bottleneck.core.errors import Parser, UserError, check
+from bottleneck.data.cache import FORMAT, PARTS, Corpus, open_prepared, read_manifest, tokenizer_hash, verify
+from bottleneck.data.encode import Writer, background, encoder
+from bottleneck.data.sources import Source
 
 log = logging.getLogger(__name__)
 FIRST_DOCUMENTS = 200  # among these at least one is held out, however small the text
@@ -81,7 +81,9 @@ class _Split:
 
     def __init__(self, cfg: DataConfig):
         self.seed, self.limit = cfg.seed, int(cfg.validation_fraction * 2**64)
-        self.paragraphs = cfg.text_unit == "paragraph" or (cfg.text_unit == "auto" and len(as_list(cfg.files or [])) == 1)
+        self.paragraphs = cfg.text_unit == "paragraph" or (
+            cfg.text_unit == "auto" and len(as_list(cfg.files or [])) == 1
+        )
 
     def __call__(self, documents: Iterable[str]) -> Iterator[tuple[bool, str]]:
         """Yields (held out?, document)."""
@@ -91,7 +93,10 @@ class _Split:
             first.append((document_hash(d, self.seed), zlib.compress(d.encode("utf-8", "surrogatepass"), 1)))
         hashes = {value for value, _ in first}
         check(len(hashes) > 0, "data: there is no document in the text, or only empty ones")
-        check(len(hashes) > 1, "data: the text is a single document, so none can be held out for validation; give data.validation_files{'' if self.paragraphs else ', or data.text_unit=paragraph for plain text'}")
+        check(
+            len(hashes) > 1,
+            "data: the text is a single document, so none can be held out for validation; give data.validation_files{'' if self.paragraphs else ', or data.text_unit=paragraph for plain text'}",
+        )
         forced = min(hashes)  # a text of few documents still has one for validation
 
         def held(value: int) -> bool:
@@ -138,8 +143,16 @@ def _build(cfg: DataConfig, source: Source, tokenizer: Any, folder: Path) -> Non
         parts = {"train": train.close(), "validation": validation.close()}
         for part in parts:
             check(parts[part]["documents"] > 0, f"data: no {part} documents in {source.name}")
-        manifest = {"format": FORMAT, "name": source.name, "dtype": dtype.name, "eos": eos, "block_size": cfg.block_size,
-                    "tokenizer": tokenizer_hash(tokenizer), "source": source.describe(), **parts}  # fmt: skip
+        manifest = {
+            "format": FORMAT,
+            "name": source.name,
+            "dtype": dtype.name,
+            "eos": eos,
+            "block_size": cfg.block_size,
+            "tokenizer": tokenizer_hash(tokenizer),
+            "source": source.describe(),
+            **parts,
+        }
         (half / "manifest.json").write_text(json.dumps(manifest, indent=1))
         os.replace(half, folder)
     except BaseException:
@@ -147,7 +160,13 @@ def _build(cfg: DataConfig, source: Source, tokenizer: Any, folder: Path) -> Non
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-    log.info("prepared %s: %s training tokens, %s validation tokens in %.0f s", source.name, f"{train.tokens:,}", f"{validation.tokens:,}", time.monotonic() - start)
+    log.info(
+        "prepared %s: %s training tokens, %s validation tokens in %.0f s",
+        source.name,
+        f"{train.tokens:,}",
+        f"{validation.tokens:,}",
+        time.monotonic() - start,
+    )
 
 
 def command(overrides: list[str]) -> Corpus:
@@ -155,18 +174,31 @@ def command(overrides: list[str]) -> Corpus:
     c = check_config(cli.composed(overrides))
     corpus = prepare(c.data, load_tokenizer(c.backbone))
     counts = {part: int(corpus.manifest[part]["tokens"]) for part in PARTS}
-    took = "already there" if corpus.seconds is None else f"{corpus.seconds:.1f} s, {sum(counts.values()) / corpus.seconds:,.0f} tokens/s"
-    print(f"{corpus.folder.resolve()}\n{corpus.name}: {counts['train']:,} training tokens, {counts['validation']:,} validation tokens; {took}")
+    took = (
+        "already there"
+        if corpus.seconds is None
+        else f"{corpus.seconds:.1f} s, {sum(counts.values()) / corpus.seconds:,.0f} tokens/s"
+    )
+    print(
+        f"{corpus.folder.resolve()}\n{corpus.name}: {counts['train']:,} training tokens, {counts['validation']:,} validation tokens; {took}"
+    )
     return corpus
 
 
 def main(argv: Optional[list[str]] = None) -> int:
     """Returns the exit code: 2 for bad input, told in one line."""
-    parser = Parser(prog="python -m data.prepare", description="Prepare the tokens of a run, without weights or training.")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for train.py: backbone=… data=… data.files=…")
+    parser = Parser(
+        prog="python -m data.prepare", description="Prepare the tokens of a run, without weights or training."
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="as for train.py: backbone=… data=… data.files=…"
+    )
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    return cli.one_line_errors(lambda: command(parser.parse_args(argv).overrides), after_interrupt="nothing is kept; the same command starts again")
+    return cli.one_line_errors(
+        lambda: command(parser.parse_args(argv).overrides),
+        after_interrupt="nothing is kept; the same command starts again",
+    )
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ import re
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Optional
 
-from bottleneck.checks import as_list
-from bottleneck.config import DataConfig
-from bottleneck.errors import UserError, check
+from bottleneck.config.checks import as_list
+from bottleneck.config.schema import DataConfig
+from bottleneck.core.errors import UserError, check
 
 log = logging.getLogger(__name__)
 READERS = {".txt": "text", ".text": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -25,7 +25,10 @@ def reader_of(path: str) -> str:
     name = Path(path)
     suffix = Path(name.stem).suffix if name.suffix in PACKED else name.suffix
     known = ", ".join(READERS)
-    check(suffix.lower() in READERS, f"data.files: {path} has an unknown ending; known are {known} (also with {', '.join(PACKED)})")
+    check(
+        suffix.lower() in READERS,
+        f"data.files: {path} has an unknown ending; known are {known} (also with {', '.join(PACKED)})",
+    )
     return READERS[suffix.lower()]
 
 
@@ -36,11 +39,22 @@ def expand(key: str, patterns: Any) -> list[str]:
     for pattern in map(str, as_list(patterns)):
         path = Path(pattern).expanduser()
         if path.is_dir():
-            hits = [str(p) for p in path.rglob("*") if p.is_file() and p.name[0] != "." and p.name.lower() != "readme.md" and _known(p)]
+            hits = [
+                str(p)
+                for p in path.rglob("*")
+                if p.is_file() and p.name[0] != "." and p.name.lower() != "readme.md" and _known(p)
+            ]
             check(bool(hits), f"{key}={pattern}: the folder holds no text; known endings are {', '.join(READERS)}")
         else:
-            hits = [str(path)] if path.is_file() else [p for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
-            check(bool(hits), f"{key}={pattern}: no such file; give a file, a folder or a glob such as 'texts/*.jsonl.zst'")
+            hits = (
+                [str(path)]
+                if path.is_file()
+                else [p for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
+            )
+            check(
+                bool(hits),
+                f"{key}={pattern}: no such file; give a file, a folder or a glob such as 'texts/*.jsonl.zst'",
+            )
         found += hits
     # one file may be named in several ways
     return sorted({Path(f).resolve(): f for f in reversed(found)}.values())
@@ -151,7 +165,9 @@ class Source:
         try:
             stream = datasets.load_dataset(path, **options)
             # Arrow tables: of their columns only the text is made into Python objects; files that are documents come singly
-            for table in stream.with_format("arrow").iter(batch_size=1 if options.get("sample_by") == "document" else ROWS):
+            for table in stream.with_format("arrow").iter(
+                batch_size=1 if options.get("sample_by") == "document" else ROWS
+            ):
                 if field not in table.column_names:
                     columns = ", ".join(table.column_names) or "none"
                     raise UserError(f"data.text_field={field}: no such column in {where}; columns there: {columns}")

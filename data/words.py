@@ -51,11 +51,22 @@ def cutter(backend: Any) -> Optional[re.Pattern]:
     if kinds not in (["ByteLevel"], ["Digits", "ByteLevel"]) or about["model"].get("dropout"):
         return None
     level = steps[-1]
-    if not level.get("use_regex", True) or level.get("add_prefix_space", True) or about["truncation"] or about["padding"]:
+    if (
+        not level.get("use_regex", True)
+        or level.get("add_prefix_space", True)
+        or about["truncation"]
+        or about["padding"]
+    ):
         return None
-    if about["normalizer"] not in (None, NOTHING, {"type": "NFC"}):  # NFC leaves ASCII as it is, and apart from what follows a space
+    if about["normalizer"] not in (
+        None,
+        NOTHING,
+        {"type": "NFC"},
+    ):  # NFC leaves ASCII as it is, and apart from what follows a space
         return None
-    for t in about["added_tokens"]:  # a single space goes before words; what is normalised may stand in a text in other characters
+    for t in about[
+        "added_tokens"
+    ]:  # a single space goes before words; what is normalised may stand in a text in other characters
         if t["content"] == " " or (t.get("normalized") and about["normalizer"] and not t["content"].isascii()):
             return None
     return parts(len(kinds) == 2, any(t["content"].isspace() for t in about["added_tokens"]))

@@ -22,7 +22,7 @@ from hydra import compose, initialize_config_dir
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from bottleneck import config
+from bottleneck.config import schema as config
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -63,16 +63,25 @@ def toy_backbone(tmp_path_factory) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB, special_tokens=["<|endoftext|>"], show_progress=False,
+        vocab_size=VOCAB,
+        special_tokens=["<|endoftext|>"],
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
     tokenizer.train_from_iterator(sentences(2, 50), trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
     torch.manual_seed(0)
     shape = GPTNeoXConfig(
-        vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-        max_position_embeddings=CONTEXT, bos_token_id=0, eos_token_id=0, initializer_range=0.3,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=CONTEXT,
+        bos_token_id=0,
+        eos_token_id=0,
+        initializer_range=0.3,
+    )
     GPTNeoXForCausalLM(shape).save_pretrained(folder)
     return folder
 
@@ -81,11 +90,23 @@ def toy_backbone(tmp_path_factory) -> Path:
 def toy(toy_backbone, toy_text, tmp_path_factory) -> list[str]:
     """Overrides of a run on the toys that takes a second: 20 steps of 8 x 64 tokens, on the CPU."""
     return [
-        "backbone=local", f"backbone.path={toy_backbone}", "data=local", f"data.files={toy_text}",
-        f"data.cache_dir={tmp_path_factory.mktemp('cache')}", "data.block_size=64", "data.validation_tokens=3000",
-        "batch_size=8", "tokens=10240", "trainer=cpu", "trainer.micro_batch_size=4", "trainer.threads=1",
-        "trainer.checkpoint_every=3", "ranks=[2,8,32]", "head.calibration_tokens=1024", "trainer.progress=false",
-    ]  # fmt: skip
+        "backbone=local",
+        f"backbone.path={toy_backbone}",
+        "data=local",
+        f"data.files={toy_text}",
+        f"data.cache_dir={tmp_path_factory.mktemp('cache')}",
+        "data.block_size=64",
+        "data.validation_tokens=3000",
+        "batch_size=8",
+        "tokens=10240",
+        "trainer=cpu",
+        "trainer.micro_batch_size=4",
+        "trainer.threads=1",
+        "trainer.checkpoint_every=3",
+        "ranks=[2,8,32]",
+        "head.calibration_tokens=1024",
+        "trainer.progress=false",
+    ]
 
 
 def composed(overrides: list[str]):
@@ -115,7 +136,9 @@ def shell(*overrides: str, cwd: Path | None = None, timeout: float = 300, **env:
     # an earlier test's W&B session in this process is not handed on
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
     full = {**inherited, "PYTHONUNBUFFERED": "1", **env}
-    return subprocess.run(command(*overrides), cwd=cwd or ROOT, env=full, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        command(*overrides), cwd=cwd or ROOT, env=full, capture_output=True, text=True, timeout=timeout
+    )
 
 
 def heads_of(folder: Path) -> dict[str, dict[str, torch.Tensor]]:

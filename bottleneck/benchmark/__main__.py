@@ -14,9 +14,9 @@ from typing import Optional
 
 from rich.console import Console
 
-from bottleneck import cli
 from bottleneck.benchmark import table
-from bottleneck.errors import Parser, check
+from bottleneck.cli import one_line_errors as cli
+from bottleneck.core.errors import Parser, check
 
 WIDTH = 130  # of the table at least, also where the output is a file
 BENCHMARKS = {

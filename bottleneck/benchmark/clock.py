@@ -8,7 +8,6 @@ import torch
 
 from bottleneck.benchmark.table import timed
 
-
 LONGEST = 2.0  # seconds that the repeats of one measurement take on a GPU; at least 5 are made
 
 

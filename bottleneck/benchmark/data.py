@@ -18,15 +18,16 @@ import datasets
 import transformers
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from bottleneck.backbone import label, load_tokenizer
+from bottleneck.backbone.model import label, load_tokenizer
 from bottleneck.benchmark.table import Row, row, timed
-from bottleneck.checks import as_count, check_config
-from bottleneck.cli import composed
-from bottleneck.config import ROOT, BackboneConfig, DataConfig
-from bottleneck.version import cores
-from data.module import TextData
-from data.prepare import prepare
-from data.sources import Source
+from bottleneck.cli.one_line_errors import composed
+from bottleneck.config.checks import as_count, check_config
+from bottleneck.config.schema import BackboneConfig, DataConfig
+from bottleneck.core.environment import cores
+from bottleneck.core.paths import ROOT
+from bottleneck.data.module import TextData
+from bottleneck.data.prepare import prepare
+from bottleneck.data.sources import Source
 
 NAME = "data"
 SHAPES = ((512, 16), (512, 256), (2048, 16), (2048, 256))  # tokens in a sequence, sequences in a step
@@ -34,8 +35,18 @@ LOADED = 20_000_000  # most tokens of one timed pass of the loader
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the backbone, whose tokenizer is used: backbone=pythia-160m")
-    parser.add_argument("--files", nargs="+", default=[str(ROOT / "data/sample")], help="text: folders, globs or files (default: the embedded sample)")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="of the backbone, whose tokenizer is used: backbone=pythia-160m",
+    )
+    parser.add_argument(
+        "--files",
+        nargs="+",
+        default=[str(ROOT / "data/sample")],
+        help="text: folders, globs or files (default: the embedded sample)",
+    )
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each implementation (default: 3)")
 
 
@@ -74,7 +85,10 @@ def _quiet() -> None:
 
 def _peak_mib(children: int = 0) -> float:
     """Peak memory of this process and of its ended children, which are taken to be as large as the largest of them."""
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + children * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    most = (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        + children * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    )
     return most / 1024
 
 
@@ -93,11 +107,17 @@ def _map(cfg: DataConfig, backbone: BackboneConfig) -> list[tuple[str, float, in
     tokens = 0
     with tempfile.TemporaryDirectory() as folder:
         for reader, files, options in source.readers(source.files + source.validation_files):
-            seconds, rows = timed(lambda: datasets.load_dataset(reader, data_files=files, split="train", cache_dir=folder, **options))
+            seconds, rows = timed(
+                lambda: datasets.load_dataset(reader, data_files=files, split="train", cache_dir=folder, **options)
+            )
             reading += seconds
-            seconds, mapped = timed(lambda: rows.map(lambda batch: tokenizer(batch[cfg.text_field]), batched=True, num_proc=cores()))
+            seconds, mapped = timed(
+                lambda: rows.map(lambda batch: tokenizer(batch[cfg.text_field]), batched=True, num_proc=cores())
+            )
             mapping += seconds
-            lengths = (len(ids) for table in mapped.with_format("arrow").iter(1000) for ids in table.column("input_ids"))
+            lengths = (
+                len(ids) for table in mapped.with_format("arrow").iter(1000) for ids in table.column("input_ids")
+            )
             tokens += sum(lengths)
             del rows, mapped  # open files in the folder
     peak = _peak_mib(cores())
@@ -123,4 +143,12 @@ def _loader_rows(corpus, repeats: int) -> Iterator[Row]:
                 pass
 
         seconds = [timed(once)[0] for _ in range(repeats)]
-        yield row("load", f"{batch} x {block}, {steps} steps", "StatefulDataLoader", seconds, steps * batch * block, "tokens", peak_mib=_peak_mib())
+        yield row(
+            "load",
+            f"{batch} x {block}, {steps} steps",
+            "StatefulDataLoader",
+            seconds,
+            steps * batch * block,
+            "tokens",
+            peak_mib=_peak_mib(),
+        )

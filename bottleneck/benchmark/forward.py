@@ -6,17 +6,21 @@ import argparse
 
 import torch
 
-from bottleneck.backbone import Backbone
+from bottleneck.backbone.model import Backbone
 from bottleneck.benchmark import shapes
 from bottleneck.benchmark.clock import peak_mib, seconds
 from bottleneck.benchmark.table import Row, row
-from bottleneck.checks import as_count
+from bottleneck.config.checks import as_count
 
 NAME = "forward"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shape", default="pythia-160m", help=f"one of {', '.join(shapes.SHAPES)}, random weights (default: pythia-160m)")
+    parser.add_argument(
+        "--shape",
+        default="pythia-160m",
+        help=f"one of {', '.join(shapes.SHAPES)}, random weights (default: pythia-160m)",
+    )
     parser.add_argument("--micro-batch", type=int, default=8, help="sequences in one forward pass (default: 8)")
     parser.add_argument("--block", type=int, default=2048, help="tokens in a sequence (default: 2048)")
     parser.add_argument("--repeats", type=int, default=20)
@@ -35,6 +39,16 @@ def run(args: argparse.Namespace) -> list[Row]:
         if label != "eager":
             backbone.compile_layers(batch)
             backbone(ids)
-        rows.append(row(NAME, case, label, seconds(lambda: backbone(ids), device, args.repeats), ids.numel(), "tokens",
-                        peak_mib=peak_mib(lambda: backbone(ids), device), device=device))  # fmt: skip
+        rows.append(
+            row(
+                NAME,
+                case,
+                label,
+                seconds(lambda: backbone(ids), device, args.repeats),
+                ids.numel(),
+                "tokens",
+                peak_mib=peak_mib(lambda: backbone(ids), device),
+                device=device,
+            )
+        )
     return rows

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from bottleneck.benchmark.clock import peak_mib, seconds
 from bottleneck.benchmark.table import Row, row
-from bottleneck.checks import as_count
-from bottleneck.checkpoint import write_atomic
-from bottleneck.errors import check
+from bottleneck.config.checks import as_count
+from bottleneck.core.errors import check
+from bottleneck.core.files import write_atomic
 from bottleneck.losses import choose, linear_cross_entropy, step, targets, weights
 from bottleneck.losses.choice import TABLE
 
@@ -122,7 +122,10 @@ def peers(c: Case) -> Iterator[tuple[str, Work]]:
         yield "torch.compile", autograd(c, lambda: compiled(c.h, c.A, c.B, c.y))
     if hasattr(F, "linear_cross_entropy"):
         options: Any = torch.nn.LinearCrossEntropyOptions(chunking_method=None, batch_chunk_size=1024)
-        yield "torch native, chunks of 1024", autograd(c, lambda: F.linear_cross_entropy(c.h @ c.B.T, c.A, c.y, options=options))
+        yield (
+            "torch native, chunks of 1024",
+            autograd(c, lambda: F.linear_cross_entropy(c.h @ c.B.T, c.A, c.y, options=options)),
+        )
     if c.h.is_cuda and importlib.util.find_spec("liger_kernel"):
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
@@ -155,7 +158,10 @@ def run(args: argparse.Namespace) -> list[Row]:
         c = make_case(args.tokens, D, R, args.vocab, device)
         loss, dA, dB = c.truth
         picked = choose(c.h.device, c.h.dtype, len(c.h), *c.A.shape)
-        impls = [("ours: " + i + (" = auto" if i == picked else ""), i) for i in (("chunked", "fused") if device == "cuda" else ("chunked", "reference"))]
+        impls = [
+            ("ours: " + i + (" = auto" if i == picked else ""), i)
+            for i in (("chunked", "fused") if device == "cuda" else ("chunked", "reference"))
+        ]
         found: list[tuple[str, Work]] = [(label, ours(c, impl)) for label, impl in impls]
         found += [("linear_cross_entropy", autograd(c, lambda c=c: linear_cross_entropy(c.h, c.A, c.B, c.y)))]
         if not args.ours:
@@ -176,7 +182,11 @@ def _measure(label: str, work: Work, c: Case, repeats: int, device: str, truth: 
     first = work()  # ours adds to zeros here; compiles where something is compiled
     errors = {}
     if label != "bare products":
-        errors = {"loss_error": abs(first[0].item() - truth[0]) / truth[0], "dA_error": _error(first[1], truth[1]), "dB_error": _error(first[2], truth[2])}
+        errors = {
+            "loss_error": abs(first[0].item() - truth[0]) / truth[0],
+            "dA_error": _error(first[1], truth[1]),
+            "dB_error": _error(first[2], truth[2]),
+        }
     del first
     gradients = 0 if ours_ else sum(t.numel() * t.element_size() for t in (c.A, c.B)) / 2**20
     c.A.grad = c.B.grad = None
@@ -195,11 +205,25 @@ def _write_table(rows: list[Row], args: argparse.Namespace, device: str) -> None
     keep = []
     if TABLE.is_file():
         with open(TABLE, newline="") as f:
-            keep = [r for r in csv.DictReader(f) if (r["device"], r["tokens"], r["vocab"]) != (device, str(args.tokens), str(args.vocab))]
+            keep = [
+                r
+                for r in csv.DictReader(f)
+                if (r["device"], r["tokens"], r["vocab"]) != (device, str(args.tokens), str(args.vocab))
+            ]
     for r in rows:
         if r.implementation.startswith("ours"):
             rank = r.case.rsplit("r=", 1)[1]
             impl = r.implementation.removeprefix("ours: ").removesuffix(" = auto")
-            keep.append({"device": device, "dtype": dtype, "tokens": args.tokens, "vocab": args.vocab, "rank": rank, "impl": impl, "ms": f"{1e3 * r.p50:.4g}"})
+            keep.append(
+                {
+                    "device": device,
+                    "dtype": dtype,
+                    "tokens": args.tokens,
+                    "vocab": args.vocab,
+                    "rank": rank,
+                    "impl": impl,
+                    "ms": f"{1e3 * r.p50:.4g}",
+                }
+            )
     lines = ["device,dtype,tokens,vocab,rank,impl,ms", *(",".join(str(v) for v in r.values()) for r in keep)]
     write_atomic(TABLE, lambda part: Path(part).write_text("\n".join(lines) + "\n"))

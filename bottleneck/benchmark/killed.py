@@ -1,6 +1,6 @@
 """One process of a run killed by SIGKILL under torchrun: how long until the group is where it was, and whether its heads are right.
 
-    python -m bottleneck.benchmark killed --shape pythia-1b --processes 4
+python -m bottleneck.benchmark killed --shape pythia-1b --processes 4
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
 from bottleneck.benchmark import ours, scale
 from bottleneck.benchmark.table import Row, row
-from bottleneck.config import ROOT
-from bottleneck.errors import UserError, check
+from bottleneck.core.errors import UserError, check
+from bottleneck.core.paths import ROOT
 
 NAME = "killed"
 WAIT = 300.0  # seconds for a group to start, or to start again
@@ -57,7 +56,9 @@ class Run:
         self.folder = folder
         env = dict(os.environ, NPROC=str(processes), RESTARTS="1", PYTHON=sys.executable, RUN_DIR=str(folder))
         # in a session of its own, so that nothing of it is left behind where this is stopped
-        self.process = subprocess.Popen([str(ROOT / "launch/torchrun.sh"), *overrides], env=env, stdout=sys.stderr, start_new_session=True)
+        self.process = subprocess.Popen(
+            [str(ROOT / "launch/torchrun.sh"), *overrides], env=env, stdout=sys.stderr, start_new_session=True
+        )
 
     def step(self) -> int:
         """The last step that was logged."""
@@ -70,14 +71,19 @@ class Run:
         """Wait until a step is logged; when that was. Raises UserError after WAIT, or where the run has ended."""
         end = time.monotonic() + WAIT
         while self.step() < step:
-            check(self.process.poll() is None, f"benchmark: the run ended with {self.process.returncode} before step {step}, see above")
+            check(
+                self.process.poll() is None,
+                f"benchmark: the run ended with {self.process.returncode} before step {step}, see above",
+            )
             check(time.monotonic() < end, f"benchmark: no step {step} within {WAIT:.0f} s, see above")
             time.sleep(0.02)
         return time.monotonic()
 
     def end(self) -> None:
         if self.process.wait() != 0:
-            raise UserError(f"benchmark: {self.folder.name}: launch/torchrun.sh ended with {self.process.returncode}, see above")
+            raise UserError(
+                f"benchmark: {self.folder.name}: launch/torchrun.sh ended with {self.process.returncode}, see above"
+            )
 
     def stop(self) -> None:
         ours.stop(self.process)
@@ -86,9 +92,22 @@ class Run:
 def run(args: argparse.Namespace) -> list[Row]:
     counts, ranks, device = scale.read(args)
     n, every = counts[-1], args.checkpoint_every
-    check(1 <= every and args.steps >= 2 * every + 3, f"--steps {args.steps}: give {2 * every + 3} or more, twice --checkpoint-every and a little")
+    check(
+        every >= 1 and args.steps >= 2 * every + 3,
+        f"--steps {args.steps}: give {2 * every + 3} or more, twice --checkpoint-every and a little",
+    )
     said = Console(stderr=True)
-    case = ours.Case(args.shape, ranks, args.rates, args.steps, n * args.batch, args.micro_batch, args.block, device, [*args.overrides, f"trainer.checkpoint_every={every}"])
+    case = ours.Case(
+        args.shape,
+        ranks,
+        args.rates,
+        args.steps,
+        n * args.batch,
+        args.micro_batch,
+        args.block,
+        device,
+        [*args.overrides, f"trainer.checkpoint_every={every}"],
+    )
     with ours.inputs(args.shape, args.steps * case.tokens) as (backbone, tokens), tempfile.TemporaryDirectory() as name:
         overrides = ours.overrides(case, backbone, tokens)
         folders = [Path(name) / which for which in ("whole", "cut")]
@@ -100,7 +119,9 @@ def run(args: argparse.Namespace) -> list[Row]:
                 start = one.until(1)
                 if folder.name == "cut":
                     one.until(2 * every + 1)
-                    workers = [p for p in ours.family(one.process.pid)[1:] if trains(p)]  # the first is torchrun's agent
+                    workers = [
+                        p for p in ours.family(one.process.pid)[1:] if trains(p)
+                    ]  # the first is torchrun's agent
                     killed = time.monotonic()
                     os.kill(workers[-1], signal.SIGKILL)
                     time.sleep(1.0)  # what was on its way to the log arrives
@@ -112,8 +133,28 @@ def run(args: argparse.Namespace) -> list[Row]:
             finally:
                 one.stop()
         apart = differences(*folders)
-    rows.append(row(NAME, case.name, f"{n} processes, undisturbed", [step], case.tokens, "tokens", device=device, note=f"seconds a step, with a checkpoint every {every}"))
+    rows.append(
+        row(
+            NAME,
+            case.name,
+            f"{n} processes, undisturbed",
+            [step],
+            case.tokens,
+            "tokens",
+            device=device,
+            note=f"seconds a step, with a checkpoint every {every}",
+        )
+    )
     again = reached - reached // every * every
     heads = "heads bit-identical" if apart == 0 else f"heads differ by up to {apart:.1e} of their largest entry"
-    rows.append(row(NAME, case.name, "one SIGKILL", [lost], device=device, note=f"seconds until step {reached} was passed again, {again} steps of them repeated; {heads}"))
+    rows.append(
+        row(
+            NAME,
+            case.name,
+            "one SIGKILL",
+            [lost],
+            device=device,
+            note=f"seconds until step {reached} was passed again, {again} steps of them repeated; {heads}",
+        )
+    )
     return rows

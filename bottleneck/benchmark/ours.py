@@ -16,9 +16,9 @@ from typing import Iterator, NamedTuple
 import numpy as np
 
 from bottleneck.benchmark import shapes
-from bottleneck.checks import as_count
-from bottleneck.config import ROOT
-from bottleneck.errors import UserError, check
+from bottleneck.config.checks import as_count
+from bottleneck.core.errors import UserError, check
+from bottleneck.core.paths import ROOT
 
 PATIENCE = 100.0  # seconds after a Ctrl-C: a step, a checkpoint, and torch's agent, which waits for its processes
 PARTS = ("forward", "heads", "reduction", "optimizer")
@@ -56,12 +56,23 @@ class Logged(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser, steps: int) -> None:
     """What a benchmark of `train.py` on a shape takes; `steps`: the default of --steps."""
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of train.py: trainer=fsdp, backbone.compile=true")
-    parser.add_argument("--shape", default="pythia-160m", help=f"one of {', '.join(shapes.SHAPES)} (default: pythia-160m)")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="of train.py: trainer=fsdp, backbone.compile=true"
+    )
+    parser.add_argument(
+        "--shape", default="pythia-160m", help=f"one of {', '.join(shapes.SHAPES)} (default: pythia-160m)"
+    )
     parser.add_argument("--ranks", help="default: those of ranks=auto for the shape")
     parser.add_argument("--rates", type=int, default=1, help="learning rates, and so heads, at every rank (default: 1)")
-    parser.add_argument("--steps", type=int, default=steps, help=f"optimizer steps of each of our runs; the first is warm-up (default: {steps})")
-    parser.add_argument("--batch", type=int, default=64, help="sequences in an optimizer step, of one GPU (default: 64)")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=steps,
+        help=f"optimizer steps of each of our runs; the first is warm-up (default: {steps})",
+    )
+    parser.add_argument(
+        "--batch", type=int, default=64, help="sequences in an optimizer step, of one GPU (default: 64)"
+    )
     parser.add_argument("--micro-batch", type=int, default=8, help="sequences in a forward pass (default: 8)")
     parser.add_argument("--block", type=int, default=2048, help="tokens in a sequence (default: 2048)")
 
@@ -72,7 +83,10 @@ def read_ranks(args: argparse.Namespace) -> list[int]:
         as_count("--" + name.replace("_", "-"), getattr(args, name))
     if not args.ranks:
         return shapes.ranks(args.shape)
-    check(all(w.isdigit() and int(w) > 0 for w in args.ranks.split(",")), f"--ranks {args.ranks}: must be whole numbers with commas between")
+    check(
+        all(w.isdigit() and int(w) > 0 for w in args.ranks.split(",")),
+        f"--ranks {args.ranks}: must be whole numbers with commas between",
+    )
     top = shapes.shape(args.shape)[0]
     ranks = [int(r) for r in args.ranks.split(",")]
     check(max(ranks) <= top, f"--ranks {args.ranks}: allowed are 1 to {top}, the hidden size of {args.shape}")
@@ -90,14 +104,31 @@ def inputs(shape: str, tokens: int) -> Iterator[tuple[Path, Path]]:
 def overrides(c: Case, backbone: Path, tokens: Path) -> list[str]:
     """Of train.py, all but the run's folder; the case's own come last."""
     rates = [round(1e-3 * 1.5**i, 6) for i in range(c.rates)]
-    sharded = any(o in ("trainer=fsdp", "trainer=deepspeed_zero3") or o.startswith("trainer.shard=") for o in c.overrides)
+    sharded = any(
+        o in ("trainer=fsdp", "trainer=deepspeed_zero3") or o.startswith("trainer.shard=") for o in c.overrides
+    )
     return [
-        "experiment=paper", "backbone=local", f"backbone.path={backbone}", "backbone.weights=random",
-        "data=prepared", f"data.prepared={tokens}", f"data.block_size={c.block}", f"ranks={c.ranks}", f"optim.lr={rates}",
-        "head.init=scaled", "head.calibration_tokens=4096", f"batch_size={c.batch}", f"tokens={c.steps * c.tokens}", "trainer.val_every=null",
-        f"trainer.micro_batch_size={c.micro_batch}", "trainer.log_every=1", f"trainer.accelerator={'gpu' if c.device == 'cuda' else 'cpu'}",
-        "trainer.checkpoint_every=null", f"backbone.compile={'true' if c.device == 'cuda' and not sharded else 'auto'}", *c.overrides,
-    ]  # fmt: skip
+        "experiment=paper",
+        "backbone=local",
+        f"backbone.path={backbone}",
+        "backbone.weights=random",
+        "data=prepared",
+        f"data.prepared={tokens}",
+        f"data.block_size={c.block}",
+        f"ranks={c.ranks}",
+        f"optim.lr={rates}",
+        "head.init=scaled",
+        "head.calibration_tokens=4096",
+        f"batch_size={c.batch}",
+        f"tokens={c.steps * c.tokens}",
+        "trainer.val_every=null",
+        f"trainer.micro_batch_size={c.micro_batch}",
+        "trainer.log_every=1",
+        f"trainer.accelerator={'gpu' if c.device == 'cuda' else 'cpu'}",
+        "trainer.checkpoint_every=null",
+        f"backbone.compile={'true' if c.device == 'cuda' and not sharded else 'auto'}",
+        *c.overrides,
+    ]
 
 
 def family(pid: int) -> list[int]:
@@ -148,6 +179,12 @@ def measure(c: Case, backbone: Path, tokens: Path) -> Logged:
         with open(Path(run) / "metrics.csv", newline="") as f:
             for r in csv.DictReader(f):
                 found.setdefault(f"{r['metric']}/{r['head']}", []).append(float(r["value"]))
-    parts = {p: float(np.median(found[f"train/seconds/{p}"][1:])) for p in PARTS if len(found.get(f"train/seconds/{p}", [])) > 1}
+    parts = {
+        p: float(np.median(found[f"train/seconds/{p}"][1:]))
+        for p in PARTS
+        if len(found.get(f"train/seconds/{p}", [])) > 1
+    }
     peak = found.get("train/peak_memory_gib/all")
-    return Logged([c.tokens / s for s in found["train/tokens_per_second/all"]], parts, 1024 * max(peak) if peak else None)
+    return Logged(
+        [c.tokens / s for s in found["train/tokens_per_second/all"]], parts, 1024 * max(peak) if peak else None
+    )

@@ -1,7 +1,7 @@
 """The same sweep on 1, 2, 4 … GPUs of this machine, the same batch a GPU: tokens/s, where a step's time goes, memory.
 
-    python -m bottleneck.benchmark scale --shape pythia-1b --processes 1,2,4
-    python -m bottleneck.benchmark scale --shape neox-30b --processes 4 --ranks 64,512,2048 trainer=fsdp
+python -m bottleneck.benchmark scale --shape pythia-1b --processes 1,2,4
+python -m bottleneck.benchmark scale --shape neox-30b --processes 4 --ranks 64,512,2048 trainer=fsdp
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ from rich.console import Console
 
 from bottleneck.benchmark import ours
 from bottleneck.benchmark.table import Row, row
-from bottleneck.errors import UserError, check
+from bottleneck.core.errors import UserError, check
 
 NAME = "scale"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     ours.add_arguments(parser, steps=22)
-    parser.add_argument("--processes", help="numbers of GPUs, 1,2,4; default: powers of two up to all (without a GPU: 1,2)")
+    parser.add_argument(
+        "--processes", help="numbers of GPUs, 1,2,4; default: powers of two up to all (without a GPU: 1,2)"
+    )
 
 
 def read(args: argparse.Namespace) -> tuple[list[int], list[int], str]:
@@ -31,7 +33,10 @@ def read(args: argparse.Namespace) -> tuple[list[int], list[int], str]:
     gpus = torch.cuda.device_count()
     most = gpus or min(2, os.cpu_count() or 1)
     given = args.processes or ",".join(str(2**i) for i in range(most.bit_length()) if 2**i <= most)
-    check(all(w.isdigit() and int(w) > 0 for w in given.split(",")), f"--processes {given}: must be whole numbers with commas between")
+    check(
+        all(w.isdigit() and int(w) > 0 for w in given.split(",")),
+        f"--processes {given}: must be whole numbers with commas between",
+    )
     counts = [int(w) for w in given.split(",")]
     check(not gpus or max(counts) <= gpus, f"--processes {given}: this machine has {gpus} GPUs")
     return counts, ranks, "cuda" if gpus else "cpu"
@@ -43,11 +48,21 @@ def run(args: argparse.Namespace) -> list[Row]:
     with ours.inputs(args.shape, args.steps * max(counts) * args.batch * args.block) as (backbone, tokens):
         faults: list[str] = []
         for n in counts:
-            case = ours.Case(args.shape, ranks, args.rates, args.steps, n * args.batch, args.micro_batch, args.block, device, [*args.overrides, f"trainer.devices={n}"])
+            case = ours.Case(
+                args.shape,
+                ranks,
+                args.rates,
+                args.steps,
+                n * args.batch,
+                args.micro_batch,
+                args.block,
+                device,
+                [*args.overrides, f"trainer.devices={n}"],
+            )
             said.print(f"{case.name} on {n}", highlight=False)
             try:
                 found = ours.measure(case, backbone, tokens)
-            except KeyboardInterrupt:  # or the end of its time, see launch/gpus.sh: what was measured is not lost
+            except KeyboardInterrupt:  # or the end of its time, see bottleneck/benchmark/gpus.sh: what was measured is not lost
                 if not rows:
                     raise
                 said.print(f"interrupted on {n}; the rows before are kept", highlight=False)
@@ -56,7 +71,18 @@ def run(args: argparse.Namespace) -> list[Row]:
                 faults.append(f"on {n}: {error}")
                 said.print(f"error: {faults[-1]}", highlight=False)
                 continue
-            rows.append(row(NAME, case.name, f"{n} process{'es' * (n > 1)}", found.seconds, case.tokens, "tokens", peak_mib=found.peak_mib, device=device))
+            rows.append(
+                row(
+                    NAME,
+                    case.name,
+                    f"{n} process{'es' * (n > 1)}",
+                    found.seconds,
+                    case.tokens,
+                    "tokens",
+                    peak_mib=found.peak_mib,
+                    device=device,
+                )
+            )
             rate = rows[-1].throughput or 0.0
             parts = ", ".join(f"{p} {1e3 * s:.1f} ms" for p, s in found.parts.items())
             against = f"{rate / first[1]:.2f} x {first[0]}; " if first else ""

@@ -10,17 +10,21 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
 
-from bottleneck.checks import RANK_LADDER
-from bottleneck.config import ROOT
-from bottleneck.errors import check
-from data.cache import FORMAT, tokenizer_hash
+from bottleneck.config.checks import RANK_LADDER
+from bottleneck.core.errors import check
+from bottleneck.core.paths import ROOT
+from bottleneck.data.cache import FORMAT, tokenizer_hash
 
 # hidden size, layers, attention heads of the Pythia models (Biderman et al. 2023), and of OPT-30b (Zhang et al. 2022) in the same
 # family: 30.3 billion parameters; all have V = 50,304 and 2,048 tokens of context
 SHAPES = {
-    "pythia-70m": (512, 6, 8), "pythia-160m": (768, 12, 12), "pythia-410m": (1024, 24, 16), "pythia-1b": (2048, 16, 8),
-    "neox-30b": (7168, 48, 56), "tiny": (256, 4, 4),  # the embedded backbone's, to try a benchmark
-}  # fmt: skip
+    "pythia-70m": (512, 6, 8),
+    "pythia-160m": (768, 12, 12),
+    "pythia-410m": (1024, 24, 16),
+    "pythia-1b": (2048, 16, 8),
+    "neox-30b": (7168, 48, 56),
+    "tiny": (256, 4, 4),  # the embedded backbone's, to try a benchmark
+}
 VOCAB, CONTEXT = 50_304, 2_048
 
 
@@ -39,9 +43,16 @@ def ranks(name: str) -> list[int]:
 def _config(name: str) -> GPTNeoXConfig:
     d, layers, heads = shape(name)
     return GPTNeoXConfig(
-        hidden_size=d, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * d,
-        max_position_embeddings=CONTEXT, vocab_size=VOCAB, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False,
-    )  # fmt: skip
+        hidden_size=d,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * d,
+        max_position_embeddings=CONTEXT,
+        vocab_size=VOCAB,
+        bos_token_id=0,
+        eos_token_id=0,
+        tie_word_embeddings=False,
+    )
 
 
 def random_backbone(name: str, device: str) -> GPTNeoXForCausalLM:
@@ -68,7 +79,13 @@ def tokens_folder(folder: Path, tokens: int, validation: int = 5_000) -> Path:
     rng = np.random.default_rng(0)
     p = 1 / np.arange(1, VOCAB + 1)
     cumulative = np.cumsum(p / p.sum())
-    manifest = {"format": FORMAT, "name": "zipf", "dtype": "uint16", "eos": 0, "tokenizer": tokenizer_hash(_tokenizer())}
+    manifest = {
+        "format": FORMAT,
+        "name": "zipf",
+        "dtype": "uint16",
+        "eos": 0,
+        "tokenizer": tokenizer_hash(_tokenizer()),
+    }
     for part, count in (("train", tokens + 1), ("validation", validation + 1)):
         ids = np.minimum(np.searchsorted(cumulative, rng.random(count)), VOCAB - 1).astype(np.uint16)
         ids.tofile(folder / f"{part}.bin")

@@ -60,15 +60,25 @@ class StepTimes(pl.Callback):
             self.ends.append(time.perf_counter())
 
 
-def step_seconds(model: nn.Module, rank: int, tokens: str, block: int, batch: int, micro: int, steps: int) -> list[float]:
+def step_seconds(
+    model: nn.Module, rank: int, tokens: str, block: int, batch: int, micro: int, steps: int
+) -> list[float]:
     """Seconds of every optimizer step but the first."""
     gpu = torch.cuda.is_available()
     times = StepTimes()
     trainer = pl.Trainer(
-        accelerator="gpu" if gpu else "cpu", devices=1, precision="bf16-mixed" if gpu else "32-true", max_steps=steps,
-        accumulate_grad_batches=batch // micro, gradient_clip_val=1.0, callbacks=[times], logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+        accelerator="gpu" if gpu else "cpu",
+        devices=1,
+        precision="bf16-mixed" if gpu else "32-true",
+        max_steps=steps,
+        accumulate_grad_batches=batch // micro,
+        gradient_clip_val=1.0,
+        callbacks=[times],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     loader = DataLoader(Blocks(tokens, block), batch_size=micro, num_workers=2 if gpu else 0, pin_memory=gpu)
     trainer.fit(StockHead(model, rank, 1e-3), loader)
     return [later - earlier for earlier, later in zip(times.ends, times.ends[1:])]

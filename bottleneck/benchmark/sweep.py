@@ -18,7 +18,7 @@ from rich.console import Console
 
 from bottleneck.benchmark import ours, shapes, stock
 from bottleneck.benchmark.table import Row, row
-from bottleneck.errors import check
+from bottleneck.core.errors import check
 
 NAME = "sweep"
 
@@ -31,14 +31,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> list[Row]:
     ranks = ours.read_ranks(args)
     check(args.steps > 1 and args.stock_steps != 1, "--steps, --stock-steps: the first step is warm-up, give 2 or more")
-    check(args.batch % args.micro_batch == 0, f"--batch {args.batch}: must be a multiple of --micro-batch {args.micro_batch}")
+    check(
+        args.batch % args.micro_batch == 0,
+        f"--batch {args.batch}: must be a multiple of --micro-batch {args.micro_batch}",
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     said = Console(stderr=True)
-    case = ours.Case(args.shape, ranks, args.rates, args.steps, args.batch, args.micro_batch, args.block, device, args.overrides)
+    case = ours.Case(
+        args.shape, ranks, args.rates, args.steps, args.batch, args.micro_batch, args.block, device, args.overrides
+    )
     with ours.inputs(args.shape, max(args.steps, args.stock_steps) * case.tokens) as (backbone, tokens):
         said.print(f"ours: {len(ranks)} ranks x {args.rates} rates", highlight=False)
         found = ours.measure(case, backbone, tokens)
-        rows = [row(NAME, case.name, "ours, one pass", found.seconds, case.tokens, "tokens", peak_mib=found.peak_mib, device=device)]
+        rows = [
+            row(
+                NAME,
+                case.name,
+                "ours, one pass",
+                found.seconds,
+                case.tokens,
+                "tokens",
+                peak_mib=found.peak_mib,
+                device=device,
+            )
+        ]
         _tell(said, rows[0])
         if args.stock_steps:
             rows += _stock(args, ranks, tokens, device, said)
@@ -56,7 +72,9 @@ def _stock(args: argparse.Namespace, ranks: list[int], tokens: Path, device: str
     model = shapes.random_backbone(args.shape, device)
     for rank in ranks:
         said.print(f"stock: rank {rank}", highlight=False)
-        times = stock.step_seconds(model, rank, str(tokens / "train.bin"), args.block, args.batch, args.micro_batch, args.stock_steps)
+        times = stock.step_seconds(
+            model, rank, str(tokens / "train.bin"), args.block, args.batch, args.micro_batch, args.stock_steps
+        )
         rows.append(row(NAME, f"{args.shape}, r={rank}", "stock, one head", times, step, "tokens", device=device))
         _tell(said, rows[-1])
         total[0] += rows[-1].p50 * args.rates  # a run a rate; their speed does not depend on the rate

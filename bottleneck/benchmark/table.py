@@ -15,8 +15,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bottleneck.checkpoint import write_atomic
-from bottleneck.version import commit, cores, versions
+from bottleneck.core.environment import commit, cores, versions
+from bottleneck.core.files import write_atomic
 
 PACKAGES = ("bottleneck", "torch", "transformers", "triton", "datasets", "tokenizers")
 
@@ -42,7 +42,15 @@ class Row:
     note: str = ""
 
 
-def row(benchmark: str, case: str, implementation: str, seconds: list[float], amount: Optional[float] = None, what: str = "", **more: Any) -> Row:
+def row(
+    benchmark: str,
+    case: str,
+    implementation: str,
+    seconds: list[float],
+    amount: Optional[float] = None,
+    what: str = "",
+    **more: Any,
+) -> Row:
     """A row from the seconds of its repeats; `amount` of `what` (such as tokens) is what one repeat went through."""
     p20, p50, p80 = (float(p) for p in np.percentile(seconds, [20, 50, 80]))
     rate = (amount / p50, f"{what}/s") if amount is not None else (None, "")
@@ -65,13 +73,20 @@ def hardware(device: str = "cpu") -> str:
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        model = next((line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), model)
+        model = next(
+            (line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")),
+            model,
+        )
     return f"{model}, {cores()} cores"
 
 
 def environment() -> dict[str, str]:
     """Versions, commit (+ where files were changed since) and date: the same for all rows of a run."""
-    return versions(PACKAGES) | {"python": platform.python_version(), "commit": commit(), "date": datetime.date.today().isoformat()}
+    return versions(PACKAGES) | {
+        "python": platform.python_version(),
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+    }
 
 
 def _records(rows: list[Row]) -> list[dict[str, Any]]:
@@ -93,7 +108,11 @@ def show(rows: list[Row], console: Console) -> None:
     """The rows as a table, hardware and versions below it."""
     about = {k: v for k, v in environment().items() if v}
     places = "; ".join(sorted({hardware(r.device) for r in rows}))
-    table = Table(title=", ".join(dict.fromkeys(r.benchmark for r in rows)), caption=f"{places}; {', '.join(f'{k} {v}' for k, v in about.items())}", caption_justify="left")
+    table = Table(
+        title=", ".join(dict.fromkeys(r.benchmark for r in rows)),
+        caption=f"{places}; {', '.join(f'{k} {v}' for k, v in about.items())}",
+        caption_justify="left",
+    )
     for name in ("case", "implementation"):
         table.add_column(name)
     compared = any(r.dA_error is not None for r in rows)
@@ -102,11 +121,21 @@ def show(rows: list[Row], console: Console) -> None:
     noted = any(r.note for r in rows)
     if noted:
         table.add_column("")
-    scale, unit = (1e3, "ms") if rows and max(r.p50 for r in rows) < 1 and {r.unit for r in rows} == {"s"} else (1.0, "")
+    scale, unit = (
+        (1e3, "ms") if rows and max(r.p50 for r in rows) < 1 and {r.unit for r in rows} == {"s"} else (1.0, "")
+    )
     for r in rows:
         p20, p50, p80 = (f"{value * scale:.4g}" for value in (r.p20, r.p50, r.p80))
         rate = "" if r.throughput is None else f"{r.throughput / 1e6:,.3f}M {r.throughput_unit}"
         errors = ["" if e is None else f"{e:.1e}" for e in (r.loss_error, r.dA_error, r.dB_error)]
         time_ = f"{p50} {unit or r.unit} ({p20} to {p80})"
-        table.add_row(r.case, r.implementation, time_, rate, "" if r.peak_mib is None else f"{r.peak_mib:,.0f}", *errors * compared, *[r.note] * noted)
+        table.add_row(
+            r.case,
+            r.implementation,
+            time_,
+            rate,
+            "" if r.peak_mib is None else f"{r.peak_mib:,.0f}",
+            *errors * compared,
+            *[r.note] * noted,
+        )
     console.print(table)

@@ -48,7 +48,9 @@ def choose(device: torch.device, dtype: torch.dtype, tokens: int, vocab: int, ra
         return "chunked"
 
     def distance(row: dict) -> float:
-        return sum(abs(math.log2(row[k] / max(1, v))) for k, v in (("tokens", tokens), ("vocab", vocab), ("rank", rank)))
+        return sum(
+            abs(math.log2(row[k] / max(1, v))) for k, v in (("tokens", tokens), ("vocab", vocab), ("rank", rank))
+        )
 
     nearest = min(map(distance, rows))
     return min((r for r in rows if distance(r) == nearest), key=lambda r: r["ms"])["impl"]

@@ -48,14 +48,18 @@ def token_losses(logits_nV: Tensor, y_n: Tensor) -> tuple[Tensor, Tensor]:
     return (top_n - p_nV.amax(dim=-1).log()) - picked_n, p_nV
 
 
-def step(z_NR: Tensor, A_VR: Tensor, y_N: Tensor, dA_VR: Optional[Tensor], scale: float) -> tuple[Tensor, Optional[Tensor]]:
+def step(
+    z_NR: Tensor, A_VR: Tensor, y_N: Tensor, dA_VR: Optional[Tensor], scale: float
+) -> tuple[Tensor, Optional[Tensor]]:
     """See `linear.logit_step`."""
     N, V = len(z_NR), len(A_VR)
     keep_N, target_N = y_N >= 0, y_N.clamp(min=0).long()
     loss_N = torch.empty(N, dtype=torch.float32, device=z_NR.device)
     dz_NR = torch.empty_like(z_NR) if dA_VR is not None else None
     rows = chunk_rows(V, z_NR.device.type)
-    if not z_NR.is_cuda and z_NR.dtype != torch.float32:  # a CPU has no products of 16 bits with results of 32: once here, not in every chunk
+    if (
+        not z_NR.is_cuda and z_NR.dtype != torch.float32
+    ):  # a CPU has no products of 16 bits with results of 32: once here, not in every chunk
         z_NR, A_VR = z_NR.float(), A_VR.float()
     reuse = z_NR.dtype == torch.float32 or not z_NR.is_cuda  # else the product allocates its own result
     buffer = torch.empty(min(rows, N), V, device=z_NR.device) if reuse else None

@@ -67,7 +67,9 @@ def _goals(o: Objective, h_nD: Tensor, y_n1: Tensor) -> Iterator[Goal]:
         yield Goal(torch.zeros_like(p).scatter_(1, y_n1, 1.0), torch.zeros_like(least), 1.0, 1 - m)
 
 
-def steps(h_ND: Tensor, heads: list[Weights], y_N: Tensor, gradients: list[tuple[Tensor, Tensor]], scale: float, o: Objective) -> Tensor:
+def steps(
+    h_ND: Tensor, heads: list[Weights], y_N: Tensor, gradients: list[tuple[Tensor, Tensor]], scale: float, o: Objective
+) -> Tensor:
     """Losses [H, N] of heads on the same tokens; scale · the gradient of each summed loss is added to its (dA [V, R], dB [R, D]).
 
     Args: y_N: from `linear.targets`; tokens with -1 do not count, nor does their KL.
@@ -84,7 +86,16 @@ def steps(h_ND: Tensor, heads: list[Weights], y_N: Tensor, gradients: list[tuple
     return losses
 
 
-def _fast(kernels: Any, h_nD: Tensor, heads: list[Weights], y_n: Tensor, gradients: list[tuple[Tensor, Tensor]], scale: float, o: Objective, losses_Hn: Tensor) -> None:
+def _fast(
+    kernels: Any,
+    h_nD: Tensor,
+    heads: list[Weights],
+    y_n: Tensor,
+    gradients: list[tuple[Tensor, Tensor]],
+    scale: float,
+    o: Objective,
+    losses_Hn: Tensor,
+) -> None:
     """A chunk of tokens in few launches: what does not count is zero in G, and so in all that follows."""
     p, least = kernels.teach(o.teacher(h_nD), o.temperature, h_nD.element_size())
     for w, (dA, dB), loss in zip(heads, gradients, losses_Hn):
@@ -96,7 +107,15 @@ def _fast(kernels: Any, h_nD: Tensor, heads: list[Weights], y_n: Tensor, gradien
         del G  # before there is another
 
 
-def _plain(h_nD: Tensor, heads: list[Weights], y_n: Tensor, gradients: list[tuple[Tensor, Tensor]], scale: float, o: Objective, losses_Hn: Tensor) -> None:
+def _plain(
+    h_nD: Tensor,
+    heads: list[Weights],
+    y_n: Tensor,
+    gradients: list[tuple[Tensor, Tensor]],
+    scale: float,
+    o: Objective,
+    losses_Hn: Tensor,
+) -> None:
     """The same on any device."""
     keep = (y_n >= 0)[:, None]
     goals = list(_goals(o, h_nD, y_n.clamp(min=0).long()[:, None]))

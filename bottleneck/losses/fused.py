@@ -38,8 +38,20 @@ class Tile(NamedTuple):
 
 
 # Measured on an H100 with bfloat16, N = 8,192, V = 50,304 (launch/LOG.md), by padded rank.
-SCAN = {16: Tile(64, 128, 4, 3, 2), 32: Tile(64, 128, 4, 3, 2), 64: Tile(64, 128, 4, 3, 2), 128: Tile(64, 128, 4, 2, 2), 256: Tile(128, 64, 8, 3)}
-SPREAD = {16: Tile(32, 128, 4, 3), 32: Tile(32, 128, 4, 3), 64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 4, 2), 256: Tile(64, 64, 4, 2)}
+SCAN = {
+    16: Tile(64, 128, 4, 3, 2),
+    32: Tile(64, 128, 4, 3, 2),
+    64: Tile(64, 128, 4, 3, 2),
+    128: Tile(64, 128, 4, 2, 2),
+    256: Tile(128, 64, 8, 3),
+}
+SPREAD = {
+    16: Tile(32, 128, 4, 3),
+    32: Tile(32, 128, 4, 3),
+    64: Tile(128, 64, 4, 3),
+    128: Tile(128, 64, 4, 2),
+    256: Tile(64, 64, 4, 2),
+}
 # A row of logits by one program.
 ROW = Tile(1, 8192, 32, 1)
 # Float32 operands, older cards: small enough for any. The interpreter's time goes by the number of tiles.
@@ -70,7 +82,9 @@ def _tile(table: dict[int, Tile], rank: int, like: Tensor) -> Tile:
     return table[rank] if like.element_size() == 2 and _hopper(like.device) else PLAIN
 
 
-def step(z_NR: Tensor, A_VR: Tensor, y_N: Tensor, dA_VR: Optional[Tensor], scale: float) -> tuple[Tensor, Optional[Tensor]]:
+def step(
+    z_NR: Tensor, A_VR: Tensor, y_N: Tensor, dA_VR: Optional[Tensor], scale: float
+) -> tuple[Tensor, Optional[Tensor]]:
     """See `linear.logit_step`. z and A have `padded_rank` columns, zeros beyond the rank of dA."""
     if not len(z_NR):
         return z_NR.new_empty(0, dtype=torch.float32), None if dA_VR is None else z_NR
@@ -81,7 +95,15 @@ def step(z_NR: Tensor, A_VR: Tensor, y_N: Tensor, dA_VR: Optional[Tensor], scale
         return (_chunks if z_NR.shape[1] > FLASH_RANK else _flash)(z_NR, A_VR, y_N, dA_VR, scale)
 
 
-def _flash(z: Tensor, A: Tensor, y: Tensor, dA: Optional[Tensor], scale: float, scan_tile: Optional[Tile] = None, spread_tile: Optional[Tile] = None):
+def _flash(
+    z: Tensor,
+    A: Tensor,
+    y: Tensor,
+    dA: Optional[Tensor],
+    scale: float,
+    scan_tile: Optional[Tile] = None,
+    spread_tile: Optional[Tile] = None,
+):
     (N, R), V, grad = z.shape, len(A), dA is not None
     precise = z.dtype == torch.float32
     t = scan_tile or _tile(SCAN, R, z)
@@ -93,7 +115,22 @@ def _flash(z: Tensor, A: Tensor, y: Tensor, dA: Optional[Tensor], scale: float, 
     m, l = torch.empty(2, S, N, dtype=torch.float32, device=z.device)
     acc = torch.empty(S, N, R, dtype=torch.float32, device=z.device) if grad else m
     kernels.scan[(blocks, S)](
-        z, A, y, m, l, acc, N, V, part, R=R, BN=t.tokens, BV=t.entries, GRAD=grad, PRECISE=precise, num_warps=t.warps, num_stages=t.stages
+        z,
+        A,
+        y,
+        m,
+        l,
+        acc,
+        N,
+        V,
+        part,
+        R=R,
+        BN=t.tokens,
+        BV=t.entries,
+        GRAD=grad,
+        PRECISE=precise,
+        num_warps=t.warps,
+        num_stages=t.stages,
     )
     lse, loss = torch.empty(2, N, dtype=torch.float32, device=z.device)
     dz = torch.empty_like(z) if grad else z
@@ -103,7 +140,22 @@ def _flash(z: Tensor, A: Tensor, y: Tensor, dA: Optional[Tensor], scale: float, 
         return loss, None
     t = spread_tile or _tile(SPREAD, R, z)
     kernels.spread[(triton.cdiv(V, t.entries),)](
-        z, A, y, lse, dA, N, V, scale, dA.shape[1], R=R, BN=t.tokens, BV=t.entries, ADD=True, PRECISE=precise, num_warps=t.warps, num_stages=t.stages
+        z,
+        A,
+        y,
+        lse,
+        dA,
+        N,
+        V,
+        scale,
+        dA.shape[1],
+        R=R,
+        BN=t.tokens,
+        BV=t.entries,
+        ADD=True,
+        PRECISE=precise,
+        num_warps=t.warps,
+        num_stages=t.stages,
     )
     return loss, dz
 
@@ -150,11 +202,22 @@ def teach(logits_nV: Tensor, temperature: float, itemsize: int) -> tuple[Tensor,
     p = torch.empty(n, V, dtype=torch.float16 if itemsize == 2 else torch.float32, device=logits_nV.device)
     least = torch.empty(n, dtype=torch.float32, device=logits_nV.device)
     with torch.cuda.device_of(logits_nV):
-        kernels.teach[(n,)](logits_nV, p, least, V, logits_nV.stride(0), math.log2(math.e) / temperature, BLOCK=ROW.entries, num_warps=ROW.warps)
+        kernels.teach[(n,)](
+            logits_nV,
+            p,
+            least,
+            V,
+            logits_nV.stride(0),
+            math.log2(math.e) / temperature,
+            BLOCK=ROW.entries,
+            num_warps=ROW.warps,
+        )
     return p, least
 
 
-def follow(logits_nV: Tensor, p_nV: Tensor, least_n: Tensor, y_n: Tensor, temperature: float, mix: float, loss_n: Tensor) -> None:
+def follow(
+    logits_nV: Tensor, p_nV: Tensor, least_n: Tensor, y_n: Tensor, temperature: float, mix: float, loss_n: Tensor
+) -> None:
     """The loss of a head beside what `teach` gives, as `losses.distill` has it; d loss / d logits takes the place of the logits."""
     if INTERPRETED and logits_nV.dtype == torch.bfloat16:  # which Triton's interpreter rounds towards zero
         wide = logits_nV.float()
@@ -163,6 +226,16 @@ def follow(logits_nV: Tensor, p_nV: Tensor, least_n: Tensor, y_n: Tensor, temper
         return
     with torch.cuda.device_of(logits_nV):
         kernels.follow[(len(logits_nV),)](
-            logits_nV, p_nV, least_n, y_n, loss_n, logits_nV.shape[1], logits_nV.stride(0), mix, temperature,
-            BLOCK=ROW.entries, HOT=temperature != 1, num_warps=ROW.warps,
-        )  # fmt: skip
+            logits_nV,
+            p_nV,
+            least_n,
+            y_n,
+            loss_n,
+            logits_nV.shape[1],
+            logits_nV.stride(0),
+            mix,
+            temperature,
+            BLOCK=ROW.entries,
+            HOT=temperature != 1,
+            num_warps=ROW.warps,
+        )

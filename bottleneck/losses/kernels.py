@@ -39,7 +39,21 @@ def _add_product(acc, a, b, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def _scan_tile(z, y, m, l, acc, A_ptr, v0, V, R: tl.constexpr, BV: tl.constexpr, GRAD: tl.constexpr, TAIL: tl.constexpr, PRECISE: tl.constexpr):
+def _scan_tile(
+    z,
+    y,
+    m,
+    l,
+    acc,
+    A_ptr,
+    v0,
+    V,
+    R: tl.constexpr,
+    BV: tl.constexpr,
+    GRAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    PRECISE: tl.constexpr,
+):
     """One tile of `scan`: entries v0 … v0 + BV for a block of tokens."""
     cols = v0 + tl.arange(0, BV)
     at = A_ptr + cols[:, None].to(tl.int64) * R + tl.arange(0, R)[None, :]
@@ -62,7 +76,22 @@ def _scan_tile(z, y, m, l, acc, A_ptr, v0, V, R: tl.constexpr, BV: tl.constexpr,
 
 
 @triton.jit
-def scan(z_ptr, A_ptr, y_ptr, m_ptr, l_ptr, acc_ptr, N, V, part, R: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, GRAD: tl.constexpr, PRECISE: tl.constexpr):
+def scan(
+    z_ptr,
+    A_ptr,
+    y_ptr,
+    m_ptr,
+    l_ptr,
+    acc_ptr,
+    N,
+    V,
+    part,
+    R: tl.constexpr,
+    BN: tl.constexpr,
+    BV: tl.constexpr,
+    GRAD: tl.constexpr,
+    PRECISE: tl.constexpr,
+):
     """Running maximum m [S, N], Σ exp(s − m) l [S, N] and, with GRAD, Σ_{v≠y} exp(s − m) a_v acc [S, N, R] of one part of V."""
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     split = tl.program_id(1)
@@ -87,7 +116,23 @@ def scan(z_ptr, A_ptr, y_ptr, m_ptr, l_ptr, acc_ptr, N, V, part, R: tl.constexpr
 
 
 @triton.jit
-def merge(z_ptr, A_ptr, y_ptr, m_ptr, l_ptr, acc_ptr, lse_ptr, loss_ptr, dz_ptr, N, V, R: tl.constexpr, S: tl.constexpr, BN: tl.constexpr, GRAD: tl.constexpr):
+def merge(
+    z_ptr,
+    A_ptr,
+    y_ptr,
+    m_ptr,
+    l_ptr,
+    acc_ptr,
+    lse_ptr,
+    loss_ptr,
+    dz_ptr,
+    N,
+    V,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    BN: tl.constexpr,
+    GRAD: tl.constexpr,
+):
     """Parts of V to loss [N], base-2 lse [N] (inf where the token does not count, so that its p is 0) and dz [N, R]."""
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     ranks = tl.arange(0, R)
@@ -121,7 +166,22 @@ def merge(z_ptr, A_ptr, y_ptr, m_ptr, l_ptr, acc_ptr, lse_ptr, loss_ptr, dz_ptr,
 
 
 @triton.jit
-def spread(z_ptr, A_ptr, y_ptr, lse_ptr, dA_ptr, N, V, scale, width, R: tl.constexpr, BN: tl.constexpr, BV: tl.constexpr, ADD: tl.constexpr, PRECISE: tl.constexpr):
+def spread(
+    z_ptr,
+    A_ptr,
+    y_ptr,
+    lse_ptr,
+    dA_ptr,
+    N,
+    V,
+    scale,
+    width,
+    R: tl.constexpr,
+    BN: tl.constexpr,
+    BV: tl.constexpr,
+    ADD: tl.constexpr,
+    PRECISE: tl.constexpr,
+):
     """dA [V, width] = (or, with ADD, +=) scale · Σ_n (p_nv − [y_n = v]) z_n for a block of entries; width ≤ R columns."""
     cols = tl.program_id(0) * BV + tl.arange(0, BV)
     ranks = tl.arange(0, R)
@@ -172,7 +232,10 @@ def soften(logits_ptr, y_ptr, loss_ptr, V, stride, BLOCK: tl.constexpr, GRAD: tl
         weight = tl.where(counts, 1.0, 0.0)
         for v0 in range(0, V, BLOCK):
             cols = v0 + tl.arange(0, BLOCK)
-            s = tl.load(at + cols, mask=cols < V, other=float("-inf"), eviction_policy="evict_first").to(tl.float32) * LOG2E
+            s = (
+                tl.load(at + cols, mask=cols < V, other=float("-inf"), eviction_policy="evict_first").to(tl.float32)
+                * LOG2E
+            )
             g = tl.exp2(s - lse)
             g = tl.where(cols == y, g - 1.0, g) * weight
             tl.store(at + cols, g.to(logits_ptr.dtype.element_ty), mask=cols < V)
@@ -207,7 +270,9 @@ def teach(logits_ptr, p_ptr, least_ptr, V, stride, heat, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def follow(logits_ptr, p_ptr, least_ptr, y_ptr, loss_ptr, V, stride, mix, temperature, BLOCK: tl.constexpr, HOT: tl.constexpr):
+def follow(
+    logits_ptr, p_ptr, least_ptr, y_ptr, loss_ptr, V, stride, mix, temperature, BLOCK: tl.constexpr, HOT: tl.constexpr
+):
     """One row of a head's logits [n, V]: its loss beside p [n, V] of `teach`, see `losses.distill`, and d loss / d logits in its place.
 
     HOT: the temperature is not 1. Zeros where the token does not count.

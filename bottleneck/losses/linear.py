@@ -60,7 +60,13 @@ def logit_step(z_NR: Tensor, A_VR: Tensor, y_N: Tensor, impl: str, dA_VR: Option
 
 
 def step(
-    h_ND: Tensor, w: Weights, y_N: Tensor, dA_VR: Optional[Tensor] = None, dB_RD: Optional[Tensor] = None, scale: float = 1.0, dh_ND: Optional[Tensor] = None
+    h_ND: Tensor,
+    w: Weights,
+    y_N: Tensor,
+    dA_VR: Optional[Tensor] = None,
+    dB_RD: Optional[Tensor] = None,
+    scale: float = 1.0,
+    dh_ND: Optional[Tensor] = None,
 ) -> Tensor:
     """Loss of every token under one head; its gradient is added to dA, dB and dh where they are given. No autograd.
 
@@ -88,7 +94,9 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, h_ND: Tensor, A_VR: Tensor, B_RD: Tensor, y_N: Tensor, impl: str, ignore_index: int, mean: bool) -> Tensor:
+    def forward(
+        ctx: Any, h_ND: Tensor, A_VR: Tensor, B_RD: Tensor, y_N: Tensor, impl: str, ignore_index: int, mean: bool
+    ) -> Tensor:
         w, y = weights(A_VR, B_RD, h_ND.dtype, impl), targets(y_N, ignore_index, len(A_VR))
         count = (y >= 0).sum()
         need_h, need_A, need_B = ctx.needs_input_grad[:3]
@@ -106,10 +114,15 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            raise RuntimeError("linear_cross_entropy: its gradients were handed out by an earlier backward(); call the loss again")
+            raise RuntimeError(
+                "linear_cross_entropy: its gradients were handed out by an earlier backward(); call the loss again"
+            )
         factor = grad if ctx.count is None else grad / ctx.count
         # in place where nothing is to be rounded: a gradient of A is as large as A, and nothing else holds it
-        out = (None if g is None else torch.mul(g, factor, out=g if d == g.dtype else torch.empty_like(g, dtype=d)) for g, d in zip(gradients, ctx.dtypes))
+        out = (
+            None if g is None else torch.mul(g, factor, out=g if d == g.dtype else torch.empty_like(g, dtype=d))
+            for g, d in zip(gradients, ctx.dtypes)
+        )
         return *out, None, None, None, None
 
 

@@ -19,7 +19,9 @@ def reference(h_ND: Tensor, A_VR: Tensor, B_RD: Tensor, y_N: Tensor, reduction: 
     return F.cross_entropy(logits_NV.float(), y_N.long(), ignore_index=ignore_index, reduction=reduction)
 
 
-def step(z_NR: Tensor, A_VR: Tensor, y_N: Tensor, dA_VR: Optional[Tensor], scale: float) -> tuple[Tensor, Optional[Tensor]]:
+def step(
+    z_NR: Tensor, A_VR: Tensor, y_N: Tensor, dA_VR: Optional[Tensor], scale: float
+) -> tuple[Tensor, Optional[Tensor]]:
     """See `linear.logit_step`."""
     grad = dA_VR is not None
     with torch.set_grad_enabled(grad):

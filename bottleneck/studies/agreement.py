@@ -12,8 +12,8 @@ from typing import Any, Sequence
 import torch
 from torch import Tensor
 
-from bottleneck.backbone import FullHead
-from bottleneck.compare import NUMBERS, differences, top
+from bottleneck.backbone.model import FullHead
+from bottleneck.evaluation.agreement import NUMBERS, differences, top
 from bottleneck.losses.chunked import chunk_rows
 
 NAMES = ("loss", *NUMBERS)

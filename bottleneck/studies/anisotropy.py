@@ -13,20 +13,32 @@ from typing import Any, BinaryIO, Iterator
 import torch
 from torch import Tensor
 
-from bottleneck.backbone import Backbone
-from bottleneck.errors import check
+from bottleneck.backbone.model import Backbone
+from bottleneck.core.errors import check
+from bottleneck.data.module import IGNORE
+from bottleneck.evaluation.sums import full_head_loss
 from bottleneck.losses.chunked import chunk_rows
-from bottleneck.metrics import full_head_loss
-from bottleneck.picture import as_text
+from bottleneck.results.picture import as_text
 from bottleneck.studies.config import StudyConfig
 from bottleneck.studies.cosines import Cosines
 from bottleneck.studies.output import Parts, Steps, canvas, save, shades, write
 from bottleneck.studies.series import check_same_shapes, checkpoints, device_of, say_memory, visit
 from bottleneck.studies.text import StudyText, study_text
-from data.module import IGNORE
 
 log = logging.getLogger(__name__)
-COLUMNS = ("model", "step", "layer", "layers", "mean_cosine", "mean_cosine_centred", "mean_norm", "top_dimension", "top_dimension_share", "top_energy_share", "loss")
+COLUMNS = (
+    "model",
+    "step",
+    "layer",
+    "layers",
+    "mean_cosine",
+    "mean_cosine_centred",
+    "mean_norm",
+    "top_dimension",
+    "top_dimension_share",
+    "top_energy_share",
+    "loss",
+)
 OUTLIER = 0.5  # share of the mean cosine from which one dimension is called its cause
 
 
@@ -70,10 +82,18 @@ def layers(backbone: Backbone, text: StudyText, micro_batch: int, steps: Steps) 
     out = []
     for i, (a, b) in enumerate(zip(plain, centred)):
         index, share = a.top_dimension
-        out.append({
-            "layer": i, "mean_cosine": a.mean_cosine, "mean_cosine_centred": b.mean_cosine, "mean_norm": a.mean_norm,
-            "top_dimension": index, "top_dimension_share": share, "top_energy_share": a.top_energy, "zero_vectors": a.zeros,
-        })  # fmt: skip
+        out.append(
+            {
+                "layer": i,
+                "mean_cosine": a.mean_cosine,
+                "mean_cosine_centred": b.mean_cosine,
+                "mean_norm": a.mean_norm,
+                "top_dimension": index,
+                "top_dimension_share": share,
+                "top_energy_share": a.top_energy,
+                "zero_vectors": a.zeros,
+            }
+        )
     return {"layers": out, "loss": loss / tokens}
 
 
@@ -95,12 +115,17 @@ def measure(c: StudyConfig, folder: Path) -> tuple[list[dict[str, Any]], dict[st
             part = parts.get(cp.key)
             kept = part is not None
             if part is None:
-                part = visit(cp, device, shapes, lambda backbone: layers(backbone, text, c.trainer.micro_batch_size, steps))
+                part = visit(
+                    cp, device, shapes, lambda backbone: layers(backbone, text, c.trainer.micro_batch_size, steps)
+                )
                 check(math.isfinite(part["loss"]), f"{cp.where}: its loss is not a number; are its weights whole?")
                 part = parts.put(cp.key, part)
             out.append({"model": cp.model, "step": cp.step, **part})
             last = part["layers"][-1]
-            steps.end(f"mean cosine of the last layer {last['mean_cosine']:.3f} (centred {last['mean_cosine_centred']:.3f}), loss {part['loss']:.4f}", kept)
+            steps.end(
+                f"mean cosine of the last layer {last['mean_cosine']:.3f} (centred {last['mean_cosine_centred']:.3f}), loss {part['loss']:.4f}",
+                kept,
+            )
     return out, {"data": text.corpus.name, "tokens": text.tokens, "block_size": text.block}
 
 
@@ -108,7 +133,11 @@ def reading(last: dict[str, Any]) -> str:
     """What makes a layer anisotropic: nothing, one outlier dimension, or a common direction of many (a cone)."""
     if abs(last["mean_cosine"]) < 0.1:
         return "almost isotropic"
-    kind = f"one dimension ({last['top_dimension']})" if last["top_dimension_share"] > OUTLIER else "a common direction of many dimensions"
+    kind = (
+        f"one dimension ({last['top_dimension']})"
+        if last["top_dimension_share"] > OUTLIER
+        else "a common direction of many dimensions"
+    )
     return f"mean cosine {last['mean_cosine']:.2f}, {100 * last['top_dimension_share']:.0f} % of it from its first dimension: {kind}"
 
 
@@ -129,7 +158,15 @@ def draw(entries: list[dict[str, Any]], file: BinaryIO) -> None:
             steps = ", ".join(str(own[j]["step"]) for j in drawn) if several else e["step"]
             name = m if e["step"] is None else f"{m}, step {steps}"
             look = {"color": colours[k], "alpha": (n + 1) / len(drawn) if several else 1.0}  # early steps are pale
-            left.plot(depth, [x["mean_cosine"] for x in e["layers"]], "o-", ms=2.5, lw=1.2, **look, label=as_text(name) if not several or n == len(drawn) - 1 else None)
+            left.plot(
+                depth,
+                [x["mean_cosine"] for x in e["layers"]],
+                "o-",
+                ms=2.5,
+                lw=1.2,
+                **look,
+                label=as_text(name) if not several or n == len(drawn) - 1 else None,
+            )
             left.plot(depth, [x["mean_cosine_centred"] for x in e["layers"]], "--", lw=0.9, **look)
             middle.plot(depth, [x["mean_norm"] for x in e["layers"]], "o-", ms=2.5, lw=1.2, **look)
         for right in rest:
@@ -157,8 +194,22 @@ def run(c: StudyConfig, folder: Path) -> dict[str, Any]:
     for model, said in {e["model"]: e["reading"] for e in entries}.items():
         log.info("%s, last layer: %s", model, said)
     rows = [
-        (e["model"], e["step"], x["layer"], len(e["layers"]) - 1, x["mean_cosine"], x["mean_cosine_centred"], x["mean_norm"],
-         x["top_dimension"], x["top_dimension_share"], x["top_energy_share"], e["loss"])
-        for e in entries for x in e["layers"]
-    ]  # fmt: skip
-    return write(folder, c.study.name, {**about, "checkpoints": entries}, COLUMNS, rows, lambda file: draw(entries, file))
+        (
+            e["model"],
+            e["step"],
+            x["layer"],
+            len(e["layers"]) - 1,
+            x["mean_cosine"],
+            x["mean_cosine_centred"],
+            x["mean_norm"],
+            x["top_dimension"],
+            x["top_dimension_share"],
+            x["top_energy_share"],
+            e["loss"],
+        )
+        for e in entries
+        for x in e["layers"]
+    ]
+    return write(
+        folder, c.study.name, {**about, "checkpoints": entries}, COLUMNS, rows, lambda file: draw(entries, file)
+    )

@@ -12,10 +12,10 @@ from typing import Any, Optional
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from bottleneck import config
-from bottleneck.checks import INITS, RANK_LADDER, as_count, as_list, as_rate, check_config
-from bottleneck.config import BackboneConfig, DataConfig, TrainConfig, TrainerConfig
-from bottleneck.errors import check
+from bottleneck.config import schema as config
+from bottleneck.config.checks import INITS, RANK_LADDER, as_count, as_list, as_rate, check_config
+from bottleneck.config.schema import BackboneConfig, DataConfig, TrainConfig, TrainerConfig
+from bottleneck.core.errors import check
 
 PYTHIA_STEPS = (0, *(2**k for k in range(10)), *range(1000, 144_000, 1000))  # of its published checkpoints
 
@@ -36,7 +36,9 @@ class Series:
 class Saturation(Series):
     """Fig. 1a and 1b: loss along training, scaling law, verdict."""
 
-    losses: Optional[str] = None  # CSV with columns model, parameters, step or tokens, loss (stderr) instead of running models
+    losses: Optional[str] = (
+        None  # CSV with columns model, parameters, step or tokens, loss (stderr) instead of running models
+    )
     tokens_per_step: Any = 2_097_152  # tokens of one training step: T = step x this (Pythia's by default)
     fit_from: Any = 4e8  # the law is fitted to models with at least so many parameters; null: to all
     skip: float = 0.02  # share of each model's training left out of the fit: its warm-up, of which the law says nothing
@@ -83,7 +85,9 @@ class Estimate:
 
     name: str = "estimate"  # of the study
     ranks: Any = "auto"  # as in training: a rank, a list, or auto; those of the curve are added
-    inits: Any = field(default_factory=lambda: ["refined", "fisher", "svd", "scaled", "normal"])  # starts to evaluate: head.init of training
+    inits: Any = field(
+        default_factory=lambda: ["refined", "fisher", "svd", "scaled", "normal"]
+    )  # starts to evaluate: head.init of training
     calibration_tokens: Any = 16_384  # training tokens that measure the hidden states and teach the refined start
     passes: Any = 2  # of the refined start over them
     seed: int = 0  # of the random starts
@@ -117,10 +121,22 @@ class Ngrams:
     name: str = "ngrams"  # of the study
     max_tokens: Any = 150_000_000  # training tokens that are counted, at most
     precision: str = "float64"  # of matrix and spectrum: float64, or float32 in half the memory and less time: W-errors within 1e-4 of the others
-    beside: Any = None  # folders of other runs of this study (other texts, other tokenizers) to draw as well: one or a list
+    beside: Any = (
+        None  # folders of other runs of this study (other texts, other tokenizers) to draw as well: one or a list
+    )
 
 
-STUDIES = {"saturation": Saturation, "downstream": Downstream, "spectrum": Spectrum, "anisotropy": Anisotropy, "theory": Theory, "estimate": Estimate, "gradient": Gradient, "geometry": Geometry, "ngrams": Ngrams}
+STUDIES = {
+    "saturation": Saturation,
+    "downstream": Downstream,
+    "spectrum": Spectrum,
+    "anisotropy": Anisotropy,
+    "theory": Theory,
+    "estimate": Estimate,
+    "gradient": Gradient,
+    "geometry": Geometry,
+    "ngrams": Ngrams,
+}
 
 
 @dataclass
@@ -146,7 +162,11 @@ def register() -> None:
 def _known(name: Optional[str]) -> list[str]:
     """Every key of the command, dotted, with those of one study (of all where it is not known)."""
     keys = ["tokens"]
-    keys += [f"{group}.{f.name}" for group, node in (("backbone", BackboneConfig), ("data", DataConfig), ("trainer", TrainerConfig)) for f in dataclasses.fields(node)]
+    keys += [
+        f"{group}.{f.name}"
+        for group, node in (("backbone", BackboneConfig), ("data", DataConfig), ("trainer", TrainerConfig))
+        for f in dataclasses.fields(node)
+    ]
     nodes = [STUDIES[name]] if name in STUDIES else list(STUDIES.values())
     return keys + sorted({f"study.{f.name}" for node in nodes for f in dataclasses.fields(node)} - {"study.name"})
 
@@ -177,15 +197,26 @@ def check_study(cfg: DictConfig) -> StudyConfig:
         check(key in {f.name for f in dataclasses.fields(StudyConfig)}, unknown_key(str(key), name))
     # data=pile reads as much as a run trains on; what a study needs is counted by its own keys
     if OmegaConf.is_interpolation(cfg.data, "max_tokens"):
-        cfg.data.max_tokens = max(as_count(key, OmegaConf.select(cfg, key)) for key in ("tokens", "study.max_tokens", "study.calibration_tokens") if OmegaConf.select(cfg, key))
+        cfg.data.max_tokens = max(
+            as_count(key, OmegaConf.select(cfg, key))
+            for key in ("tokens", "study.max_tokens", "study.calibration_tokens")
+            if OmegaConf.select(cfg, key)
+        )
     missing = sorted(OmegaConf.missing_keys(cfg))
     check(not missing, f"{', '.join(missing)}: no value; give {missing[0] if missing else ''}=… on the command line")
     tokens = as_count("tokens", cfg.tokens, 2)
     # what is shared with training is checked by training's own rules
     plain = OmegaConf.to_container(cfg, resolve=True)
     shared = {key: plain[key] for key in ("backbone", "data", "trainer")}
-    base = check_config(OmegaConf.merge(OmegaConf.structured(TrainConfig), shared, {"tokens": 2**62, "batch_size": shared["trainer"]["devices"]}))
-    check(base.trainer.devices * base.trainer.num_nodes == 1, "trainer.devices: a study runs in one process; leave devices and num_nodes at 1")
+    base = check_config(
+        OmegaConf.merge(
+            OmegaConf.structured(TrainConfig), shared, {"tokens": 2**62, "batch_size": shared["trainer"]["devices"]}
+        )
+    )
+    check(
+        base.trainer.devices * base.trainer.num_nodes == 1,
+        "trainer.devices: a study runs in one process; leave devices and num_nodes at 1",
+    )
     study = OmegaConf.to_object(cfg.study)
     _check_own(study)
     return StudyConfig(base.backbone, base.data, base.trainer, tokens, study)
@@ -215,7 +246,10 @@ def _check_own(s: Any) -> None:
         _share("study.level", s.level)
     if isinstance(s, Downstream) and s.tasks is not None:
         s.tasks = [str(t) for t in as_list(s.tasks)]
-        check(len(s.tasks) > 0 and len(set(s.tasks)) == len(s.tasks), f"study.tasks={s.tasks}: give each task once, and at least one")
+        check(
+            len(s.tasks) > 0 and len(set(s.tasks)) == len(s.tasks),
+            f"study.tasks={s.tasks}: give each task once, and at least one",
+        )
     if isinstance(s, (Theory, Estimate, Gradient)) and s.ranks != "auto":
         check(not isinstance(s.ranks, str), f"study.ranks={s.ranks}: must be a rank, a list of ranks, or auto")
         s.ranks = sorted({as_count("study.ranks", r) for r in as_list(s.ranks)})
@@ -247,11 +281,16 @@ def ranks_of(ranks: Any, hidden_size: int) -> list[int]:
     if ranks == "auto":
         return [r for r in RANK_LADDER if r < hidden_size] + [hidden_size]
     for r in ranks:
-        check(r <= hidden_size, f"study.ranks: {r} is above the hidden size of the backbone; allowed are 1 to {hidden_size}")
+        check(
+            r <= hidden_size,
+            f"study.ranks: {r} is above the hidden size of the backbone; allowed are 1 to {hidden_size}",
+        )
     return list(ranks)
 
 
 def step_number(name: str) -> Optional[int]:
     """The step in the name of a checkpoint's folder or file: step1000, step1k, checkpoint-1000, 160m_step1000, 1000; None without one."""
-    found = re.search(r"(?:step|checkpoint|ckpt|iter)[-_]?(\d+)(k(?![a-z0-9]))?", name, re.IGNORECASE) or re.fullmatch(r"(\d+)()", name)
+    found = re.search(r"(?:step|checkpoint|ckpt|iter)[-_]?(\d+)(k(?![a-z0-9]))?", name, re.IGNORECASE) or re.fullmatch(
+        r"(\d+)()", name
+    )
     return int(found.group(1)) * (1000 if found.group(2) else 1) if found else None

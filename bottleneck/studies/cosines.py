@@ -28,7 +28,7 @@ class Cosines:
     centre_D: Optional[Tensor] = None
 
     @classmethod
-    def empty(cls, size: int, device: torch.device | str = "cpu", centre_D: Optional[Tensor] = None) -> "Cosines":
+    def empty(cls, size: int, device: torch.device | str = "cpu", centre_D: Optional[Tensor] = None) -> Cosines:
         return cls(*(torch.zeros(size, dtype=torch.float64, device=device) for _ in range(3)), centre_D=centre_D)
 
     @torch.no_grad()

@@ -51,7 +51,9 @@ def windows(tokens: np.ndarray, eos: int, bucket: int, buckets: int) -> tuple[np
             inside &= ((packed * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(40)) % np.uint64(buckets) == bucket
         contexts.append(packed[inside])
         following.append(part[N - 1 :][inside].astype(np.int64))
-    return np.concatenate(contexts) if contexts else np.zeros(0, np.uint64), np.concatenate(following) if following else np.zeros(0, np.int64)
+    return np.concatenate(contexts) if contexts else np.zeros(0, np.uint64), np.concatenate(
+        following
+    ) if following else np.zeros(0, np.int64)
 
 
 def counted(contexts: np.ndarray, following: np.ndarray) -> Counts:
@@ -92,7 +94,13 @@ class Gram:
 
 
 def gram(
-    tokens: np.ndarray, vocab: int, eos: int, weighted: bool = False, dtype: type = np.float64, at: Callable[[float], None] = lambda share: None, size: int = BUCKET
+    tokens: np.ndarray,
+    vocab: int,
+    eos: int,
+    weighted: bool = False,
+    dtype: type = np.float64,
+    at: Callable[[float], None] = lambda share: None,
+    size: int = BUCKET,
 ) -> Gram:
     """Count a stream and sum up its Gram matrix: V² entries of `dtype`, up to 30 bytes for each of STRIP entries, and about 100 for each of `size` 5-grams.
 

@@ -11,15 +11,29 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bottleneck.errors import check
-from bottleneck.picture import as_text
+from bottleneck.core.errors import check
+from bottleneck.results.picture import as_text
 from bottleneck.studies.config import Downstream, StudyConfig
 from bottleneck.studies.evals import Results, Score, is_perplexity, lower_is_better, pick_metric, read_results
 from bottleneck.studies.output import canvas, save, write
 from bottleneck.studies.statistics import best_of_many, scatter
 
 log = logging.getLogger(__name__)
-COLUMNS = ("model", "task", "metric", "best_step", "best", "best_stderr", "final_step", "final", "final_stderr", "drop", "z", "chance", "saturates")
+COLUMNS = (
+    "model",
+    "task",
+    "metric",
+    "best_step",
+    "best",
+    "best_stderr",
+    "final_step",
+    "final",
+    "final_stderr",
+    "drop",
+    "z",
+    "chance",
+    "saturates",
+)
 DRAWN = 12  # tasks in the picture at most: those with the largest drops
 
 
@@ -53,11 +67,29 @@ def compare(steps: list[int], scores: list[Score], metric: str, level: float, sk
         z = gap / error if error else (math.inf if gap else 0.0)
         chance = best_of_many(z, len(late) - 1)
     saturates = chance is not None and len(late) > 1 and chance < level
-    said = "saturates" if saturates else "no significant drop" if drop <= 0 or chance is not None else "no errors: not known whether the drop is noise"
+    said = (
+        "saturates"
+        if saturates
+        else "no significant drop"
+        if drop <= 0 or chance is not None
+        else "no errors: not known whether the drop is noise"
+    )
     if len(late) < 2:
         said = "a single checkpoint"
-    ends = {which: {"step": steps[i], "value": scores[i].value, "stderr": scores[i].error} for which, i in (("best", best), ("final", -1))}
-    return {"metric": metric, "lower_is_better": sign < 0, **ends, "drop": drop, "z": z, "chance": chance, "saturates": saturates, "verdict": said}
+    ends = {
+        which: {"step": steps[i], "value": scores[i].value, "stderr": scores[i].error}
+        for which, i in (("best", best), ("final", -1))
+    }
+    return {
+        "metric": metric,
+        "lower_is_better": sign < 0,
+        **ends,
+        "drop": drop,
+        "z": z,
+        "chance": chance,
+        "saturates": saturates,
+        "verdict": said,
+    }
 
 
 def one_model(model: str, along: list[Results], tasks: list[str] | None, level: float, skip: float) -> dict[str, Any]:
@@ -88,9 +120,22 @@ def draw(models: list[dict[str, Any]], file: BinaryIO) -> None:
             i = list(m["tasks"]).index(name)  # the same colour in every panel
             best = t["best"]["value"]
             points = [p for p in t["checkpoints"] if p["step"] >= 0.004 * m["steps"][-1]]
-            share = [(best / p["value"] if t["lower_is_better"] else p["value"] / best) if best and p["value"] else math.nan for p in points]
+            share = [
+                (best / p["value"] if t["lower_is_better"] else p["value"] / best) if best and p["value"] else math.nan
+                for p in points
+            ]
             errors = [s * (p["stderr"] or 0.0) / abs(p["value"]) if p["value"] else 0.0 for s, p in zip(share, points)]
-            axes.errorbar([p["step"] for p in points], share, yerr=errors, fmt="o-", ms=2.5, lw=1.1, elinewidth=0.6, color=f"C{i % 10}", label=as_text(f"{name} {t['metric']}: {t['verdict']}"))
+            axes.errorbar(
+                [p["step"] for p in points],
+                share,
+                yerr=errors,
+                fmt="o-",
+                ms=2.5,
+                lw=1.1,
+                elinewidth=0.6,
+                color=f"C{i % 10}",
+                label=as_text(f"{name} {t['metric']}: {t['verdict']}"),
+            )
         axes.set_ylim(0, 1.12)
         axes.set_title(as_text(m["model"]), fontsize=10)
         axes.set_xlabel("training step")
@@ -102,12 +147,23 @@ def draw(models: list[dict[str, Any]], file: BinaryIO) -> None:
 def show(models: list[dict[str, Any]], console: Console) -> None:
     """Table 1: best and final score of each task, the drop in standard errors, the verdict."""
     for m in models:
-        table = Table(title=escape(f"{m['model']}: {len(m['steps'])} checkpoints to step {m['steps'][-1]}"), title_justify="left")
+        table = Table(
+            title=escape(f"{m['model']}: {len(m['steps'])} checkpoints to step {m['steps'][-1]}"), title_justify="left"
+        )
         for column in ("task", "metric", "best", "at step", "final", "drop / error", "chance", "saturates"):
             table.add_column(column, justify="left" if column in ("task", "metric") else "right")
         for name, t in m["tasks"].items():
-            cells = [f"{t[which]['value']:.4g}" + ("" if t[which]["stderr"] is None else f" ± {t[which]['stderr']:.2g}") for which in ("best", "final")]
-            said = "yes" if t["saturates"] else "no" if t["verdict"].startswith("no significant") else t["verdict"].partition(":")[0]
+            cells = [
+                f"{t[which]['value']:.4g}" + ("" if t[which]["stderr"] is None else f" ± {t[which]['stderr']:.2g}")
+                for which in ("best", "final")
+            ]
+            said = (
+                "yes"
+                if t["saturates"]
+                else "no"
+                if t["verdict"].startswith("no significant")
+                else t["verdict"].partition(":")[0]
+            )
             numbers = ["–" if t[k] is None else format(t[k], form) for k, form in (("z", ".1f"), ("chance", ".2g"))]
             table.add_row(name, t["metric"], cells[0], str(t["best"]["step"]), cells[1], *numbers, said)
         console.print(table)
@@ -116,14 +172,31 @@ def show(models: list[dict[str, Any]], console: Console) -> None:
 def run(c: StudyConfig, folder: Path) -> dict[str, Any]:
     """The study. Returns: the content of downstream.json: `model`, `steps`, `tasks`, or several of these under `models`."""
     s: Downstream = c.study
-    models = [one_model(name, along, s.tasks, s.level, s.skip) for name, along in read_results(Path(s.results).expanduser()).items()]
+    models = [
+        one_model(name, along, s.tasks, s.level, s.skip)
+        for name, along in read_results(Path(s.results).expanduser()).items()
+    ]
     about = {"results": s.results, "level": s.level, "skip": s.skip}
     content = {**about, **models[0]} if len(models) == 1 else {**about, "models": models}
     rows = [
-        (m["model"], name, t["metric"], t["best"]["step"], t["best"]["value"], t["best"]["stderr"], t["final"]["step"], t["final"]["value"], t["final"]["stderr"],
-         t["drop"], t["z"], t["chance"], t["saturates"])
-        for m in models for name, t in m["tasks"].items()
-    ]  # fmt: skip
+        (
+            m["model"],
+            name,
+            t["metric"],
+            t["best"]["step"],
+            t["best"]["value"],
+            t["best"]["stderr"],
+            t["final"]["step"],
+            t["final"]["value"],
+            t["final"]["stderr"],
+            t["drop"],
+            t["z"],
+            t["chance"],
+            t["saturates"],
+        )
+        for m in models
+        for name, t in m["tasks"].items()
+    ]
     result = write(folder, s.name, content, COLUMNS, rows, lambda file: draw(models, file))
     show(models, Console(width=max(130, Console().width)))
     return result

@@ -17,27 +17,45 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from bottleneck import initial
-from bottleneck.backbone import Backbone
-from bottleneck.compare import NUMBERS
-from bottleneck.errors import check
-from bottleneck.heads import HeadKey
+from bottleneck.backbone.model import Backbone
+from bottleneck.core.errors import check
+from bottleneck.data.module import IGNORE
+from bottleneck.evaluation.agreement import NUMBERS
+from bottleneck.heads import closed_forms as initial
+from bottleneck.heads.bank import HeadKey
+from bottleneck.heads.refine import refine
 from bottleneck.losses.chunked import chunk_rows
-from bottleneck.picture import as_text
-from bottleneck.refine import refine
+from bottleneck.results.picture import as_text
 from bottleneck.studies.agreement import Agreement
 from bottleneck.studies.config import Estimate, StudyConfig, ranks_of
 from bottleneck.studies.output import Parts, Steps, canvas, save, write
 from bottleneck.studies.series import check_moments, check_same_shapes, device_of, loaded, one_checkpoint, say_memory
 from bottleneck.studies.text import StudyText, study_text
 from bottleneck.studies.trained import Trained, read_trained, with_trained
-from data.module import IGNORE
 
 log = logging.getLogger(__name__)
-COLUMNS = ("backbone", "init", "rank", "parameters", "loss", "perplexity", *NUMBERS, "trained_loss", "trained_perplexity")
+COLUMNS = (
+    "backbone",
+    "init",
+    "rank",
+    "parameters",
+    "loss",
+    "perplexity",
+    *NUMBERS,
+    "trained_loss",
+    "trained_perplexity",
+)
 
 
-def start_heads(init: str, ranks: Iterable[int], seed: int, backbone: Backbone, hidden: list[Tensor], moments: initial.Calibration, passes: int) -> list[tuple[Tensor, Tensor]]:
+def start_heads(
+    init: str,
+    ranks: Iterable[int],
+    seed: int,
+    backbone: Backbone,
+    hidden: list[Tensor],
+    moments: initial.Calibration,
+    passes: int,
+) -> list[tuple[Tensor, Tensor]]:
     """A [V, R] and B [R, D] of every rank for one `head.init`, as train.py starts them; float32 on the backbone's device.
 
     Args:
@@ -57,7 +75,9 @@ def start_heads(init: str, ranks: Iterable[int], seed: int, backbone: Backbone, 
     return [(A[:, : b.shape[0]], B[: b.shape[0]]) for _, b in heads]
 
 
-def evaluate(heads: list[tuple[Tensor, Tensor]], backbone: Backbone, text: StudyText, micro_batch: int, steps: Steps) -> Agreement:
+def evaluate(
+    heads: list[tuple[Tensor, Tensor]], backbone: Backbone, text: StudyText, micro_batch: int, steps: Steps
+) -> Agreement:
     """All heads over the text, one pass of the backbone."""
     device = backbone.lm_head.weight.device
     result, done = Agreement(heads), 0
@@ -79,16 +99,30 @@ def measure(c: StudyConfig, folder: Path) -> tuple[dict[str, Any], Trained | Non
     ranks = ranks_of(s.ranks, width)
     text = study_text(c, [cp])
     # widest moments: two float64 matrices as large as W; refined: four copies of every rank's A
-    work = 3 * 8 * vocabulary * width + 16 * sum(ranks) * vocabulary + 4 * s.calibration_tokens * width + 24 * chunk_rows(vocabulary, device.type) * vocabulary
+    work = (
+        3 * 8 * vocabulary * width
+        + 16 * sum(ranks) * vocabulary
+        + 4 * s.calibration_tokens * width
+        + 24 * chunk_rows(vocabulary, device.type) * vocabulary
+    )
     say_memory([cp], device, work)
-    settings = {"calibration_tokens": s.calibration_tokens, "passes": s.passes, "seed": s.seed, "data_seed": c.data.seed, "dtype": c.backbone.dtype}
+    settings = {
+        "calibration_tokens": s.calibration_tokens,
+        "passes": s.passes,
+        "seed": s.seed,
+        "data_seed": c.data.seed,
+        "dtype": c.backbone.dtype,
+    }
     heads: list[dict[str, Any]] = []
     with loaded(cp, device, shapes) as backbone:
         trained = read_trained(s.curve, "study.curve", backbone.name, backbone.hash) if s.curve else None
         ranks = with_trained(ranks, trained, width)
         parts = Parts(folder, s.name, {**text.identity, **settings, "ranks": ranks})
         if not backbone.head.plain:
-            log.warning("%s: its head has a bias, a scale or a cap; a bias and a cap have no low-rank form and are in the full head only", backbone.name)
+            log.warning(
+                "%s: its head has a bias, a scale or a cap; a bias and a cap have no low-rank form and are in the full head only",
+                backbone.name,
+            )
         hidden: list[Tensor] = []
         moments = None
         about: dict[str, Any] = {}
@@ -108,15 +142,35 @@ def measure(c: StudyConfig, folder: Path) -> tuple[dict[str, Any], Trained | Non
                     started = start_heads(init, ranks, s.seed, backbone, hidden, moments, s.passes)
                     result = evaluate(started, backbone, text, c.trainer.micro_batch_size, steps)
                     del started
-                    rows = [{"init": init, "rank": r, "parameters": r * (vocabulary + width), **m} for r, m in zip(ranks, result.means)]
-                    part = parts.put(key, {"heads": rows, "full_loss": result.full_loss, "seconds": time.monotonic() - began})
-                check(math.isfinite(part["full_loss"] or math.nan), f"{cp.where}: its loss is not a number; are its weights whole?")
+                    rows = [
+                        {"init": init, "rank": r, "parameters": r * (vocabulary + width), **m}
+                        for r, m in zip(ranks, result.means)
+                    ]
+                    part = parts.put(
+                        key, {"heads": rows, "full_loss": result.full_loss, "seconds": time.monotonic() - began}
+                    )
+                check(
+                    math.isfinite(part["full_loss"] or math.nan),
+                    f"{cp.where}: its loss is not a number; are its weights whole?",
+                )
                 heads += part["heads"]
                 about = {"loss": part["full_loss"], "perplexity": math.exp(part["full_loss"])}
                 shown = [h for h in part["heads"] if h["perplexity"]]
                 steps.end(", ".join(f"{h['perplexity']:.4g}" for h in shown) or "no finite perplexity", kept)
-        content = {"backbone": backbone.name, "backbone_hash": backbone.hash, "hidden_size": width, "vocab_size": vocabulary}
-    return {**content, "data": text.corpus.name, "tokens": text.tokens, "calibration_tokens": s.calibration_tokens, "reference": about, "heads": heads}, trained
+        content = {
+            "backbone": backbone.name,
+            "backbone_hash": backbone.hash,
+            "hidden_size": width,
+            "vocab_size": vocabulary,
+        }
+    return {
+        **content,
+        "data": text.corpus.name,
+        "tokens": text.tokens,
+        "calibration_tokens": s.calibration_tokens,
+        "reference": about,
+        "heads": heads,
+    }, trained
 
 
 def beside(heads: list[dict[str, Any]], own: float, trained: Trained | None) -> list[dict[str, Any]]:
@@ -143,18 +197,32 @@ def draw(content: dict[str, Any], file: BinaryIO) -> None:
     for i, init in enumerate(inits):
         own = [h for h in content["heads"] if h["init"] == init]
         fair = [h for h in own if h["perplexity"]]
-        left.plot([h["rank"] for h in fair], [h["perplexity"] for h in fair], "o-", ms=3.5, lw=1.3, color=f"C{i}", label=init)
+        left.plot(
+            [h["rank"] for h in fair], [h["perplexity"] for h in fair], "o-", ms=3.5, lw=1.3, color=f"C{i}", label=init
+        )
         shown += [h["perplexity"] for h in fair if init in ("fisher", "refined")]
         positive = [h for h in own if h["kl"] and h["kl"] > 1e-6]
-        right.plot([h["rank"] for h in positive], [h["kl"] for h in positive], "o-", ms=3.5, lw=1.3, color=f"C{i}", label=init)
+        right.plot(
+            [h["rank"] for h in positive], [h["kl"] for h in positive], "o-", ms=3.5, lw=1.3, color=f"C{i}", label=init
+        )
         wrong = [h for h in own if h["top1_agreement"] is not None and h["top1_agreement"] < 1]
         right.plot([h["rank"] for h in wrong], [1 - h["top1_agreement"] for h in wrong], ":", lw=1.2, color=f"C{i}")
     if content["trained"]:
         losses = content["trained"]["losses"]
-        left.plot([int(r) for r in losses], [math.exp(x) for x in losses.values()], "k*--", ms=7, lw=1, label=as_text(f"trained, {content['trained']['tokens']:,} tokens ({content['trained']['data']})"))
+        left.plot(
+            [int(r) for r in losses],
+            [math.exp(x) for x in losses.values()],
+            "k*--",
+            ms=7,
+            lw=1,
+            label=as_text(f"trained, {content['trained']['tokens']:,} tokens ({content['trained']['data']})"),
+        )
     left.axhline(reference, color="0.4", ls="--", lw=1, label=f"own head ({reference:.4g})")
     ceiling = 30 * max(shown) if len(shown) > 1 else 1e6  # random starts are far above what is of interest
-    left.set_ylim(reference / 1.3, min(ceiling, 1.5 * max([h["perplexity"] for h in content["heads"] if h["perplexity"]], default=1e6)))
+    left.set_ylim(
+        reference / 1.3,
+        min(ceiling, 1.5 * max([h["perplexity"] for h in content["heads"] if h["perplexity"]], default=1e6)),
+    )
     for line in left.get_lines():  # a start of which nothing is to be seen
         if len(line.get_ydata()) and min(line.get_ydata()) > left.get_ylim()[1]:
             line.set_label(f"{line.get_label()} (above {left.get_ylim()[1]:,.0f})")
@@ -173,7 +241,9 @@ def draw(content: dict[str, Any], file: BinaryIO) -> None:
 def show(content: dict[str, Any], console: Console) -> None:
     """The curves as a table: a row a rank, a column a start."""
     inits = list(dict.fromkeys(h["init"] for h in content["heads"]))
-    table = Table(title=escape(f"{content['backbone']} on {content['data']}: perplexity without training"), title_justify="left")
+    table = Table(
+        title=escape(f"{content['backbone']} on {content['data']}: perplexity without training"), title_justify="left"
+    )
     trained = content["trained"]["losses"] if content["trained"] else {}
     for column in ("rank", *inits, *(["trained"] if trained else []), f"KL ({inits[0]})", "same top token"):
         table.add_column(column, justify="right")
@@ -182,7 +252,10 @@ def show(content: dict[str, Any], console: Console) -> None:
         first = by[inits[0], r]
         cells = ["–" if by[i, r]["perplexity"] is None else f"{by[i, r]['perplexity']:,.5g}" for i in inits]
         cells += [f"{math.exp(trained[r]):,.5g}" if r in trained else "–"] if trained else []
-        cells += ["–" if first["kl"] is None else f"{first['kl']:.4f}", f"{100 * first['top1_agreement']:.1f} %" if first["top1_agreement"] is not None else "–"]
+        cells += [
+            "–" if first["kl"] is None else f"{first['kl']:.4f}",
+            f"{100 * first['top1_agreement']:.1f} %" if first["top1_agreement"] is not None else "–",
+        ]
         table.add_row(str(r), *cells)
     table.add_row("own", f"{content['reference']['perplexity']:,.5g}", style="bold")
     console.print(table)
@@ -192,12 +265,26 @@ def run(c: StudyConfig, folder: Path) -> dict[str, Any]:
     """The study. Returns: the content of estimate.json."""
     content, trained = measure(c, folder)
     content["heads"] = beside(content["heads"], content["reference"]["loss"], trained)
-    content["trained"] = trained and {"data": trained.data, "tokens": trained.tokens, "losses": trained.losses, "own": trained.own}
+    content["trained"] = trained and {
+        "data": trained.data,
+        "tokens": trained.tokens,
+        "losses": trained.losses,
+        "own": trained.own,
+    }
     rows = [
-        (content["backbone"], h["init"], h["rank"], h["parameters"], h["loss"], h["perplexity"], *(h[n] for n in NUMBERS),
-         h["trained_loss"], None if h["trained_loss"] is None else math.exp(h["trained_loss"]))
+        (
+            content["backbone"],
+            h["init"],
+            h["rank"],
+            h["parameters"],
+            h["loss"],
+            h["perplexity"],
+            *(h[n] for n in NUMBERS),
+            h["trained_loss"],
+            None if h["trained_loss"] is None else math.exp(h["trained_loss"]),
+        )
         for h in content["heads"]
-    ]  # fmt: skip
+    ]
     result = write(folder, c.study.name, content, COLUMNS, rows, lambda file: draw(content, file))
     show(content, Console(width=max(110, Console().width)))
     return result

@@ -14,18 +14,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Iterator, Optional
 
-from bottleneck.errors import UserError, check
+from bottleneck.core.errors import UserError, check
 from bottleneck.studies.config import step_number
 
 log = logging.getLogger(__name__)
 # of a task with several, the first that it has: Table 1 has LAMBADA's perplexity and accuracies elsewhere
-PREFERRED = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "acc", "exact_match", "em", "f1", "mc2", "acc_norm")
+PREFERRED = (
+    "perplexity",
+    "word_perplexity",
+    "byte_perplexity",
+    "bits_per_byte",
+    "acc",
+    "exact_match",
+    "em",
+    "f1",
+    "mc2",
+    "acc_norm",
+)
 LOWER = re.compile(r"ppl|perplexity|bits_per_byte|loss|brier|nll|likelihood_diff|error|\bwer\b|\bter\b")
 SYNONYMS = {"ppl": "perplexity", "ppl_stderr": "perplexity_stderr"}  # of old files
 SHARES = ("acc", "acc_norm", "exact_match", "em")  # of right answers: without an error the number of questions gives it
 FILTERS = ("none", "strict-match", "get-answer")  # of current files; the plain one first
 NAMING = ("peft", "delta", "pretrained")  # arguments that say which model it was, in the harness's own order
-STEP = re.compile(r"[-_./]*(?:global[-_]?)?(?:step|checkpoint|ckpt|iter)[-_]?\d+k?(?![a-z])|(?<=/)\d+/?$", re.IGNORECASE)  # in a model's name or path
+STEP = re.compile(
+    r"[-_./]*(?:global[-_]?)?(?:step|checkpoint|ckpt|iter)[-_]?\d+k?(?![a-z])|(?<=/)\d+/?$", re.IGNORECASE
+)  # in a model's name or path
 
 
 @dataclass(frozen=True)
@@ -69,7 +82,10 @@ def scores(table: dict[str, Any], questions: Optional[int] = None) -> dict[str, 
     for key, value in table.items():
         name, _, kind = key.partition(",")
         plain.setdefault(SYNONYMS.get(name, name), {})[kind] = value
-    chosen = {name: next((kinds[f] for f in ("", *FILTERS) if f in kinds), next(iter(kinds.values()))) for name, kinds in plain.items()}
+    chosen = {
+        name: next((kinds[f] for f in ("", *FILTERS) if f in kinds), next(iter(kinds.values())))
+        for name, kinds in plain.items()
+    }
     out = {}
     for name, value in chosen.items():
         number, error = _number(value), _number(chosen.get(f"{name}_stderr"))
@@ -145,7 +161,14 @@ def _place(file: Path, content: dict[str, Any]) -> _Place:
     step = step_number(_argument(content, "revision") or str(config.get("model_revision") or ""))
     pieces = told.rstrip("/").split("/")
     if step is None:
-        step = next((n for k, piece in enumerate(reversed(pieces)) if (k == 0 or not piece.isdigit()) and (n := step_number(piece)) is not None), None)
+        step = next(
+            (
+                n
+                for k, piece in enumerate(reversed(pieces))
+                if (k == 0 or not piece.isdigit()) and (n := step_number(piece)) is not None
+            ),
+            None,
+        )
     return _Place(rest, model, step)
 
 
@@ -162,7 +185,11 @@ def _apart(found: list[tuple[Path, dict[str, Any], _Place]]) -> set[str]:
 def _read(root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """The result files below a folder with their content. What a study wrote is passed over, and with a note what has no results."""
     check(root.is_dir(), f"study.results={root}: no such folder")
-    files = sorted(p for p in root.rglob("*.json") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(root).parts))
+    files = sorted(
+        p
+        for p in root.rglob("*.json")
+        if p.is_file() and not any(part.startswith(".") for part in p.relative_to(root).parts)
+    )
     check(bool(files), f"study.results={root}: no result files (*.json) there")
     others: list[Path] = []
     studies = 0
@@ -177,9 +204,15 @@ def _read(root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
             others.append(file.relative_to(root))
         else:
             tables = content["results"]
-            check(isinstance(tables, dict) and all(isinstance(t, dict) for t in tables.values()), f"{file}: not a result of lm-evaluation-harness: its results are no tables")
+            check(
+                isinstance(tables, dict) and all(isinstance(t, dict) for t in tables.values()),
+                f"{file}: not a result of lm-evaluation-harness: its results are no tables",
+            )
             yield file, content
-    check(studies + len(others) < len(files), f"study.results={root}: no results of lm-evaluation-harness there; not one of its {len(files)} JSON files has any")
+    check(
+        studies + len(others) < len(files),
+        f"study.results={root}: no results of lm-evaluation-harness there; not one of its {len(files)} JSON files has any",
+    )
     if others:
         log.info("passed over, without results of lm-evaluation-harness: %s", _some(map(str, others)))
 
@@ -197,19 +230,33 @@ def read_results(root: Path) -> dict[str, list[Results]]:
     for file, content, place in files:
         told, step = place.told, place.step
         before = place.before if place.folder in apart and not told else ""
-        model = "/".join(filter(None, (place.folder, before))) or told or (root.resolve() if root.name in ("", "..") else root).name
+        model = (
+            "/".join(filter(None, (place.folder, before)))
+            or told
+            or (root.resolve() if root.name in ("", "..") else root).name
+        )
         if not told.startswith(("/", ".", "~")):  # one model may have been scored in different places
             named.setdefault(model, set()).add(told)
-        check(step is not None, f"{file}: no step in its name, its folders or its model_args; call it step1000.json or put it in a folder step1000")
+        check(
+            step is not None,
+            f"{file}: no step in its name, its folders or its model_args; call it step1000.json or put it in a folder step1000",
+        )
         entry = found.setdefault((model, step), Results(model, step))
         entry.files.append(file)
         for task, table in content["results"].items():
             new, old = scores(table, _questions(content, task)), entry.tasks.get(task)
-            check(not old or not new or old == new, f"{file}: task {task} of {model} at step {step} is in {entry.files[0]} with other numbers; keep one of them")
+            check(
+                not old or not new or old == new,
+                f"{file}: task {task} of {model} at step {step} is in {entry.files[0]} with other numbers; keep one of them",
+            )
             entry.tasks[task] = old or new  # of a group one file may have the mean, and another none
     for model, names in named.items():
         if len(names - {""}) > 1:
-            log.warning("%s: its files are of %s, and read as one model; give each model a folder of its own", model, _some(names - {""}))
+            log.warning(
+                "%s: its files are of %s, and read as one model; give each model a folder of its own",
+                model,
+                _some(names - {""}),
+            )
     models: dict[str, list[Results]] = {}
     for (model, _), entry in sorted(found.items()):
         models.setdefault(model, []).append(entry)
@@ -225,7 +272,10 @@ def pick_metric(task: str, wanted: Optional[str], along: list[Results]) -> str:
     for entry in along:
         check(task in entry.tasks, f"{entry.where}: no task {task} in it; it has {_some(entry.tasks)}")
         check(bool(entry.tasks[task]), f"{entry.where}: task {task} has no numbers")
-        check(wanted is None or wanted in entry.tasks[task], f"{entry.where}: task {task} has no metric {wanted}; it has {_some(entry.tasks[task])}")
+        check(
+            wanted is None or wanted in entry.tasks[task],
+            f"{entry.where}: task {task} has no metric {wanted}; it has {_some(entry.tasks[task])}",
+        )
     common = [m for m in along[0].tasks[task] if all(m in entry.tasks[task] for entry in along)]
     check(bool(common), f"{along[0].where}: task {task} has no metric that the other steps have too")
     metric = wanted or next((m for m in PREFERRED if m in common), common[0])

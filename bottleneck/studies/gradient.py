@@ -18,19 +18,19 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bottleneck import initial
-from bottleneck.backbone import Backbone
-from bottleneck.compare import band_names, bands_of
-from bottleneck.errors import check
+from bottleneck.backbone.model import Backbone
+from bottleneck.core.errors import check
+from bottleneck.data.module import IGNORE
+from bottleneck.evaluation.agreement import band_names, bands_of
+from bottleneck.heads import closed_forms as initial
 from bottleneck.losses.chunked import chunk_rows
-from bottleneck.picture import as_text
+from bottleneck.results.picture import as_text
 from bottleneck.studies.config import Gradient, StudyConfig, ranks_of
 from bottleneck.studies.estimate import start_heads
 from bottleneck.studies.output import Parts, Steps, canvas, save, write, write_table
 from bottleneck.studies.reach import BINS, Reach
 from bottleneck.studies.series import check_moments, check_same_shapes, device_of, loaded, one_checkpoint, say_memory
 from bottleneck.studies.text import StudyText, study_text
-from data.module import IGNORE
 
 log = logging.getLogger(__name__)
 NUMBERS = ("share", "lost", "rms", "rank", "update_effective_rank", "update_stable_rank")
@@ -38,7 +38,9 @@ COLUMNS = ("backbone", "head", *NUMBERS, "chance")
 TOKENS = "gradient_tokens.csv"  # target id and shares of every token: full head, each rank
 
 
-def sweep(heads: list[tuple[torch.Tensor, torch.Tensor]], backbone: Backbone, text: StudyText, micro_batch: int, steps: Steps) -> tuple[list[Reach], list[int]]:
+def sweep(
+    heads: list[tuple[torch.Tensor, torch.Tensor]], backbone: Backbone, text: StudyText, micro_batch: int, steps: Steps
+) -> tuple[list[Reach], list[int]]:
     """The full head and low-rank ones (A [V, R], B [R, D]) over the text, one pass of the backbone; the full head first. And the targets."""
     W, device = backbone.head.W_VD.detach().float() * backbone.head.scale, backbone.lm_head.weight.device
     bands = bands_of(text.corpus.train, len(W)).to(device)
@@ -68,11 +70,27 @@ def measure(c: StudyConfig, folder: Path) -> dict[str, Any]:
     ranks = ranks_of(s.ranks, width)
     text = study_text(c, [cp])
     # chunks of logits; a closed form's two float64 matrices as large as W; every rank's A and Q, and the sums of D x D
-    say_memory([cp], device, 16 * chunk_rows(vocabulary, device.type) * vocabulary + 3 * 8 * vocabulary * width + 8 * sum(ranks) * vocabulary + 16 * width * width)
-    identity = {"ranks": ranks, "init": s.init, "calibration_tokens": s.calibration_tokens, "data_seed": c.data.seed, "dtype": c.backbone.dtype}
+    say_memory(
+        [cp],
+        device,
+        16 * chunk_rows(vocabulary, device.type) * vocabulary
+        + 3 * 8 * vocabulary * width
+        + 8 * sum(ranks) * vocabulary
+        + 16 * width * width,
+    )
+    identity = {
+        "ranks": ranks,
+        "init": s.init,
+        "calibration_tokens": s.calibration_tokens,
+        "data_seed": c.data.seed,
+        "dtype": c.backbone.dtype,
+    }
     parts = Parts(folder, s.name, {**text.identity, **identity})
     with Steps(1, c.trainer.progress, "pass") as steps, loaded(cp, device, shapes) as backbone:
-        check(backbone.head.bias_V is None or bool(torch.isfinite(backbone.head.bias_V).all()), f"{cp.where}: its head's bias is not a number")
+        check(
+            backbone.head.bias_V is None or bool(torch.isfinite(backbone.head.bias_V).all()),
+            f"{cp.where}: its head's bias is not a number",
+        )
         if backbone.head.softcap is not None:
             log.warning("%s: its head has a soft cap; the gradient is taken before it", backbone.name)
         steps.begin(cp.label)
@@ -83,14 +101,42 @@ def measure(c: StudyConfig, folder: Path) -> dict[str, Any]:
             hidden = [backbone(b[:, :-1].to(device)) for b in ids.split(c.trainer.micro_batch_size)]
             moments = initial.calibrate(hidden, backbone.head)
             check_moments(cp, moments)
-            reached, goals = sweep(start_heads(s.init, ranks, 0, backbone, hidden, moments, 2), backbone, text, c.trainer.micro_batch_size, steps)
+            reached, goals = sweep(
+                start_heads(s.init, ranks, 0, backbone, hidden, moments, 2),
+                backbone,
+                text,
+                c.trainer.micro_batch_size,
+                steps,
+            )
             found = [r.result for r in reached]
-            part = parts.put(backbone.hash, {"targets": goals, "full": found[0], "heads": [{"rank_of_head": r, **m} for r, m in zip(ranks, found[1:])]})
+            part = parts.put(
+                backbone.hash,
+                {
+                    "targets": goals,
+                    "full": found[0],
+                    "heads": [{"rank_of_head": r, **m} for r, m in zip(ranks, found[1:])],
+                },
+            )
         full = part["full"]
-        check(full["share"] is not None and math.isfinite(full["share"]), f"{cp.where}: its gradients are not numbers; are its weights whole?")
+        check(
+            full["share"] is not None and math.isfinite(full["share"]),
+            f"{cp.where}: its gradients are not numbers; are its weights whole?",
+        )
         steps.end(f"the full head lets {100 * full['share']:.1f} % through", kept)
-        about = {"backbone": backbone.name, "backbone_hash": backbone.hash, "hidden_size": width, "vocab_size": vocabulary}
-    return {**about, "data": text.corpus.name, "tokens": text.tokens, "init": s.init, "band_names": band_names(), **part}
+        about = {
+            "backbone": backbone.name,
+            "backbone_hash": backbone.hash,
+            "hidden_size": width,
+            "vocab_size": vocabulary,
+        }
+    return {
+        **about,
+        "data": text.corpus.name,
+        "tokens": text.tokens,
+        "init": s.init,
+        "band_names": band_names(),
+        **part,
+    }
 
 
 def chance(rank: int, vocabulary: int) -> float:
@@ -110,14 +156,29 @@ def draw(content: dict[str, Any], file: BinaryIO) -> None:
     left.plot(ranks, [chance(r, V) for r in ranks], ":", color="0.4", label="chance, √(r/V)")
     left.set(xscale="log", yscale="log", xlabel="rank r of the head", ylabel="share of the logit gradient's norm")
     left.xaxis.set_minor_locator(NullLocator())
-    left.set_xticks(ranks, [str(r) if all(s <= r or s > 1.3 * r for s in ranks) else "" for r in ranks])  # of near ones the last
+    left.set_xticks(
+        ranks, [str(r) if all(s <= r or s > 1.3 * r for s in ranks) else "" for r in ranks]
+    )  # of near ones the last
     left.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     left.yaxis.set_minor_formatter(NullFormatter())
-    middle.stairs([n / sum(full["histogram"]) for n in full["histogram"]], [i / BINS for i in range(BINS + 1)], fill=True, alpha=0.6)
-    middle.set(xlim=(0, max(i for i, n in enumerate(full["histogram"], 1) if n) / BINS), xlabel="share that reaches the hidden state", ylabel="share of tokens", title=as_text(f"{content['backbone']}, full head"))
+    middle.stairs(
+        [n / sum(full["histogram"]) for n in full["histogram"]],
+        [i / BINS for i in range(BINS + 1)],
+        fill=True,
+        alpha=0.6,
+    )
+    middle.set(
+        xlim=(0, max(i for i, n in enumerate(full["histogram"], 1) if n) / BINS),
+        xlabel="share that reaches the hidden state",
+        ylabel="share of tokens",
+        title=as_text(f"{content['backbone']}, full head"),
+    )
     places = range(len(content["band_names"]))
-    for label, row in (("full head", full), *((f"rank {h['rank_of_head']}", h) for h in heads[:: max(1, len(heads) // 3)])):
+    for label, row in (
+        ("full head", full),
+        *((f"rank {h['rank_of_head']}", h) for h in heads[:: max(1, len(heads) // 3)]),
+    ):
         right.plot(places, [b["share"] for b in row["bands"]], "o-", ms=4, label=label)
     right.set_xticks(places, content["band_names"], rotation=20, fontsize=8)
     right.set(xlabel="place of the target by frequency", ylabel="share that reaches the hidden state")
@@ -135,12 +196,23 @@ def run(c: StudyConfig, folder: Path) -> dict[str, Any]:
     # by token apart: it is long, and goes into a table of its own
     tokens = {"target": content.pop("targets"), **{f"share_{name}": r.pop("tokens") for name, r in named}}
     write_table(folder / TOKENS, list(tokens), zip(*tokens.values()))
-    result = write(folder, c.study.name, {**content, "by_token": TOKENS}, COLUMNS, rows, lambda file: draw(content, file))
-    table = Table(title=escape(f"{content['backbone']}: share of the logit gradient's norm that reaches the hidden state"), title_justify="left")
+    result = write(
+        folder, c.study.name, {**content, "by_token": TOKENS}, COLUMNS, rows, lambda file: draw(content, file)
+    )
+    table = Table(
+        title=escape(f"{content['backbone']}: share of the logit gradient's norm that reaches the hidden state"),
+        title_justify="left",
+    )
     for column in ("head", "reaches it", "lost", "chance", "effective rank of the update"):
         table.add_column(column, justify="right")
     for name, r in named:
         update = r["update_effective_rank"]
-        table.add_row(name, f"{r['share']:.4f}", f"{100 * r['lost']:.1f} %", f"{chance(r['rank'], V):.4f}", "–" if update is None else f"{update:.1f}")
+        table.add_row(
+            name,
+            f"{r['share']:.4f}",
+            f"{100 * r['lost']:.1f} %",
+            f"{chance(r['rank'], V):.4f}",
+            "–" if update is None else f"{update:.1f}",
+        )
     Console(width=max(100, Console().width)).print(table)
     return result

@@ -15,8 +15,8 @@ from typing import Any, BinaryIO, Callable, Iterable, Optional, Sequence
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bottleneck.checkpoint import write_atomic
-from bottleneck.errors import UserError
+from bottleneck.core.errors import UserError
+from bottleneck.core.files import write_atomic
 
 SCHEMA = 2  # of NAME.json and the parts
 LINE_SECONDS = 10.0
@@ -55,11 +55,15 @@ class Parts:
             stored = json.loads(path.read_text())
             identity, content = stored["identity"], stored["content"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); delete it, and it is computed again") from error
+            raise UserError(
+                f"{path}: damaged ({type(error).__name__}: {error}); delete it, and it is computed again"
+            ) from error
         differs = sorted(k for k in identity.keys() | self.identity.keys() if identity.get(k) != self.identity.get(k))
         if differs:
             k = differs[0]
-            raise UserError(f"{path}: was computed with {k} {identity.get(k)}, now it is {self.identity.get(k)}; give another hydra.run.dir, or delete {self.folder}")
+            raise UserError(
+                f"{path}: was computed with {k} {identity.get(k)}, now it is {self.identity.get(k)}; give another hydra.run.dir, or delete {self.folder}"
+            )
         return content
 
     def put(self, key: str, content: dict[str, Any]) -> dict[str, Any]:
@@ -70,7 +74,14 @@ class Parts:
         return content
 
 
-def write(folder: Path, name: str, content: dict[str, Any], columns: Sequence[str], rows: Iterable[Sequence[Any]], draw: Callable[[BinaryIO], None]) -> dict[str, Any]:
+def write(
+    folder: Path,
+    name: str,
+    content: dict[str, Any],
+    columns: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    draw: Callable[[BinaryIO], None],
+) -> dict[str, Any]:
     """NAME.json, NAME.csv and NAME.png into `folder`; all three are made before the first is written. Returns: NAME.json's content."""
     content = plain({"schema": SCHEMA, "study": name, **content})
     picture = io.BytesIO()
@@ -110,7 +121,9 @@ def canvas(panels: int = 1, width: float = 6.4, height: float = 4.4) -> tuple[An
     import matplotlib.pyplot as plt
 
     rows, columns = math.ceil(panels / MOST_PANELS), min(panels, MOST_PANELS)
-    figure, grid = plt.subplots(rows, columns, figsize=(width * columns, height * rows), dpi=150, layout="constrained", squeeze=False)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(width * columns, height * rows), dpi=150, layout="constrained", squeeze=False
+    )
     axes = list(grid.flat)
     for a in axes[:panels]:
         a.grid(alpha=0.25)
@@ -140,7 +153,12 @@ def step_bar(figure: Any, axes: Any, steps: Sequence[int]) -> None:
     from matplotlib.colors import ListedColormap, NoNorm
 
     named = sorted({round(k * (len(steps) - 1) / 5) for k in range(6)})
-    bar = figure.colorbar(ScalarMappable(NoNorm(0, len(steps) - 1), ListedColormap(shades(len(steps)))), ax=axes, ticks=named, label="training step")
+    bar = figure.colorbar(
+        ScalarMappable(NoNorm(0, len(steps) - 1), ListedColormap(shades(len(steps)))),
+        ax=axes,
+        ticks=named,
+        label="training step",
+    )
     bar.set_ticklabels([f"{steps[i]:,}" for i in named])
 
 
@@ -157,9 +175,15 @@ class Steps:
         self.label, self.began, self.said = "", 0.0, 0.0
         self.bar: Optional[Progress] = None
 
-    def __enter__(self) -> "Steps":
+    def __enter__(self) -> Steps:
         if self.shown and self.console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.1f}/{task.total:.0f}"), TextColumn("left"), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed:.1f}/{task.total:.0f}"),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+            )
             self.bar = Progress(*columns, console=self.console)
             self.task = self.bar.add_task(self.unit, total=self.total)
             self.bar.start()
@@ -182,7 +206,11 @@ class Steps:
             self.bar.update(self.task, completed=self.done + share)
         elif self.shown and now - self.said > LINE_SECONDS:
             self.said = now
-            self.console.print(f"{self.unit} {self.done + 1}/{self.total} {self.label}: {100 * share:.0f} %, {(now - self.began) * (1 / max(share, 1e-3) - 1):.0f} s left", highlight=False, soft_wrap=True)
+            self.console.print(
+                f"{self.unit} {self.done + 1}/{self.total} {self.label}: {100 * share:.0f} %, {(now - self.began) * (1 / max(share, 1e-3) - 1):.0f} s left",
+                highlight=False,
+                soft_wrap=True,
+            )
 
     def end(self, note: str, kept: bool = False) -> None:
         """Close the part; `kept`: it was there from an earlier run, so its time says nothing."""
@@ -193,5 +221,12 @@ class Steps:
             self.bar.update(self.task, completed=self.done)
         if self.shown:
             left = (self.total - self.done) * self.spent / max(1, self.computed)
-            tail = "kept from before" if kept else f"{time.monotonic() - self.began:.1f} s" + (f", about {left:.0f} s left" if self.done < self.total else "")
-            self.console.print(f"{self.unit} {self.done}/{self.total} {self.label}: {note} ({tail})", highlight=False, soft_wrap=True)
+            tail = (
+                "kept from before"
+                if kept
+                else f"{time.monotonic() - self.began:.1f} s"
+                + (f", about {left:.0f} s left" if self.done < self.total else "")
+            )
+            self.console.print(
+                f"{self.unit} {self.done}/{self.total} {self.label}: {note} ({tail})", highlight=False, soft_wrap=True
+            )

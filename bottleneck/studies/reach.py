@@ -79,8 +79,13 @@ class Reach:
         spread = summary(singular_values(square_root(self.outer_kk) @ self.back_kD))
         mean = share_N.mean().item()
         return {
-            "share": mean, "lost": 1 - mean, "rms": share_N.square().mean().sqrt().item(), "rank": self.Q_Vk.shape[1],
-            "update_effective_rank": spread["effective_rank"], "update_stable_rank": spread["stable_rank"],
+            "share": mean,
+            "lost": 1 - mean,
+            "rms": share_N.square().mean().sqrt().item(),
+            "rank": self.Q_Vk.shape[1],
+            "update_effective_rank": spread["effective_rank"],
+            "update_stable_rank": spread["stable_rank"],
             "bands": [{"share": s / n if n else None, "tokens": int(n)} for s, n in zip(sums, counts)],
-            "histogram": torch.bincount(places, minlength=BINS).tolist(), "tokens": [round(x, 6) for x in share_N.tolist()],
-        }  # fmt: skip
+            "histogram": torch.bincount(places, minlength=BINS).tolist(),
+            "tokens": [round(x, 6) for x in share_N.tolist()],
+        }

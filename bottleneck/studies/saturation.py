@@ -14,18 +14,18 @@ from typing import Any, BinaryIO, Optional
 
 import torch
 
-from bottleneck.backbone import Backbone
-from bottleneck.errors import UserError, check
+from bottleneck.backbone.model import Backbone
+from bottleneck.core.errors import UserError, check
+from bottleneck.data.module import IGNORE
+from bottleneck.evaluation.sums import full_head_loss
 from bottleneck.losses.chunked import chunk_rows
-from bottleneck.metrics import full_head_loss
-from bottleneck.picture import as_text
+from bottleneck.results.picture import as_text
 from bottleneck.studies.config import Saturation, StudyConfig
 from bottleneck.studies.output import Parts, Steps, canvas, save, write
 from bottleneck.studies.scaling import Law, fit_law
 from bottleneck.studies.series import check_same_shapes, checkpoints, device_of, say_memory, visit
 from bottleneck.studies.statistics import best_of_many, block_mean, scatter
 from bottleneck.studies.text import StudyText, study_text
-from data.module import IGNORE
 
 log = logging.getLogger(__name__)
 COLUMNS = ("model", "parameters", "step", "tokens", "loss", "stderr", "law", "gap")
@@ -33,10 +33,19 @@ COLUMNS = ("model", "parameters", "step", "tokens", "loss", "stderr", "law", "ga
 LIMITS = {"parameters": (1, 1e15), "step": (0, 1e15), "loss": (1e-9, 1e6), "tokens": (0, 1e18), "stderr": (0, 1e6)}
 WHOLE = ("parameters", "step")
 NEGLIGIBLE = 1e-3  # share of the loss that A / N^α must have at the least, or the fit says nothing about sizes
-ALIASES = {"params": "parameters", "n": "parameters", "t": "tokens", "train_tokens": "tokens", "std_err": "stderr", "se": "stderr"}
+ALIASES = {
+    "params": "parameters",
+    "n": "parameters",
+    "t": "tokens",
+    "train_tokens": "tokens",
+    "std_err": "stderr",
+    "se": "stderr",
+}
 
 
-def verdict(steps: list[Optional[int]], losses: list[float], difference_error: Optional[float], margin: float, level: float) -> dict[str, Any]:
+def verdict(
+    steps: list[Optional[int]], losses: list[float], difference_error: Optional[float], margin: float, level: float
+) -> dict[str, Any]:
     """Whether a model saturates: the last loss is above the lowest by more than noise, and by more than `margin` of it.
 
     Noise has two parts: what the text does, `difference_error`, the standard error of the difference of the two losses; and what
@@ -63,9 +72,15 @@ def verdict(steps: list[Optional[int]], losses: list[float], difference_error: O
     elif rise > margin * losses[low] and chance < level:
         saturates, said = True, f"saturates from step {steps[low]}"
     return {
-        "best": {"step": steps[low], "loss": losses[low]}, "final": {"step": steps[-1], "loss": losses[-1]},
-        "rise": rise, "error": error, "chance": chance, "saturates": saturates, "from_step": steps[low] if saturates else None, "verdict": said,
-    }  # fmt: skip
+        "best": {"step": steps[low], "loss": losses[low]},
+        "final": {"step": steps[-1], "loss": losses[-1]},
+        "rise": rise,
+        "error": error,
+        "chance": chance,
+        "saturates": saturates,
+        "from_step": steps[low] if saturates else None,
+        "verdict": said,
+    }
 
 
 def read_losses(file: Path, tokens_per_step: int) -> list[dict[str, Any]]:
@@ -80,9 +95,15 @@ def read_losses(file: Path, tokens_per_step: int) -> list[dict[str, Any]]:
         raise UserError(f"study.losses={file}: cannot be read as CSV: {error}") from error
     check(bool(rows), f"study.losses={file}: no rows")
     names = {ALIASES.get(str(k).strip().lower(), str(k).strip().lower()): k for k in rows[0]}
-    needed = ("model", "parameters", "step", "loss") if "step" in names or "tokens" not in names else ("model", "parameters", "tokens", "loss")
+    needed = (
+        ("model", "parameters", "step", "loss")
+        if "step" in names or "tokens" not in names
+        else ("model", "parameters", "tokens", "loss")
+    )
     absent = [k for k in needed if k not in names]
-    check(not absent, f"study.losses={file}: lacks the column {', '.join(absent)}; it has {', '.join(map(str, rows[0]))}")
+    check(
+        not absent, f"study.losses={file}: lacks the column {', '.join(absent)}; it has {', '.join(map(str, rows[0]))}"
+    )
     models: dict[str, dict[str, Any]] = {}
     for line, row in enumerate(rows, 2):
         numbers: dict[str, Optional[float]] = {}
@@ -97,17 +118,36 @@ def read_losses(file: Path, tokens_per_step: int) -> list[dict[str, Any]]:
         for key, number in numbers.items():
             low, high = LIMITS[key]
             fits = number is None or (low <= number <= high and (key not in WHOLE or number % 1 == 0))
-            check(fits, f"study.losses={file}: line {line}: {key} is {number}, must be {'a whole number ' if key in WHOLE else ''}from {low:g} to {high:g}")
+            check(
+                fits,
+                f"study.losses={file}: line {line}: {key} is {number}, must be {'a whole number ' if key in WHOLE else ''}from {low:g} to {high:g}",
+            )
         name = (row[names["model"]] or "").strip()
         check(bool(name), f"study.losses={file}: line {line}: has no model")
         entry = models.setdefault(name, {"model": name, "parameters": int(numbers["parameters"]), "checkpoints": []})
-        check(entry["parameters"] == numbers["parameters"], f"study.losses={file}: line {line}: {name} has {numbers['parameters']:.0f} parameters here and {entry['parameters']} before")
-        before, seen = (entry["checkpoints"][-1]["step"], entry["checkpoints"][-1]["tokens"]) if entry["checkpoints"] else (-1, 0)
-        check(numbers["step"] > before, f"study.losses={file}: line {line}: step {numbers['step']:.0f} of {name} comes after step {before}; steps must rise, each once")
+        check(
+            entry["parameters"] == numbers["parameters"],
+            f"study.losses={file}: line {line}: {name} has {numbers['parameters']:.0f} parameters here and {entry['parameters']} before",
+        )
+        before, seen = (
+            (entry["checkpoints"][-1]["step"], entry["checkpoints"][-1]["tokens"]) if entry["checkpoints"] else (-1, 0)
+        )
+        check(
+            numbers["step"] > before,
+            f"study.losses={file}: line {line}: step {numbers['step']:.0f} of {name} comes after step {before}; steps must rise, each once",
+        )
         tokens = numbers["tokens"] if numbers["tokens"] is not None else int(numbers["step"]) * tokens_per_step
-        check(tokens <= LIMITS["tokens"][1], f"study.losses={file}: line {line}: step {numbers['step']:.0f} x study.tokens_per_step={tokens_per_step} tokens, must be at most {LIMITS['tokens'][1]:g}")
-        check(tokens >= seen, f"study.losses={file}: line {line}: {tokens:g} tokens of {name} come after {seen:g}; tokens must not fall")
-        entry["checkpoints"].append({"step": int(numbers["step"]), "tokens": tokens, "loss": numbers["loss"], "stderr": numbers["stderr"]})
+        check(
+            tokens <= LIMITS["tokens"][1],
+            f"study.losses={file}: line {line}: step {numbers['step']:.0f} x study.tokens_per_step={tokens_per_step} tokens, must be at most {LIMITS['tokens'][1]:g}",
+        )
+        check(
+            tokens >= seen,
+            f"study.losses={file}: line {line}: {tokens:g} tokens of {name} come after {seen:g}; tokens must not fall",
+        )
+        entry["checkpoints"].append(
+            {"step": int(numbers["step"]), "tokens": tokens, "loss": numbers["loss"], "stderr": numbers["stderr"]}
+        )
     return list(models.values())
 
 
@@ -144,12 +184,28 @@ def measure(c: StudyConfig, folder: Path) -> tuple[list[dict[str, Any]], dict[st
             part = parts.get(cp.key)
             kept = part is not None
             if part is None:
-                part = visit(cp, device, shapes, lambda backbone: block_losses(backbone, text, c.trainer.micro_batch_size, steps))
-                check(all(map(math.isfinite, part["sums"])), f"{cp.where}: its loss is not a number; are its weights whole?")
+                part = visit(
+                    cp, device, shapes, lambda backbone: block_losses(backbone, text, c.trainer.micro_batch_size, steps)
+                )
+                check(
+                    all(map(math.isfinite, part["sums"])),
+                    f"{cp.where}: its loss is not a number; are its weights whole?",
+                )
                 part = parts.put(cp.key, part)
             loss, error = block_mean(part["sums"], part["counts"])
-            entry = models.setdefault(cp.model, {"model": cp.model, "parameters": part["parameters"], "checkpoints": []})
-            entry["checkpoints"].append({"step": cp.step, "tokens": (cp.step or 0) * s.tokens_per_step, "loss": loss, "stderr": error, "sums": part["sums"], "counts": part["counts"]})
+            entry = models.setdefault(
+                cp.model, {"model": cp.model, "parameters": part["parameters"], "checkpoints": []}
+            )
+            entry["checkpoints"].append(
+                {
+                    "step": cp.step,
+                    "tokens": (cp.step or 0) * s.tokens_per_step,
+                    "loss": loss,
+                    "stderr": error,
+                    "sums": part["sums"],
+                    "counts": part["counts"],
+                }
+            )
             steps.end(f"loss {loss:.4f} ± {error:.4f}", kept)
     return list(models.values()), {"data": text.corpus.name, "tokens": text.tokens, "block_size": text.block}
 
@@ -164,14 +220,21 @@ def difference_error(model: dict[str, Any]) -> Optional[float]:
     if "sums" in low:
         error = block_mean([a - b for a, b in zip(last["sums"], low["sums"])], low["counts"])[1]
     else:
-        error = math.nan if low["stderr"] is None or last["stderr"] is None else math.hypot(low["stderr"], last["stderr"])
+        error = (
+            math.nan if low["stderr"] is None or last["stderr"] is None else math.hypot(low["stderr"], last["stderr"])
+        )
     return error if math.isfinite(error) else None
 
 
 def fit(models: list[dict[str, Any]], fit_from: Optional[float], skip: float) -> tuple[Optional[Law], list[str]]:
     """The law through the larger models' checkpoints past their warm-up, and these models' names; None with fewer than two sizes."""
     large = [m for m in models if fit_from is None or m["parameters"] >= fit_from]
-    points = [(m["parameters"], p["tokens"], p["loss"]) for m in large for p in m["checkpoints"] if p["tokens"] > skip * m["checkpoints"][-1]["tokens"]]
+    points = [
+        (m["parameters"], p["tokens"], p["loss"])
+        for m in large
+        for p in m["checkpoints"]
+        if p["tokens"] > skip * m["checkpoints"][-1]["tokens"]
+    ]
     names = [m["model"] for m in large]
     if len({n for n, _, _ in points}) < 2:
         limit = "" if fit_from is None else f" of {fit_from:.3g} parameters and more (study.fit_from)"
@@ -180,7 +243,11 @@ def fit(models: list[dict[str, Any]], fit_from: Optional[float], skip: float) ->
     law = fit_law(*zip(*points))
     n, t = (math.exp(sum(math.log(p[i]) for p in points) / len(points)) for i in range(2))
     if law(n, t) - law.floor(t) < NEGLIGIBLE * law(n, t):
-        log.warning("no scaling law: its fixed part, B / T^β + E = %.3f after %.3g tokens, is not below these losses; it is Hoffmann et al. 2022's, for text and tokenizers like The Pile's", law.floor(t), t)
+        log.warning(
+            "no scaling law: its fixed part, B / T^β + E = %.3f after %.3g tokens, is not below these losses; it is Hoffmann et al. 2022's, for text and tokenizers like The Pile's",
+            law.floor(t),
+            t,
+        )
         return None, []
     return law, names
 
@@ -196,8 +263,20 @@ def conclude(models: list[dict[str, Any]], s: Saturation) -> dict[str, Any]:
             p["gap"] = p["loss"] / p["law"] - 1 if p["law"] else None
         said = verdict([p["step"] for p in points], [p["loss"] for p in points], difference_error(m), s.margin, s.level)
         for which in ("best", "final"):
-            said[which] = next(p for p in points if p["step"] == said[which]["step"])  # a model without steps has one point
-        out.append({"model": m["model"], "parameters": m["parameters"], "fitted": m["model"] in names, **said, "gap_best": said["best"]["gap"], "gap_final": said["final"]["gap"], "checkpoints": points})
+            said[which] = next(
+                p for p in points if p["step"] == said[which]["step"]
+            )  # a model without steps has one point
+        out.append(
+            {
+                "model": m["model"],
+                "parameters": m["parameters"],
+                "fitted": m["model"] in names,
+                **said,
+                "gap_best": said["best"]["gap"],
+                "gap_final": said["final"]["gap"],
+                "checkpoints": points,
+            }
+        )
     return {"fit": law and {**law.as_dict(), "models": names}, "models": out}
 
 
@@ -209,30 +288,58 @@ def draw(content: dict[str, Any], file: BinaryIO) -> None:
     for i, m in enumerate(models):
         points = [p for p in m["checkpoints"] if p["tokens"] > 0] or m["checkpoints"]
         x, y = [p["tokens"] for p in points], [p["loss"] for p in points]
-        left.plot(x, y, "o-" if len(points) < 40 else "-", color=f"C{i % 10}", ms=2.5, lw=1.2, label=as_text(f"{m['model']}: {m['verdict']}"))
+        left.plot(
+            x,
+            y,
+            "o-" if len(points) < 40 else "-",
+            color=f"C{i % 10}",
+            ms=2.5,
+            lw=1.2,
+            label=as_text(f"{m['model']}: {m['verdict']}"),
+        )
         if all(p["stderr"] is not None for p in points):
-            left.fill_between(x, [p["loss"] - (p["stderr"] or 0) for p in points], [p["loss"] + (p["stderr"] or 0) for p in points], color=f"C{i % 10}", alpha=0.15, lw=0)
+            left.fill_between(
+                x,
+                [p["loss"] - (p["stderr"] or 0) for p in points],
+                [p["loss"] + (p["stderr"] or 0) for p in points],
+                color=f"C{i % 10}",
+                alpha=0.15,
+                lw=0,
+            )
         left.plot([m["best"]["tokens"]], [m["best"]["loss"]], "*", color=f"C{i % 10}", ms=9)
         right.plot([m["parameters"]], [m["final"]["loss"]], "x", color=f"C{i % 10}", ms=7)
         right.plot([m["parameters"]], [m["best"]["loss"]], "*", color=f"C{i % 10}", ms=9, label=as_text(m["model"]))
     if not single:
         left.set_xscale("log")
         # the first steps are far above everything that is of interest
-        shown = [p["loss"] for m in models for p in m["checkpoints"] if p["tokens"] >= 0.02 * m["checkpoints"][-1]["tokens"]]
+        shown = [
+            p["loss"] for m in models for p in m["checkpoints"] if p["tokens"] >= 0.02 * m["checkpoints"][-1]["tokens"]
+        ]
         low, high = min(shown), max(shown)
         left.set_ylim(low - 0.06 * (high - low) - 0.01, high + 0.15 * (high - low) + 0.01)
         left.set_xlim(left=min(max(1, 0.005 * m["checkpoints"][-1]["tokens"]) for m in models))
     left.set_xlabel("training tokens")
     left.set_ylabel("loss, nats a token (band: standard error)")
     # many names would lie across the curves
-    left.legend(fontsize=7, frameon=False, **({"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2} if len(models) > 6 else {}))
+    left.legend(
+        fontsize=7,
+        frameon=False,
+        **({"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2} if len(models) > 6 else {}),
+    )
     if content["fit"]:
         f = content["fit"]
         law = Law(f["A"], f["alpha"], 0.0, 0, 0.0)
         sizes = [m["parameters"] for m in models]
         xs = [min(sizes) * (max(sizes) / min(sizes)) ** (k / 60) for k in range(61)]
         last = max(m["final"]["tokens"] for m in models)
-        right.plot(xs, [law(x, last) for x in xs], "--", color="0.3", lw=1, label=f"law at {last:.3g} tokens: A = {f['A']:.4g}, α = {f['alpha']:.3f}")
+        right.plot(
+            xs,
+            [law(x, last) for x in xs],
+            "--",
+            color="0.3",
+            lw=1,
+            label=f"law at {last:.3g} tokens: A = {f['A']:.4g}, α = {f['alpha']:.3f}",
+        )
     right.set_xscale("log")
     right.set_xlabel("parameters (star: best checkpoint, cross: final)")
     right.set_ylabel("loss, nats a token")
@@ -249,10 +356,25 @@ def run(c: StudyConfig, folder: Path) -> dict[str, Any]:
         models, about = measure(c, folder)
     content = {**about, **conclude(models, s)}
     for m in content["models"]:
-        gap = "" if m["gap_final"] is None else f"; {100 * m['gap_final']:+.1f} % from the law at the end, {100 * m['gap_best']:+.1f} % at its best"
-        lowest = f"lowest {m['best']['loss']:.4f}" + ("" if m["best"]["step"] is None else f" at step {m['best']['step']}")
+        gap = (
+            ""
+            if m["gap_final"] is None
+            else f"; {100 * m['gap_final']:+.1f} % from the law at the end, {100 * m['gap_best']:+.1f} % at its best"
+        )
+        lowest = f"lowest {m['best']['loss']:.4f}" + (
+            "" if m["best"]["step"] is None else f" at step {m['best']['step']}"
+        )
         log.info("%s: %s (%s, final %.4f)%s", m["model"], m["verdict"], lowest, m["final"]["loss"], gap)
     if content["fit"]:
-        log.info("law: A = %.4g, alpha = %.4f from %s", content["fit"]["A"], content["fit"]["alpha"], ", ".join(content["fit"]["models"]))
-    rows = [(m["model"], m["parameters"], p["step"], p["tokens"], p["loss"], p["stderr"], p["law"], p["gap"]) for m in content["models"] for p in m["checkpoints"]]
+        log.info(
+            "law: A = %.4g, alpha = %.4f from %s",
+            content["fit"]["A"],
+            content["fit"]["alpha"],
+            ", ".join(content["fit"]["models"]),
+        )
+    rows = [
+        (m["model"], m["parameters"], p["step"], p["tokens"], p["loss"], p["stderr"], p["law"], p["gap"])
+        for m in content["models"]
+        for p in m["checkpoints"]
+    ]
     return write(folder, s.name, content, COLUMNS, rows, lambda file: draw(content, file))

@@ -12,7 +12,7 @@ from typing import Any, Sequence
 import torch
 from torch import Tensor
 
-from bottleneck.errors import check
+from bottleneck.core.errors import check
 
 B, BETA, E = 410.7, 0.28, 1.69  # fixed (Godey et al. 2024, Sec. 3.1)
 DELTA = 1e-3  # where Huber's loss on log L turns from square to linear (Hoffmann et al. 2022)
@@ -55,7 +55,9 @@ def fit_law(parameters: Sequence[float], tokens: Sequence[float], losses: Sequen
     Raises: UserError where the points have fewer than two sizes, which leave A and α undetermined.
     """
     check(len(set(parameters)) > 1, "the scaling law needs models of two sizes at least")
-    log_n, log_t, log_l = (torch.tensor([math.log(x) for x in xs], dtype=torch.float64) for xs in (parameters, tokens, losses))
+    log_n, log_t, log_l = (
+        torch.tensor([math.log(x) for x in xs], dtype=torch.float64) for xs in (parameters, tokens, losses)
+    )
     middle = log_n.mean()  # centred, A and α are nearly independent, and the search is short
 
     def objective(p: Tensor) -> Tensor:
@@ -66,7 +68,14 @@ def fit_law(parameters: Sequence[float], tokens: Sequence[float], losses: Sequen
     for alpha in START_ALPHAS:
         for height in START_HEIGHTS:
             p = torch.tensor([height, alpha], dtype=torch.float64, requires_grad=True)
-            search = torch.optim.LBFGS([p], max_iter=300, tolerance_grad=1e-12, tolerance_change=1e-14, history_size=10, line_search_fn="strong_wolfe")
+            search = torch.optim.LBFGS(
+                [p],
+                max_iter=300,
+                tolerance_grad=1e-12,
+                tolerance_change=1e-14,
+                history_size=10,
+                line_search_fn="strong_wolfe",
+            )
 
             def closure() -> Tensor:
                 search.zero_grad()

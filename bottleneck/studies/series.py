@@ -20,11 +20,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import cached_file
 
-from bottleneck.backbone import Backbone, label, load_shape
-from bottleneck.config import BackboneConfig
-from bottleneck.errors import UserError, check
+from bottleneck.backbone.model import Backbone, label, load_shape
+from bottleneck.config.schema import BackboneConfig
+from bottleneck.core.environment import cores
+from bottleneck.core.errors import UserError, check
 from bottleneck.studies.config import StudyConfig, step_number
-from bottleneck.version import cores
 
 log = logging.getLogger(__name__)
 # how checkpoints call their heads, and the embeddings that tied models have in their place
@@ -53,8 +53,14 @@ class Checkpoint:
     def key(self) -> str:
         """What stored results are found by: label, place, and for a folder the sizes and times of its weights."""
         folder = Path(self.backbone.path).expanduser()
-        files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".gguf")) if folder.is_dir() else []
-        return " ".join([self.label, self.where, *(f"{p.name}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files)])
+        files = (
+            sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".gguf"))
+            if folder.is_dir()
+            else []
+        )
+        return " ".join(
+            [self.label, self.where, *(f"{p.name}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files)]
+        )
 
 
 def checkpoints(c: StudyConfig) -> list[Checkpoint]:
@@ -68,7 +74,10 @@ def checkpoints(c: StudyConfig) -> list[Checkpoint]:
     for path in models or [c.backbone.path]:
         backbone = c.backbone if models is None else dataclasses.replace(c.backbone, path=path, name=None)
         name = label(dataclasses.replace(backbone, revision=None))
-        check(all(cp.model != name for cp in found), f"study.models: two models are called {name}; give folders of different names")
+        check(
+            all(cp.model != name for cp in found),
+            f"study.models: two models are called {name}; give folders of different names",
+        )
         found += _series(backbone, name, steps)
     return found
 
@@ -81,7 +90,10 @@ def one_checkpoint(c: StudyConfig) -> Checkpoint:
     if (Path(c.backbone.path).expanduser() / "config.json").is_file():
         return Checkpoint(label(c.backbone), None, c.backbone)
     found = checkpoints(c)
-    check(len(found) == 1, f"backbone.path={c.backbone.path}: holds {len(found)} checkpoints, study={c.study.name} takes one; give {found[-1].backbone.path}")
+    check(
+        len(found) == 1,
+        f"backbone.path={c.backbone.path}: holds {len(found)} checkpoints, study={c.study.name} takes one; give {found[-1].backbone.path}",
+    )
     return found[0]
 
 
@@ -90,23 +102,36 @@ def _series(backbone: BackboneConfig, name: str, steps: Optional[list[int]]) -> 
     if not folder.is_dir():
         if steps is None:
             return [Checkpoint(name, step_number(backbone.revision or ""), backbone)]
-        check(backbone.revision is None, f"backbone.revision={backbone.revision}: study.steps={steps[0]}, … says which revisions to visit; give one of them")
+        check(
+            backbone.revision is None,
+            f"backbone.revision={backbone.revision}: study.steps={steps[0]}, … says which revisions to visit; give one of them",
+        )
         return [Checkpoint(name, s, dataclasses.replace(backbone, revision=f"step{s}")) for s in steps]
     subfolders: dict[int, Path] = {}
     for sub in sorted(p for p in folder.iterdir() if p.is_dir()) if not backbone.gguf_file else []:
         number = step_number(sub.name)
         if number is None:
             continue
-        check(number not in subfolders, f"{folder}: step {number} is there twice, as {subfolders.get(number, sub).name} and {sub.name}")
+        check(
+            number not in subfolders,
+            f"{folder}: step {number} is there twice, as {subfolders.get(number, sub).name} and {sub.name}",
+        )
         subfolders[number] = sub
     if not subfolders and steps is None:
         whole = (folder / "config.json").is_file() or bool(backbone.gguf_file)
         check(whole, f"{folder}: no checkpoints there; it holds neither config.json nor subfolders such as step1000")
         return [Checkpoint(name, None, backbone)]
     if (folder / "config.json").is_file():
-        log.info("%s: its checkpoints %s are visited, not the model in the folder itself", folder, ", ".join(p.name for p in subfolders.values()))
+        log.info(
+            "%s: its checkpoints %s are visited, not the model in the folder itself",
+            folder,
+            ", ".join(p.name for p in subfolders.values()),
+        )
     absent = [s for s in steps or [] if s not in subfolders]
-    check(not absent, f"study.steps: {folder} has no subfolder for step {absent[0] if absent else ''}; there are {', '.join(map(str, sorted(subfolders))) or 'none'}")
+    check(
+        not absent,
+        f"study.steps: {folder} has no subfolder for step {absent[0] if absent else ''}; there are {', '.join(map(str, sorted(subfolders))) or 'none'}",
+    )
     out = []
     for number in steps or sorted(subfolders):
         sub = subfolders[number]
@@ -132,13 +157,19 @@ def check_same_shapes(series: list[Checkpoint]) -> dict[str, tuple[int, int]]:
 def compare(cp: Checkpoint, first: tuple[int, int], own: tuple[int, int]) -> None:
     """Raises UserError where a checkpoint's hidden size or vocabulary is not that of its model's first checkpoint."""
     for what, a, b in zip(("hidden size", "vocabulary"), own, first):
-        check(a == b, f"{cp.where}: its {what} is {a}, that of the first checkpoint of {cp.model} is {b}; one series is one model")
+        check(
+            a == b,
+            f"{cp.where}: its {what} is {a}, that of the first checkpoint of {cp.model} is {b}; one series is one model",
+        )
 
 
 def device_of(c: StudyConfig) -> torch.device:
     """What the study runs on; sets the CPU threads. Raises UserError for a GPU that is not there."""
     kind = c.trainer.accelerator
-    check(kind != "gpu" or torch.cuda.is_available(), "trainer.accelerator=gpu: there is no CUDA GPU here; allowed are auto, cpu")
+    check(
+        kind != "gpu" or torch.cuda.is_available(),
+        "trainer.accelerator=gpu: there is no CUDA GPU here; allowed are auto, cpu",
+    )
     torch.set_num_threads(c.trainer.threads or cores())
     return torch.device("cuda" if kind != "cpu" and torch.cuda.is_available() else "cpu")
 
@@ -152,14 +183,25 @@ def say_memory(series: list[Checkpoint], device: torch.device, work_bytes: float
         try:
             config = AutoConfig.from_pretrained(cp.backbone.path, **{k: v for k, v in kwargs.items() if v is not None})
             with torch.device("meta"):
-                count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config, trust_remote_code=cp.backbone.trust_remote_code).parameters())
-        except Exception as error:  # families whose own code needs more than a config; loading will tell what is wrong, if anything is
+                count = sum(
+                    p.numel()
+                    for p in AutoModelForCausalLM.from_config(
+                        config, trust_remote_code=cp.backbone.trust_remote_code
+                    ).parameters()
+                )
+        except (
+            Exception
+        ) as error:  # families whose own code needs more than a config; loading will tell what is wrong, if anything is
             log.info("memory: the size of %s is not known before it is loaded (%s)", cp.label, type(error).__name__)
             continue
         wide = cp.backbone.dtype == "float32" or (cp.backbone.dtype == "auto" and device.type == "cpu")
         # GGUF is unpacked to float32 beside the model that takes it
         largest = max(largest, count * ((4 if wide else 2) + (4 if cp.backbone.gguf_file else 0)))
-    log.info("memory: up to %.2f GiB for one model's weights and %.2f GiB to work on, beside about 0.6 GiB of Python", largest / 2**30, work_bytes / 2**30)
+    log.info(
+        "memory: up to %.2f GiB for one model's weights and %.2f GiB to work on, beside about 0.6 GiB of Python",
+        largest / 2**30,
+        work_bytes / 2**30,
+    )
 
 
 @contextlib.contextmanager
@@ -185,7 +227,9 @@ def loaded(cp: Checkpoint, device: torch.device, shapes: dict[str, tuple[int, in
             torch.cuda.empty_cache()
 
 
-def visit(cp: Checkpoint, device: torch.device, shapes: dict[str, tuple[int, int]], work: Callable[[Backbone], Any]) -> Any:
+def visit(
+    cp: Checkpoint, device: torch.device, shapes: dict[str, tuple[int, int]], work: Callable[[Backbone], Any]
+) -> Any:
     """`work(backbone)` of one checkpoint. Its weights are gone when this returns, so that a series never holds two models: a
     name bound by `with loaded(…)` in a loop would keep one while the next is loaded.
     """
@@ -205,7 +249,10 @@ def check_finite(cp: Checkpoint, W_VD: Tensor) -> None:
 
 def check_moments(cp: Checkpoint, moments: Any) -> None:
     """Raises UserError where the moments of its hidden states (`initial.Calibration`) are not numbers."""
-    check(bool(torch.isfinite(moments.cov_DD).all()), f"{cp.where}: its hidden states are not numbers; are its weights whole?")
+    check(
+        bool(torch.isfinite(moments.cov_DD).all()),
+        f"{cp.where}: its hidden states are not numbers; are its weights whole?",
+    )
 
 
 def _files(backbone: BackboneConfig) -> list[Path]:
@@ -214,7 +261,11 @@ def _files(backbone: BackboneConfig) -> list[Path]:
         return []
 
     def find(name: str) -> Optional[Path]:
-        quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False, "_raise_exceptions_for_gated_repo": False}
+        quietly = {
+            "_raise_exceptions_for_missing_entries": False,
+            "_raise_exceptions_for_connection_errors": False,
+            "_raise_exceptions_for_gated_repo": False,
+        }
         try:
             path = cached_file(backbone.path, name, revision=backbone.revision, **quietly)
         except OSError:
@@ -250,7 +301,11 @@ class Head:
 
 
 def is_tied(backbone: BackboneConfig) -> bool:
-    kwargs = {"revision": backbone.revision, "trust_remote_code": backbone.trust_remote_code, "gguf_file": backbone.gguf_file}
+    kwargs = {
+        "revision": backbone.revision,
+        "trust_remote_code": backbone.trust_remote_code,
+        "gguf_file": backbone.gguf_file,
+    }
     config = AutoConfig.from_pretrained(backbone.path, **{k: v for k, v in kwargs.items() if v is not None})
     return bool(config.get_text_config().tie_word_embeddings)
 
@@ -279,7 +334,12 @@ def load_head(cp: Checkpoint, shapes: dict[str, tuple[int, int]]) -> Head:
     """
     head = stored_head(cp, shapes)
     if head is None:
-        head = visit(cp, torch.device("cpu"), shapes, lambda backbone: Head(backbone.head.W_VD.detach().float().clone(), is_tied(cp.backbone)))
+        head = visit(
+            cp,
+            torch.device("cpu"),
+            shapes,
+            lambda backbone: Head(backbone.head.W_VD.detach().float().clone(), is_tied(cp.backbone)),
+        )
     return head
 
 
@@ -288,7 +348,11 @@ def _read(cp: Checkpoint, names: tuple[str, ...], shape: tuple[int, int]) -> Opt
         hits = []
         for file in _files(cp.backbone) if names else []:
             with safe_open(file, "pt") as f:
-                hits += [(file, key) for key in f.keys() if key.endswith(names) and tuple(f.get_slice(key).get_shape()) == shape]
+                hits += [
+                    (file, key)
+                    for key in f.keys()
+                    if key.endswith(names) and tuple(f.get_slice(key).get_shape()) == shape
+                ]
         if len(hits) != 1:
             return None
         with safe_open(hits[0][0], "pt") as f:

@@ -59,11 +59,16 @@ def summary(sigma: Tensor) -> dict[str, Optional[float]]:
     H = -(torch.special.xlogy(p, p)).sum().item()
     first, last = s[0].item(), s[-1].item()
     return {
-        "entropy": max(0.0, math.log(len(s)) - H), "effective_rank": math.exp(H), "stable_rank": energy / first**2,
+        "entropy": max(0.0, math.log(len(s)) - H),
+        "effective_rank": math.exp(H),
+        "stable_rank": energy / first**2,
         "participation_ratio": energy**2 / s.pow(4).sum().item(),
         "condition": first / last if last > len(s) * torch.finfo(torch.float64).eps * first else None,
-        "top_share": first**2 / energy, "largest": first, "smallest": last, "energy": energy,
-    }  # fmt: skip
+        "top_share": first**2 / energy,
+        "largest": first,
+        "smallest": last,
+        "energy": energy,
+    }
 
 
 def tails(sigma: Tensor) -> Tensor:
@@ -80,4 +85,8 @@ def padding(W_VD: Tensor, entries: Optional[int]) -> dict[str, Any]:
         return {"rows": None, "mean_norm": None, "mean_norm_tokens": norms.mean().item()}
     entries = min(entries, len(norms))
     rest = norms[entries:]
-    return {"rows": len(rest), "mean_norm": rest.mean().item() if len(rest) else None, "mean_norm_tokens": norms[:entries].mean().item()}
+    return {
+        "rows": len(rest),
+        "mean_norm": rest.mean().item() if len(rest) else None,
+        "mean_norm_tokens": norms[:entries].mean().item(),
+    }

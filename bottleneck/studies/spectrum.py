@@ -12,17 +12,36 @@ from typing import Any, BinaryIO, Optional
 import torch
 from torch import Tensor
 
-from bottleneck.backbone import load_tokenizer
-from bottleneck.errors import UserError, check
-from bottleneck.picture import as_text
+from bottleneck.backbone.model import load_tokenizer
+from bottleneck.core.errors import UserError, check
+from bottleneck.results.picture import as_text
 from bottleneck.studies.config import Spectrum, StudyConfig
 from bottleneck.studies.output import Parts, Steps, canvas, save, shades, step_bar, write
-from bottleneck.studies.series import Checkpoint, Head, check_same_shapes, checkpoints, device_of, load_head, say_memory, visit
+from bottleneck.studies.series import (
+    Checkpoint,
+    Head,
+    check_same_shapes,
+    checkpoints,
+    device_of,
+    load_head,
+    say_memory,
+    visit,
+)
 from bottleneck.studies.singular import ROWS, padding, singular_values, square_root, summary, triangle
 from bottleneck.studies.text import StudyText, entries_of, study_text
 
 log = logging.getLogger(__name__)
-METRICS = ("entropy", "effective_rank", "stable_rank", "participation_ratio", "condition", "top_share", "largest", "smallest", "energy")
+METRICS = (
+    "entropy",
+    "effective_rank",
+    "stable_rank",
+    "participation_ratio",
+    "condition",
+    "top_share",
+    "largest",
+    "smallest",
+    "energy",
+)
 COLUMNS = ("model", "step", "matrix", "d", "rows", "padding_rows", "tied", *METRICS)
 MOST_NAMED = 8  # lines that a legend names
 LOWEST = 1e-4  # of the largest singular value: where a panel ends
@@ -85,7 +104,10 @@ def measure(c: StudyConfig, folder: Path) -> tuple[list[dict[str, Any]], dict[st
     say_memory(series, device, work + (4 * c.trainer.micro_batch_size * text.block * 24 * width if text else 0))
     entries = {cp.model: _entries(cp) for cp in reversed(series)}
     unknown = [model for model, n in entries.items() if n is None]
-    check(not (s.drop_padding and unknown), f"study.drop_padding=true: {', '.join(unknown)} has no tokenizer, so its padding rows are not known; give backbone.tokenizer")
+    check(
+        not (s.drop_padding and unknown),
+        f"study.drop_padding=true: {', '.join(unknown)} has no tokenizer, so its padding rows are not known; give backbone.tokenizer",
+    )
     about = {"drop_padding": s.drop_padding, "dtype": c.backbone.dtype, "entries": entries}
     parts = Parts(folder, s.name, {**about, **(text.identity if text else {"hidden": False})})
     out = []
@@ -101,12 +123,20 @@ def measure(c: StudyConfig, folder: Path) -> tuple[list[dict[str, Any]], dict[st
                 head.W_VD = head.W_VD.to(device)
                 if text is not None:
                     cov = visit(cp, device, shapes, lambda b: covariance(b, text, c.trainer.micro_batch_size, steps))
-                    check(bool(torch.isfinite(cov).all()), f"{cp.where}: its hidden states are not numbers; are its weights whole?")
+                    check(
+                        bool(torch.isfinite(cov).all()),
+                        f"{cp.where}: its hidden states are not numbers; are its weights whole?",
+                    )
                 part = parts.put(cp.key, spectra(head, entries[cp.model], s.drop_padding, cov))
             out.append({"model": cp.model, "step": cp.step, **part})
             w = part["head"]
             zero = w["entropy"] is None
-            steps.end("a head of zeros" if zero else f"entropy {w['entropy']:.4f}, effective rank {w['effective_rank']:.1f} of {part['d']}, stable rank {w['stable_rank']:.2f}", kept)
+            steps.end(
+                "a head of zeros"
+                if zero
+                else f"entropy {w['entropy']:.4f}, effective rank {w['effective_rank']:.1f} of {part['d']}, stable rank {w['stable_rank']:.2f}",
+                kept,
+            )
     return out, ({"data": text.corpus.name, "tokens": text.tokens} if text else {})
 
 
@@ -124,7 +154,13 @@ def draw(entries: list[dict[str, Any]], file: BinaryIO) -> None:
         many = len(own) > MOST_NAMED
         for e, shade in zip(own, shades(len(own))):
             values = e[k]["singular_values"]
-            axes.plot(range(1, len(values) + 1), values, color=shade, lw=1.2, label=None if many else as_text(m) if e["step"] is None else f"step {e['step']}")
+            axes.plot(
+                range(1, len(values) + 1),
+                values,
+                color=shade,
+                lw=1.2,
+                label=None if many else as_text(m) if e["step"] is None else f"step {e['step']}",
+            )
         axes.set(xscale="log", xlabel="index i", ylabel=f"singular value σ_i of {MATRICES[k]}", title=as_text(m))
         largest = max(max(e[k]["singular_values"]) for e in own)
         if largest > 0:  # a head of zeros has no logarithms
@@ -148,7 +184,15 @@ def _entropies(entries: list[dict[str, Any]], models: list[str], kinds: list[str
         own = [e for e in entries if e["model"] == m]
         for k, style in zip(kinds, ("o-", "s--")):
             x = [e["step"] or 0 for e in own] if along else [i]
-            last.plot(x, [e[k]["entropy"] for e in own], style, color=f"C{i % 10}", ms=3, lw=1.2, label=as_text(f"{m}, {MATRICES[k]}"))
+            last.plot(
+                x,
+                [e[k]["entropy"] for e in own],
+                style,
+                color=f"C{i % 10}",
+                ms=3,
+                lw=1.2,
+                label=as_text(f"{m}, {MATRICES[k]}"),
+            )
     if along:
         last.set_xscale("symlog", linthresh=1)
         last.set_xlabel("training step")
@@ -163,9 +207,25 @@ def run(c: StudyConfig, folder: Path) -> dict[str, Any]:
     entries, about = measure(c, folder)
     for model, pads in {e["model"]: (e["padding"]["rows"], e["rows"], e["tied"]) for e in entries}.items():
         said = "unknown" if pads[0] is None else pads[0]
-        log.info("%s: padding rows %s (%s), %d rows in the spectra, embeddings %s", model, said, "left out" if c.study.drop_padding else "kept", pads[1], "tied" if pads[2] else "apart")
+        log.info(
+            "%s: padding rows %s (%s), %d rows in the spectra, embeddings %s",
+            model,
+            said,
+            "left out" if c.study.drop_padding else "kept",
+            pads[1],
+            "tied" if pads[2] else "apart",
+        )
     rows = [
         (e["model"], e["step"], k, e["d"], e["rows"], e["padding"]["rows"], e["tied"], *(e[k][m] for m in METRICS))
-        for e in entries for k in MATRICES if k in e
-    ]  # fmt: skip
-    return write(folder, c.study.name, {**about, "drop_padding": c.study.drop_padding, "checkpoints": entries}, COLUMNS, rows, lambda file: draw(entries, file))
+        for e in entries
+        for k in MATRICES
+        if k in e
+    ]
+    return write(
+        folder,
+        c.study.name,
+        {**about, "drop_padding": c.study.drop_padding, "checkpoints": entries},
+        COLUMNS,
+        rows,
+        lambda file: draw(entries, file),
+    )

@@ -15,13 +15,13 @@ from typing import Any, Iterator, Optional
 import torch
 from torch import Tensor
 
-from bottleneck.backbone import load_shape, load_tokenizer
-from bottleneck.errors import check
+from bottleneck.backbone.model import load_shape, load_tokenizer
+from bottleneck.core.errors import check
+from bottleneck.data.cache import tokenizer_hash
+from bottleneck.data.module import IGNORE, StepBatches, ValidationBlocks, leading_bos
+from bottleneck.data.prepare import Corpus, prepare
 from bottleneck.studies.config import StudyConfig
 from bottleneck.studies.series import Checkpoint
-from data.cache import tokenizer_hash
-from data.module import IGNORE, StepBatches, ValidationBlocks, leading_bos
-from data.prepare import Corpus, prepare
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,12 @@ class StudyText:
         order = StepBatches(self.corpus, self.block, 1, 1, seed, self.bos)
         have = len(order.order) * self.block
         if have < tokens:
-            log.warning("%s has %d training tokens in whole blocks, %d were asked for: all are used", self.corpus.name, have, tokens)
+            log.warning(
+                "%s has %d training tokens in whole blocks, %d were asked for: all are used",
+                self.corpus.name,
+                have,
+                tokens,
+            )
         return order.calibration(tokens)
 
     @property
@@ -101,7 +106,10 @@ def study_text(c: StudyConfig, series: list[Checkpoint]) -> StudyText:
     for cp in first.values():
         _, context, vocabulary = load_shape(cp.backbone)
         fits = context is None or c.data.block_size <= context
-        check(fits, f"data.block_size={c.data.block_size}: longer than the context of {cp.label}; allowed are 2 to {context}")
+        check(
+            fits,
+            f"data.block_size={c.data.block_size}: longer than the context of {cp.label}; allowed are 2 to {context}",
+        )
         if cp.model != series[0].model and not c.backbone.tokenizer:
             _same_tokenizer(cp, series[0], tokenizer)
     if not c.backbone.tokenizer:

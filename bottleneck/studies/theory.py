@@ -28,21 +28,32 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from bottleneck.backbone import FullHead
-from bottleneck.initial import Calibration, calibrate, roots
+from bottleneck.backbone.model import FullHead
+from bottleneck.data.module import IGNORE
+from bottleneck.heads.closed_forms import Calibration, calibrate, roots
+from bottleneck.heads.refine import divergence
 from bottleneck.losses.chunked import chunk_rows
-from bottleneck.picture import as_text
-from bottleneck.refine import divergence
+from bottleneck.results.picture import as_text
 from bottleneck.studies.config import StudyConfig, Theory, ranks_of
 from bottleneck.studies.output import Parts, Steps, canvas, save, write
 from bottleneck.studies.series import check_moments, check_same_shapes, device_of, loaded, one_checkpoint, say_memory
 from bottleneck.studies.singular import ROWS, singular_values, tails, triangle
 from bottleneck.studies.text import study_text
 from bottleneck.studies.trained import read_trained, with_trained
-from data.module import IGNORE
 
 log = logging.getLogger(__name__)
-COLUMNS = ("backbone", "rank", "tail_head", "tail_weighted", "bound", "bound_head", "second_order", "kl_truncated", "trained_loss", "trained_gap")
+COLUMNS = (
+    "backbone",
+    "rank",
+    "tail_head",
+    "tail_weighted",
+    "bound",
+    "bound_head",
+    "second_order",
+    "kl_truncated",
+    "trained_loss",
+    "trained_gap",
+)
 
 
 @dataclass
@@ -86,7 +97,12 @@ def measure(c: StudyConfig, folder: Path) -> dict[str, Any]:
     shapes = check_same_shapes([cp])
     (width, vocabulary), device = shapes[cp.model], device_of(c)
     text = study_text(c, [cp])
-    work = 3 * 8 * vocabulary * width + 8 * (min(ROWS, vocabulary) + 8 * width) * width + 4 * text.tokens * width + 16 * chunk_rows(vocabulary, device.type) * vocabulary
+    work = (
+        3 * 8 * vocabulary * width
+        + 8 * (min(ROWS, vocabulary) + 8 * width) * width
+        + 4 * text.tokens * width
+        + 16 * chunk_rows(vocabulary, device.type) * vocabulary
+    )
     say_memory([cp], device, work)
     with loaded(cp, device, shapes) as backbone:
         trained = read_trained(s.curve, "study.curve", backbone.name, backbone.hash) if s.curve else None
@@ -113,24 +129,48 @@ def measure(c: StudyConfig, folder: Path) -> dict[str, Any]:
                 steps.at(0.6)
                 kl = divergence(truncated(head.W_VD, moments, ranks), torch.cat(hidden), head)
                 part = parts.put(key, {**{k: getattr(t, k).tolist() for k in vars(t)}, "kl": kl})
-            steps.end(f"KL of the truncated head of rank {ranks[0]}: {part['kl'][0]:.4g}, bound {part['bound'][ranks[0]]:.4g}", kept)
+            steps.end(
+                f"KL of the truncated head of rank {ranks[0]}: {part['kl'][0]:.4g}, bound {part['bound'][ranks[0]]:.4g}",
+                kept,
+            )
         rows = []
         for r, kl in zip(ranks, part["kl"]):
             loss = trained.losses.get(r) if trained else None
-            rows.append({
-                "rank": r, "tail_head": part["head"][r], "tail_weighted": part["weighted"][r], "bound": part["bound"][r], "bound_head": part["bound_head"][r],
-                "second_order": part["second_order"][r], "kl_truncated": kl, "trained_loss": loss, "trained_gap": None if loss is None else loss - trained.reference,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "rank": r,
+                    "tail_head": part["head"][r],
+                    "tail_weighted": part["weighted"][r],
+                    "bound": part["bound"][r],
+                    "bound_head": part["bound_head"][r],
+                    "second_order": part["second_order"][r],
+                    "kl_truncated": kl,
+                    "trained_loss": loss,
+                    "trained_gap": None if loss is None else loss - trained.reference,
+                }
+            )
         return {
-            "backbone": backbone.name, "backbone_hash": backbone.hash, "hidden_size": width, "vocab_size": vocabulary, "data": text.corpus.name, "tokens": text.tokens,
-            "trained": trained and {"data": trained.data, "tokens": trained.tokens, "reference": trained.reference, "own": trained.own},
-            "holds": holds(rows), "ranks": rows, "tails": {k: part[k] for k in ("head", "weighted", "second_order")},
-        }  # fmt: skip
+            "backbone": backbone.name,
+            "backbone_hash": backbone.hash,
+            "hidden_size": width,
+            "vocab_size": vocabulary,
+            "data": text.corpus.name,
+            "tokens": text.tokens,
+            "trained": trained
+            and {"data": trained.data, "tokens": trained.tokens, "reference": trained.reference, "own": trained.own},
+            "holds": holds(rows),
+            "ranks": rows,
+            "tails": {k: part[k] for k in ("head", "weighted", "second_order")},
+        }
 
 
 def holds(rows: list[dict[str, Any]]) -> bool:
     """Whether every measured KL is below its bound, and the bounds are ordered; float32 rounding of the logits is allowed for."""
-    return all(row["kl_truncated"] <= row["bound"] * (1 + 1e-4) + 1e-5 and row["bound"] <= row["bound_head"] * (1 + 1e-9) + 1e-9 for row in rows)
+    return all(
+        row["kl_truncated"] <= row["bound"] * (1 + 1e-4) + 1e-5
+        and row["bound"] <= row["bound_head"] * (1 + 1e-9) + 1e-9
+        for row in rows
+    )
 
 
 def draw(content: dict[str, Any], file: BinaryIO) -> None:
@@ -148,11 +188,17 @@ def draw(content: dict[str, Any], file: BinaryIO) -> None:
     t = content["tails"]
     line(left, [x / 4 for x in t["weighted"]], "-", "bound: ¼ Σ_{i>r} σ_i(W Σ^½)²", color="C0")
     line(left, t["second_order"], "--", "second order, Fisher-weighted", color="C1")
-    for name, key, style in (("KL of the truncated head", "kl_truncated", "oC2"), ("gap of the trained head", "trained_gap", "*C3")):
+    for name, key, style in (
+        ("KL of the truncated head", "kl_truncated", "oC2"),
+        ("gap of the trained head", "trained_gap", "*C3"),
+    ):
         points = [(row["rank"], row[key]) for row in rows if row[key] is not None and row[key] > 1e-5]
         if points:
             left.plot(*zip(*points), style, ms=5 if style[0] == "o" else 9, label=name)
-    low = min([row[k] for row in rows for k in ("kl_truncated", "trained_gap") if row[k] is not None and row[k] > 1e-5], default=1e-3)
+    low = min(
+        [row[k] for row in rows for k in ("kl_truncated", "trained_gap") if row[k] is not None and row[k] > 1e-5],
+        default=1e-3,
+    )
     left.set_ylim(bottom=low / 5)
     line(right, shares(t["head"]), "-", "W", color="C4")
     line(right, shares(t["weighted"]), "-", "W Σ^½", color="C0")
@@ -171,7 +217,16 @@ def run(c: StudyConfig, folder: Path) -> dict[str, Any]:
     content = measure(c, folder)
     for row in content["ranks"]:
         gap = "" if row["trained_gap"] is None else f", trained heads {row['trained_gap']:+.4f}"
-        log.info("rank %d: bound %.4g nats, second order %.4g, truncated head %.4g%s", row["rank"], row["bound"], row["second_order"], row["kl_truncated"], gap)
-    log.info("the bound %s", "holds at every rank" if content["holds"] else "does NOT hold at every rank: please report this")
+        log.info(
+            "rank %d: bound %.4g nats, second order %.4g, truncated head %.4g%s",
+            row["rank"],
+            row["bound"],
+            row["second_order"],
+            row["kl_truncated"],
+            gap,
+        )
+    log.info(
+        "the bound %s", "holds at every rank" if content["holds"] else "does NOT hold at every rank: please report this"
+    )
     rows = [(content["backbone"], *(row[k] for k in COLUMNS[1:])) for row in content["ranks"]]
     return write(folder, c.study.name, content, COLUMNS, rows, lambda file: draw(content, file))

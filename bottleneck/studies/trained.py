@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
-from bottleneck import curve
-from bottleneck.errors import check
+from bottleneck.core.errors import check
+from bottleneck.results import curve
 
 
 @dataclass
@@ -44,7 +44,10 @@ def read_trained(path: str, key: str, backbone: str, backbone_hash: str) -> Trai
     own = [line for line in lines if line["backbone_hash"] == backbone_hash]
     others = ", ".join(sorted({line["backbone"] for line in lines}))
     check(bool(own), f"{key}={path}: no curve of {backbone} there (weights {backbone_hash}); it has {others}")
-    check(len(own) == 1, f"{key}={path}: {len(own)} curves of {backbone} with different text, budget or recipe; give one run")
+    check(
+        len(own) == 1,
+        f"{key}={path}: {len(own)} curves of {backbone} with different text, budget or recipe; give one run",
+    )
     (line,) = own
     losses: dict[int, float] = {}
     for h in line["heads"]:

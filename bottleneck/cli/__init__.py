@@ -1,0 +1,1 @@
+"""Command lines: one-line errors and the `bottleneck` command."""

@@ -1,0 +1,1 @@
+"""The typed schema of a run, and the checks that types cannot express."""

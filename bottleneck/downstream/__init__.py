@@ -1,0 +1,1 @@
+"""Scores of heads on tasks of lm-evaluation-harness."""

@@ -1,0 +1,156 @@
+"""Scores of heads on tasks, read back from lm-eval's results files: downstream.csv and downstream.png beside the curve."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any, BinaryIO, Iterator, Optional
+
+from bottleneck.core.files import write_atomic
+from bottleneck.results.picture import as_text
+from bottleneck.training.finished_run import Run
+
+FULL = "full"  # the backbone's own head, among the names of heads
+OURS = "bottleneck"  # our entry in a results file: which head, on which tasks
+COLUMNS = (
+    "head",
+    "rank",
+    "lr",
+    "seed",
+    "task",
+    "version",
+    "shots",
+    "metric",
+    "filter",
+    "value",
+    "stderr",
+    "samples",
+    "limit",
+    "main",
+)
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """The results of one head, oldest first; files that are not ours or not whole are passed over."""
+    found = []
+    for path in sorted(folder.glob("results_*.json")):  # the date is in the name
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if (
+            isinstance(content, dict)
+            and isinstance(content.get(OURS), dict)
+            and isinstance(content.get("results"), dict)
+        ):
+            found.append(content)
+    return found
+
+
+def heads_of(run: Run) -> dict[str, Optional[dict[str, Any]]]:
+    """Names of what is scored: the full head (None), and the best head of every rank with its row of the curve."""
+    return {FULL: None} | {run.file(row).stem: row for row in map(run.pick, run.ranks)}
+
+
+def identity(run: Run, row: Optional[dict[str, Any]]) -> str:
+    """What a head's results hold for: its tensors, and the backbone below them."""
+    return run.curve["backbone_hash"] + (f"-{run.hash(row)}" if row else "")
+
+
+def rows(run: Run, folder: Path) -> list[dict[str, Any]]:
+    """One row a head, task, metric and limit, by rank (the full head last); the newest result where there are several."""
+    out: dict[tuple, dict[str, Any]] = {}
+    for name, row in sorted(heads_of(run).items(), key=lambda item: item[1]["rank"] if item[1] else 10**9):
+        if row is not None and not run.file(row).is_file():
+            continue
+        for content in read_results(folder / name):
+            if content[OURS].get("head_hash") == identity(run, row):
+                about = {"head": name, **{k: row[k] if row else None for k in ("rank", "lr", "seed")}}
+                for r in _scores(content):
+                    out[name, r["task"], r["metric"], r["filter"], r["limit"]] = about | r
+    return list(out.values())
+
+
+def _scores(content: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for task, result in content["results"].items():
+        keys = [k for k, v in result.items() if "," in k and "_stderr," not in k and isinstance(v, (int, float))]
+        listed = (content.get("configs", {}).get(task) or {}).get("metric_list") or [{}]
+        first = [k for k in keys if k.split(",")[0] == listed[0].get("metric")] or keys
+        for key in keys:
+            metric, _, chosen = key.partition(",")
+            stderr = result.get(f"{metric}_stderr,{chosen}")
+            yield {
+                "task": task,
+                "version": content.get("versions", {}).get(task),
+                "shots": content.get("n-shot", {}).get(task),
+                "metric": metric,
+                "filter": chosen,
+                "value": result[key],
+                "stderr": stderr if isinstance(stderr, (int, float)) else None,  # "N/A" where there is none
+                "samples": (content.get("n-samples", {}).get(task) or {}).get("effective"),
+                "limit": content[OURS].get("limit"),
+                "main": key == first[0],
+            }
+
+
+def write(table: list[dict[str, Any]], tasks: list[str], limit: Optional[int], out: Path) -> None:
+    """downstream.csv with every row, downstream.png with the main metric of some tasks."""
+    text, picture = io.StringIO(newline=""), io.BytesIO()
+    writer = csv.DictWriter(text, COLUMNS)
+    writer.writeheader()
+    writer.writerows(table)
+    draw([r for r in table if r["main"] and r["limit"] == limit and r["task"] in tasks], tasks, picture)
+    write_atomic(out / "downstream.csv", lambda part: part.write_bytes(text.getvalue().encode()))
+    write_atomic(out / "downstream.png", lambda part: part.write_bytes(picture.getvalue()))
+
+
+def draw(table: list[dict[str, Any]], tasks: list[str], file: BinaryIO) -> None:
+    """Score against rank, one colour a task; bars and bands: one standard error; dashed: the backbone's own head."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    figure, axes = plt.subplots(figsize=(7.2, 4.6), dpi=150, layout="constrained")
+    ranks: set[int] = set()
+    for number, task in enumerate(tasks):
+        colour = f"C{number % 10}"
+        points = [r for r in table if r["task"] == task and r["rank"] is not None]
+        ranks |= {r["rank"] for r in points}
+        if points:
+            bars = [r["stderr"] or 0 for r in points]
+            count = f", n = {points[0]['samples']}" if points[0]["samples"] else ""  # groups have none of their own
+            label = f"{as_text(task)} ({points[0]['metric']}{count})"
+            axes.errorbar(
+                [r["rank"] for r in points],
+                [r["value"] for r in points],
+                bars,
+                fmt="o-",
+                ms=5,
+                capsize=3,
+                color=colour,
+                label=label,
+            )
+        for own in (r for r in table if r["task"] == task and r["rank"] is None):
+            axes.axhline(
+                own["value"], color=colour, ls="--", lw=1, label=f"{as_text(task)}, own head ({own['value']:.4g})"
+            )
+            if own["stderr"]:
+                axes.axhspan(own["value"] - own["stderr"], own["value"] + own["stderr"], color=colour, alpha=0.08, lw=0)
+    if ranks:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_locator(FixedLocator(sorted(ranks)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
+        if len(ranks) > 8:
+            axes.tick_params(axis="x", rotation=45)
+    axes.set_xlabel("rank r of the head W = AB")
+    axes.set_ylabel("score")
+    axes.grid(alpha=0.25)
+    if table:
+        axes.legend(fontsize=8, frameon=False)
+    figure.savefig(file, format="png")
+    plt.close(figure)

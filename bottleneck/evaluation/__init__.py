@@ -1,0 +1,1 @@
+"""Exact sums over validation tokens, and agreement with the original head."""

@@ -1,0 +1,1 @@
+"""Heads: the bank that trains them, and how they start."""

@@ -1,0 +1,1 @@
+"""The curve, its knee, pictures, the report page, and comparisons of runs."""

@@ -1,0 +1,1 @@
+"""Trained heads for use elsewhere."""

@@ -1,0 +1,1 @@
+"""One training run: the LightningModule, optimizer, checkpoints, processes, signals and tracking."""

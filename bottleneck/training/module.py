@@ -1,0 +1,288 @@
+"""The LightningModule: one frozen forward, many heads. One training batch is one optimizer step."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from typing import Any, Callable, Iterable, Optional
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from bottleneck.backbone.model import Backbone
+from bottleneck.config.schema import OptimConfig
+from bottleneck.core.errors import check
+from bottleneck.evaluation.agreement import NUMBERS, compare
+from bottleneck.evaluation.sums import derived, validate
+from bottleneck.heads.bank import HeadBank
+from bottleneck.training.optim import build_optimizer, clip_per_head, schedule
+from bottleneck.training.signals import Flag
+from bottleneck.training.timing import Parts
+
+log = logging.getLogger(__name__)
+
+
+class HandOver(torch.autograd.Function):
+    """A zero whose backward adds zeros to gradients that are there already: autograd's hooks, and so DDP, see them ready."""
+
+    @staticmethod
+    def forward(ctx: Any, *parameters: Tensor) -> Tensor:
+        ctx.shapes = [p.shape for p in parameters]
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return tuple(grad.new_zeros(()).expand(shape) for shape in ctx.shapes)
+
+
+class HeadSweep(pl.LightningModule):
+    """Trains the heads of a bank on the hidden states of a frozen backbone.
+
+    Args:
+        start: gives the bank its initial values, on the training device; called once, before step 0, never on a resume.
+        validation: (process, processes) -> that process's validation batches.
+        config, data_hash: stored in checkpoints; a resumed run must have the same text.
+        bands: frequency band of every token id [V], from `compare.bands_of`; text_bytes: of the validation text.
+        flag: tells the other processes of a signal.
+        build: makes the optimizer.
+
+    Attributes:
+        details: what the final heads lose against the full head, from `compare`.
+        initial, final: validation losses {head name: nats} at step 0 and after the last step.
+        reference: validation loss of the backbone's own head; validation_tokens: tokens they are means over.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        bank: HeadBank,
+        optim: OptimConfig,
+        steps: int,
+        micro_batch: int,
+        start: Callable[[HeadBank], None],
+        validation: Callable[[int, int], Iterable],
+        config: dict[str, Any],
+        data_hash: str,
+        bands: Tensor,
+        text_bytes: int,
+        log_every: int = 10,
+        flag: Optional[Flag] = None,
+        build: Callable[[HeadBank, OptimConfig], Any] = build_optimizer,
+    ):
+        super().__init__()
+        self.automatic_optimization = False  # a step is several forward passes and one reduction of gradients
+        self.strict_loading = False  # checkpoints hold the heads only
+        self.backbone, self.bank = backbone, bank
+        # DDP neither broadcasts nor buckets what never changes
+        frozen = [*backbone.named_parameters(prefix="backbone"), *backbone.named_buffers(prefix="backbone")]
+        self._ddp_params_and_buffers_to_ignore = [*(name for name, _ in frozen), "bank.whiten_DD"]
+        self.optim, self.steps, self.micro_batch = optim, steps, micro_batch
+        self.start, self.validation, self.config = start, validation, config
+        self.data_hash = data_hash
+        self.log_every, self.flag, self.build = log_every, flag or Flag(), build
+        self.bands, self.text_bytes = bands, text_bytes
+        self.initial: dict[str, float] = {}
+        self.details: dict[str, Any] = {}
+        self.final: dict[str, float] = {}
+        self.reference: Optional[float] = None
+        self.validation_tokens = 0
+        self.step_tokens, self.parts = 0, Parts()
+        self.resume_step: Optional[int] = None  # of the checkpoint that this process goes on from
+        self._clock: Optional[tuple[float, int]] = None  # of the last logged row: time, step
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.build(self.bank, self.optim)
+        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(self.optim, self.steps))]
+
+    def on_fit_start(self) -> None:
+        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        check(
+            world == self.trainer.world_size,
+            f"trainer.devices: {world} processes are running, {self.trainer.world_size} are configured",
+        )
+        if world > 1:
+            found: list[Any] = [None] * world
+            torch.distributed.all_gather_object(found, (str(self.trainer.default_root_dir), self.resume_step))
+            folders, steps = ({f[i] for f in found} for i in range(2))
+            check(
+                len(folders) == 1,
+                f"hydra.run.dir: differs between processes ({', '.join(sorted(folders)[:2])}); give one on the command line",
+            )
+            check(
+                len(steps) == 1,
+                f"checkpoints: processes go on from different steps ({', '.join(map(str, steps))}); start again",
+            )
+
+        chosen: dict[str, set[int]] = {}
+        for key in self.bank.keys:
+            chosen.setdefault(self.bank.impl(key, self.backbone.dtype), set()).add(key.rank)
+        if self.bank.objective is not None:
+            share = self.bank.objective.mix
+            whose = (
+                self.bank.objective.whose
+                if self.bank.objective.teacher is not None
+                else f"{self.bank.keys[self.bank.teacher].name}, the head trained beside them"
+            )
+            mixed = "" if share == 1 else f", {share:g} of it, and {1 - share:g} cross-entropy"
+            log.info("objective: KL from %s%s, a chunk of logits at a time", whose, mixed)
+        else:
+            log.info(
+                "loss: %s",
+                "; ".join(f"{impl} for rank {', '.join(map(str, sorted(ranks)))}" for impl, ranks in chosen.items()),
+            )
+
+    def on_train_start(self) -> None:
+        if self.global_step == 0:
+            self.start(self.bank)
+            if torch.distributed.is_initialized():  # one start for all, whatever their arithmetic
+                for p in [*self.bank.parameters(), *self.bank.buffers()]:
+                    torch.distributed.broadcast(p.data, 0)
+            self.initial = self.validate()
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        """batch: token ids [N, T+1] of this process; gradients of its micro-batches add up, then one update."""
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        tokens = batch.shape[0] * (batch.shape[1] - 1)
+        losses = torch.zeros(len(self.bank), dtype=torch.float64, device=batch.device)
+        self.parts.begin(
+            (self.global_step + 1) % self.log_every == 0 or self.global_step + 1 == self.steps, batch.device
+        )
+        cast = self.bank.cast(self.backbone.dtype)
+        self.bank.zero_gradients()
+        self.parts("optimizer")
+        for ids in batch.split(self.micro_batch):
+            h_ND = self.backbone(ids[:, :-1]).flatten(0, 1)
+            self.parts("forward")
+            losses += self.bank.accumulate(h_ND, ids[:, 1:].flatten(), cast, 1 / tokens)
+            self.parts("heads")
+        self.bank.finish_gradients()
+        losses /= tokens
+        if torch.distributed.is_initialized():
+            self.manual_backward(
+                HandOver.apply(*self.bank.parameters())
+            )  # DDP (or ZeRO-2) reduces the gradients, once a step
+            # a few numbers a step: what is logged and flagged is alike everywhere, and so is whether a signal came
+            numbers = torch.cat([losses, torch.full_like(losses[:1], self.flag.number)])
+            torch.distributed.all_reduce(numbers)
+            losses = numbers[:-1] / self.trainer.world_size
+            self.flag.send(numbers[-1:], math.ceil(len(batch) / self.micro_batch))
+        self.parts("reduction")
+        norms, optimizer.optimizer.divisors = clip_per_head(
+            self.bank, self.optim.clip, losses, optimizer.optimizer.norms()
+        )
+        optimizer.step()
+        self.parts("optimizer")
+        rates = scheduler.get_last_lr()
+        scheduler.step()
+        self.step_tokens = tokens * self.trainer.world_size
+        if self.global_step % self.log_every == 0 or self.global_step == self.steps:
+            self._log_step(losses, norms, rates)
+
+    def on_train_end(self) -> None:
+        # Lightning moves everything to the CPU next: gradients and AdamW's moments, three times the heads, are not needed there
+        for optimizer in self.trainer.optimizers:
+            getattr(optimizer, "inner", optimizer).state.clear()  # ZeRO-2 keeps them one deeper
+        for p in self.bank.parameters():
+            p.grad = None
+        self.conclude()
+
+    def on_fit_end(self) -> None:
+        if not self.final:  # a run that had all its steps is resumed: there was no training, so its curve is made here
+            self.to(self.trainer.strategy.root_device)
+            self.conclude()
+
+    def conclude(self) -> None:
+        """The last validation, and the heads beside the full one. All processes call it together."""
+        log.info("validating")
+        self.final = self.validate()
+        trainer = self.trainer
+        self.details = compare(
+            self.backbone, self.bank, self.validation(trainer.global_rank, trainer.world_size), self.bands
+        )
+        rows = {
+            f"val/{n}/{name}": found[n]
+            for name, found in self.details["heads"].items()
+            for n in NUMBERS
+            if found[n] is not None
+        }
+        if self.device.type == "cuda":
+            peak = torch.tensor(torch.cuda.max_memory_allocated(self.device) / 2**30, device=self.device)
+            if torch.distributed.is_initialized():
+                torch.distributed.all_reduce(peak, op=torch.distributed.ReduceOp.MAX)
+            rows["train/peak_memory_gib/all"] = peak.item()
+        self._log(rows)
+
+    def validate(self) -> dict[str, float]:
+        """Validate and log: {head name: loss}. All processes call it together."""
+        trainer = self.trainer
+        batches = self.validation(trainer.global_rank, trainer.world_size)
+        losses, self.reference, self.validation_tokens = validate(self.backbone, self.bank, batches)
+        named = {key.name: loss for key, loss in zip(self.bank.keys, losses)}
+        self._clock = None  # validation is not training time
+        rows = {f"val/loss/{name}": loss for name, loss in named.items()} | {"val/loss/full": self.reference}
+        for name, loss in [*named.items(), ("full", self.reference)]:
+            numbers = derived(loss, self.validation_tokens, self.text_bytes)
+            rows |= {f"val/{n}/{name}": numbers[n] for n in ("perplexity", "bits_per_byte") if numbers[n] is not None}
+        self._log(rows)
+        return named
+
+    def _log_step(self, losses: Tensor, norms: Tensor, rates: list[float]) -> None:
+        rows: dict[str, float] = {f"train/seconds/{part}": s for part, s in self.parts.seconds().items()}
+        losses, norms = losses.tolist(), norms.tolist()  # waits for the device: the time is that of finished steps
+        now, step = time.perf_counter(), self.global_step
+        if self._clock is not None:
+            began, at = self._clock
+            rows["train/tokens_per_second/all"] = (step - at) * self.step_tokens / (now - began)
+        self._clock = now, step
+        if self.device.type == "cuda":
+            rows["train/peak_memory_gib/all"] = (
+                torch.cuda.max_memory_allocated(self.device) / 2**30
+            )  # since the process began
+        for key, loss, norm, lr in zip(self.bank.keys, losses, norms, rates):
+            rows |= {f"train/loss/{key.name}": loss, f"train/grad_norm/{key.name}": norm, f"train/lr/{key.name}": lr}
+        self._log(rows)
+
+    def _log(self, rows: dict[str, float]) -> None:
+        tokens = self.global_step * self.step_tokens
+        for logger in self.trainer.loggers:
+            logger.log_metrics({"tokens": tokens, **rows}, step=self.global_step)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["state_dict"]
+        for name in [n for n in state if n.startswith("backbone.")]:
+            del state[name]
+        checkpoint["bottleneck"] = {
+            "config": self.config,
+            "backbone": self.backbone.hash,
+            "data": self.data_hash,
+            "heads": [key.name for key in self.bank.keys],
+            "initial": self.initial,
+            "step_tokens": self.step_tokens,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        mine = checkpoint.get("bottleneck", {})
+        check(
+            mine.get("backbone") == self.backbone.hash,
+            f"ckpt_path: its heads were trained on other backbone weights ({mine.get('backbone')}, "
+            f"here {self.backbone.hash}: {self.backbone.name})",
+        )
+        check(
+            mine.get("data") == self.data_hash,
+            "ckpt_path: its heads were trained on other text than data.files has now",
+        )
+        self.initial, self.step_tokens = mine["initial"], mine["step_tokens"]
+
+
+class ValidateEvery(pl.Callback):
+    """Validation on the way, every `every` steps. Stands before the callback that saves, so that a checkpoint of a step
+    is never without its validation."""
+
+    def __init__(self, every: int):
+        self.every = every
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
+        if trainer.global_step % self.every == 0 and trainer.global_step < module.steps:
+            module.validate()

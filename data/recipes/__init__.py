@@ -1,0 +1,1 @@
+"""Scripts that once made the embedded text and backbone."""

@@ -1,0 +1,181 @@
+"""Benchmark rows: percentiles, the CSV and the table; a tiny run of `data`; bad input. Speed itself is not tested."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+from rich.console import Console
+
+from bottleneck.benchmark import __main__ as benchmark
+from bottleneck.benchmark import table
+from bottleneck.core.environment import cores
+from conftest import sentences
+
+
+def test_rows_reach_the_csv_and_the_table_whole(tmp_path):
+    one = table.row("prepare", "case", "ours", [4.0, 1.0, 2.0, 3.0, 5.0], 600, "tokens", peak_mib=12.5)
+    assert (one.p50, one.throughput, one.throughput_unit, one.unit) == (3.0, 200.0, "tokens/s", "s")
+    assert one.p20 == pytest.approx(1.8) and one.p80 == pytest.approx(4.2)
+    bare = table.row("heads", "case, with a comma", "theirs", [1.0])
+    table.write_csv([one, bare], tmp_path / "new" / "rows.csv")
+    with open(tmp_path / "new" / "rows.csv", newline="") as f:
+        first, second = csv.DictReader(f)
+    assert float(first["p50"]) == 3.0 and float(first["peak_mib"]) == 12.5 and first["throughput_unit"] == "tokens/s"
+    assert second["case"] == "case, with a comma" and second["throughput"] == "" == second["peak_mib"]
+    for key in ("hardware", "bottleneck", "torch", "transformers", "datasets", "python", "date"):
+        assert first[key], key
+    assert first["hardware"].endswith(f"{cores()} cores")
+    console = Console(record=True, width=benchmark.WIDTH)
+    table.show([one, bare], console)
+    text = console.export_text()
+    assert "theirs" in text and "3 s (1.8 to 4.2)" in text and "torch" in text
+
+
+@pytest.mark.slow
+def test_a_tiny_run_of_data(tmp_path, toy_backbone, capfd):
+    """Both sides tokenise the same documents: prepare has one end-of-text more for each, and one before each stream."""
+    docs = sentences(4, 60, words=100)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in docs))
+    words = [
+        "data",
+        "--files",
+        str(tmp_path / "a.jsonl"),
+        "--repeats",
+        "1",
+        "--csv",
+        str(tmp_path / "rows.csv"),
+        "backbone=local",
+    ]
+    assert benchmark.main([*words, f"backbone.path={toy_backbone}"]) == 0
+    with open(tmp_path / "rows.csv", newline="") as f:
+        rows = {r["implementation"]: r for r in csv.DictReader(f)}
+    assert list(rows) == ["prepare", "datasets.map", "load_dataset + map", "StatefulDataLoader"]
+    assert all(float(r["p20"]) > 0 and float(r["peak_mib"]) > 50 and float(r["throughput"]) > 0 for r in rows.values())
+    tokens = {name: float(r["throughput"]) * float(r["p50"]) for name, r in rows.items()}
+    assert tokens["prepare"] - tokens["datasets.map"] == pytest.approx(len(docs) + 2, abs=0.01)
+    assert "datasets.map" in capfd.readouterr().out
+
+
+def test_a_tiny_run_of_heads(tmp_path):
+    """Every implementation that is here, on the same tensors, beside float32."""
+    assert (
+        benchmark.main(
+            [
+                "heads",
+                "--tokens",
+                "64",
+                "--vocab",
+                "512",
+                "--hidden",
+                "32",
+                "--ranks",
+                "4",
+                "--repeats",
+                "1",
+                "--csv",
+                str(tmp_path / "rows.csv"),
+            ]
+        )
+        == 0
+    )
+    with open(tmp_path / "rows.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    compared = [r for r in rows if r["implementation"] != "bare products"]
+    assert len(compared) >= 3 and len(rows) == len(compared) + 1 and any("= auto" in r["implementation"] for r in rows)
+    assert all(float(r[e]) < 1e-6 for r in compared for e in ("loss_error", "dA_error", "dB_error"))
+
+
+SMALL = ["--shape", "tiny", "--batch", "2", "--micro-batch", "2", "--block", "64", "--ranks", "8,64"]
+
+
+@pytest.mark.slow
+def test_a_sweep_on_one_and_two_processes(tmp_path):
+    """bottleneck/benchmark/gpus.sh is these two benchmarks on any number of GPUs."""
+    assert (
+        benchmark.main(
+            [
+                "scale",
+                *SMALL,
+                "--steps",
+                "5",
+                "--processes",
+                "1,2",
+                "--csv",
+                str(tmp_path / "rows.csv"),
+                "trainer.reduce_dtype=bfloat16",
+            ]
+        )
+        == 0
+    )
+    with open(tmp_path / "rows.csv", newline="") as f:
+        one, two = csv.DictReader(f)
+    assert (
+        float(two["throughput"]) * float(two["p50"])
+        == pytest.approx(256)
+        == 2 * float(one["throughput"]) * float(one["p50"])
+    )
+    for part in ("forward", "heads", "reduction", "optimizer", "150M tokens in"):
+        assert part in one["note"] and part in two["note"]
+    assert " x 1; " in two["note"] and " x 1; " not in one["note"]
+
+
+@pytest.mark.slow
+def test_one_pass_stands_beside_a_stock_run_a_rank(tmp_path):
+    assert (
+        benchmark.main(
+            ["sweep", *SMALL, "--steps", "3", "--stock-steps", "2", "--rates", "3", "--csv", str(tmp_path / "rows.csv")]
+        )
+        == 0
+    )
+    with open(tmp_path / "rows.csv", newline="") as f:
+        ours, *stock, total = csv.DictReader(f)
+    assert ours["case"] == total["case"] == "tiny, 6 heads" and total["implementation"] == "stock, 6 runs"
+    assert float(total["p50"]) == pytest.approx(3 * sum(float(r["p50"]) for r in stock)) and len(stock) == 2
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_told_with_what_it_cost(tmp_path):
+    assert (
+        benchmark.main(
+            [
+                "killed",
+                *SMALL,
+                "--steps",
+                "9",
+                "--checkpoint-every",
+                "3",
+                "--processes",
+                "2",
+                "--csv",
+                str(tmp_path / "rows.csv"),
+            ]
+        )
+        == 0
+    )
+    with open(tmp_path / "rows.csv", newline="") as f:
+        whole, cut = csv.DictReader(f)
+    assert float(cut["p50"]) > float(whole["p50"]) > 0 and cut["note"].endswith("heads bit-identical")
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        ([], "give one of "),
+        (["speed"], "benchmark speed: there is no such one; allowed are "),
+        (["data", "backbone=gpt5"], "backbone=gpt5: no such choice; allowed are"),
+        (["data", "--files", "nothing.txt"], "nothing.txt: no such file"),
+        (["scale", "--shape", "gpt5"], "--shape gpt5: there is no such shape; allowed are pythia-70m"),
+        (["scale", "--processes", "1,x"], "--processes 1,x: must be whole numbers with commas between"),
+        (["sweep", "--ranks", "8,x"], "--ranks 8,x: must be whole numbers"),
+        (["sweep", "--ranks", "8,1024"], "--ranks 8,1024: allowed are 1 to 768, the hidden size of pythia-160m"),
+        (["scale", "--steps", "2"], "--steps: the first step is warm-up"),
+        (["killed", "--steps", "12"], "--steps 12: give 13 or more"),
+        (["data", "--repeats", "0"], "--repeats=0: must be a whole number"),
+    ],
+)
+def test_bad_input_is_one_line(capsys, argv, words):
+    assert benchmark.main(argv) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and words in lines[0], lines

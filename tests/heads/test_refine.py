@@ -1,0 +1,198 @@
+"""Refined starts: the loss they follow, what they must not lose, and that they are better where it counts."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+import bottleneck.training.progress as progress
+from bottleneck.backbone.model import Backbone, FullHead, load_tokenizer
+from bottleneck.config.schema import BackboneConfig
+from bottleneck.heads.bank import HeadKey
+from bottleneck.heads.closed_forms import calibrate, starts
+from bottleneck.heads.refine import _Pupil, divergence, refine
+from conftest import ROOT
+
+V, D, N = 60, 12, 4096
+
+
+@pytest.fixture(scope="module")
+def setting():
+    """Correlated hidden states with a mean, and a head sure enough of itself that its second-order expansion is poor."""
+    g = torch.Generator().manual_seed(0)
+    h = torch.randn(N, D, generator=g) @ torch.randn(D, D, generator=g) + torch.randn(D, generator=g)
+    head = FullHead(torch.randn(V, D, generator=g) * 0.6)
+    return h, head, calibrate(h.split(500), head)
+
+
+def brute_force(h, head, A, B):
+    """KL in float64, logits in full."""
+    want = torch.log_softmax(head.logits(h).double(), -1)
+    have = torch.log_softmax((h.double() @ B.double().T) @ A.double().T, -1)
+    return (want.exp() * (want - have)).sum(-1).mean()
+
+
+def closed(setting, ranks, init="fisher"):
+    _, head, c = setting
+    start = starts(init, head, c)
+    return [start(HeadKey(r, 0.1, 0)) for r in ranks]
+
+
+def test_divergence_is_brute_force(setting):
+    h, head, _ = setting
+    heads = closed(setting, [2, 5])
+    for kl, (A, B) in zip(divergence(heads, h, head), heads):
+        assert kl == pytest.approx(brute_force(h, head, A, B).item(), rel=1e-4)
+
+
+def test_gradients_are_autograds(setting):
+    h, head, _ = setting
+    g = torch.Generator().manual_seed(1)
+    A, C = (torch.randn(*shape, generator=g, dtype=torch.float64, requires_grad=True) for shape in ((V, 3), (3, D)))
+    brute_force(h[:64], head, A, C).backward()
+    pupil = _Pupil(A.detach(), C.detach())
+    for part in h[:64].double().split(32):
+        pupil.learn(part, torch.softmax(head.logits(part.float()).double(), -1), 1 / 64)
+    assert torch.allclose(pupil.grads[0], A.grad, atol=1e-6) and torch.allclose(pupil.grads[1], C.grad, atol=1e-6)
+
+
+@pytest.mark.parametrize("init", ["fisher", "svd", "scaled"])
+def test_kl_falls(setting, init):
+    h, head, c = setting
+    before = closed(setting, [1, 2, 4, 8], init)
+    for (A, B), (P, Q) in zip(before, refine(before, h.split(500), head, c, passes=4, batch=256)):
+        assert brute_force(h, head, P, Q) < 0.95 * brute_force(h, head, A, B), (init, A.shape)
+
+
+def test_kl_never_rises(setting, monkeypatch):
+    """With steps that can only do harm the start itself comes back."""
+    h, head, c = setting
+    monkeypatch.setattr("bottleneck.heads.refine.STEP", 100.0)
+    before = closed(setting, [4])
+    after = refine(before, [h], head, c, passes=1)
+    assert torch.equal(before[0][0], after[0][0]) and torch.equal(before[0][1], after[0][1])
+
+
+def test_close_to_the_best_head_of_the_rank(setting):
+    """L-BFGS on all tokens until it stops finds what can be found from this start: most of the way there is made."""
+    h, head, c = setting
+    for A, B in closed(setting, [2, 4]):
+        best = [A.clone().double().requires_grad_(), B.clone().double().requires_grad_()]
+        search = torch.optim.LBFGS(best, max_iter=300, line_search_fn="strong_wolfe", tolerance_change=1e-10)
+
+        def closure():
+            search.zero_grad()
+            loss = brute_force(h, head, *best)
+            loss.backward()
+            return loss
+
+        search.step(closure)
+        with torch.no_grad():
+            start, floor = brute_force(h, head, A, B), brute_force(h, head, *best)
+            reached = brute_force(h, head, *refine([(A, B)], [h], head, c, passes=20, batch=256)[0])
+        assert floor < start and reached - floor < 0.1 * (start - floor)
+
+
+def test_a_planted_head_is_recovered(setting):
+    """Where the full head has rank 3, a random start of rank 3 finds it."""
+    h, _, _ = setting
+    g = torch.Generator().manual_seed(2)
+    head = FullHead(torch.randn(V, 3, generator=g) @ torch.randn(3, D, generator=g) * 0.5)
+    c = calibrate([h], head)
+    start = starts("scaled", head, c)(HeadKey(3, 0.1, 0))
+    (done,) = refine([start], [h], head, c, passes=40, batch=256)
+    assert brute_force(h, head, *done) < 0.01 * brute_force(h, head, *start)
+
+
+def test_full_rank_loses_nothing(setting, monkeypatch):
+    """The closed form of full rank is the full head: nothing to learn, and nothing is unlearned where it is tried all the same."""
+    h, head, c = setting
+    start = closed(setting, [D])
+    assert refine(start, [h], head, c) == start
+    monkeypatch.setattr("bottleneck.heads.refine.ENOUGH", -1.0)
+    monkeypatch.setattr(
+        "bottleneck.heads.refine.divergence", lambda heads, *_: [1e-7 - 1e-9 * (heads is not start)] * len(heads)
+    )
+    ((A, B),) = refine(start, [h], head, c)
+    assert A is not start[0][0]
+    assert brute_force(h, head, A, B) < 1e-6
+    assert torch.allclose(
+        torch.log_softmax(h.double() @ B.T @ A.T, -1), torch.log_softmax(head.logits(h).double(), -1), atol=1e-3
+    )
+
+
+def test_company_order_and_batches_do_not_matter(setting):
+    """Bit for bit: whatever other heads there are, and however the hidden states came."""
+    h, head, c = setting
+    pair = closed(setting, [2, 7])
+    both = refine(pair, h.split(500), head, c, passes=2)
+    turned = refine(pair[::-1], [h.reshape(8, -1, D)], head, c, passes=2)[::-1]
+    for start, x, y in zip(pair, both, turned):
+        (alone,) = refine([start], [h], head, c, passes=2)
+        for a, b, d in zip(alone, x, y):
+            assert torch.equal(a, b) and torch.equal(a, d)
+
+
+def test_unit_variance_and_inputs_untouched(setting):
+    h, head, c = setting
+    before = closed(setting, [3, 8])
+    copies = [(A.clone(), B.clone()) for A, B in before]
+    for (A, B), (P, Q), (a, b) in zip(before, refine(before, [h], head, c), copies):
+        assert torch.equal(A, a) and torch.equal(B, b)
+        assert not torch.equal(P, A)
+        assert torch.allclose(Q @ c.cov_DD @ Q.T, torch.eye(len(Q), dtype=torch.float64), atol=1e-4)
+    assert refine(before, [h], head, c, passes=0) == before
+
+
+def test_everything_the_full_head_does_is_learned(setting):
+    """A bias and a soft cap have no low-rank form, and `fisher` leaves them out: here they are in the targets."""
+    h, plain, _ = setting
+    g = torch.Generator().manual_seed(3)
+    head = FullHead(plain.W_VD, torch.randn(V, generator=g), 1.0, 5.0)
+    c = calibrate([h], head)
+    start = starts("fisher", head, c)(HeadKey(D, 0.1, 0))
+    (done,) = refine([start], [h], head, c, passes=8, batch=256)
+    assert brute_force(h, head, *done) < 0.7 * brute_force(h, head, *start)
+
+
+def test_lower_held_out_loss_on_the_embedded_backbone():
+    """8,192 tokens of the embedded text to learn from, others to measure on: far ahead of `fisher` at low ranks."""
+    folder = ROOT / "data/backbones/tiny"
+    cfg = BackboneConfig(path=str(folder))
+    backbone, tokenizer = Backbone.load(cfg), load_tokenizer(cfg)
+
+    def blocks(split, count):
+        ids = []
+        with open(ROOT / f"data/sample/{split}.jsonl", encoding="utf-8") as lines:
+            while len(ids) <= count * 512:
+                ids += tokenizer(json.loads(next(lines))["text"])["input_ids"] + [tokenizer.eos_token_id]
+        return torch.tensor(ids).unfold(0, 513, 512)[:count]
+
+    hidden = [backbone(blocks("train", 16)[:, :-1])]
+    held_out = blocks("validation", 8)
+    h, y = backbone(held_out[:, :-1]).flatten(0, 1), held_out[:, 1:].flatten()
+    c = calibrate(hidden, backbone.head)
+    start = starts("fisher", backbone.head, c)
+    before = [start(HeadKey(r, 0.1, 0)) for r in (8, 64)]
+    after = refine(before, hidden, backbone.head, c)
+    old, new = (
+        [cross_entropy((h @ B.float().T) @ A.float().T, y).item() for A, B in heads] for heads in (before, after)
+    )
+    assert new[0] < old[0] - 0.4 and new[1] < old[1] - 0.2
+
+
+def test_long_work_before_the_first_step_says_how_far_it_is(monkeypatch, caplog):
+    """Every item once, in order; a line whenever enough time has gone by, with what is left; silence where it is short."""
+    clock = iter(range(0, 1000, 4))  # seconds: each item takes four
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
+    with caplog.at_level("INFO"):
+        assert list(progress.told("refining", range(2))) == [0, 1] and not caplog.messages
+        assert list(progress.told("refining", range(10))) == list(range(10))
+    assert caplog.messages == [
+        "refining: 2 of 10, 48 s left",
+        "refining: 5 of 10, 24 s left",
+        "refining: 8 of 10, 9 s left",
+    ]

@@ -1,0 +1,89 @@
+"""The rules of the house that a machine can read: imports go one way between rooms, nothing points at one machine."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import re
+import subprocess
+from pathlib import Path
+
+from conftest import ROOT
+
+PACKAGE = ROOT / "bottleneck"
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name; `bottleneck.data` and `bottleneck.train` are links to the top level."""
+    folders = [PACKAGE, *(p for p in PACKAGE.iterdir() if p.is_dir() and p.is_symlink())]
+    paths = {path for folder in folders for path in folder.rglob("*.py")}
+    return {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in sorted(paths)}
+
+
+def imports(name: str, path: Path, known: dict[str, Path]) -> set[str]:
+    """The modules of the package that a module imports anywhere in its code."""
+    targets: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            targets += [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for a in node.names:
+                full = f"{node.module}.{a.name}"
+                targets.append(full if full in known else node.module)
+    return {t for t in targets if t in known and t != name}
+
+
+def room(name: str) -> str:
+    """The folder below `bottleneck` that a module lies in; a module directly in it is a room of its own."""
+    return name.split(".")[1] if "." in name else name
+
+
+def acyclic(graph: dict[str, set[str]]) -> list[str]:
+    """The nodes in an order in which each comes after all that it imports. Fails with the cycle where there is one."""
+    try:
+        return list(graphlib.TopologicalSorter(graph).static_order())
+    except graphlib.CycleError as error:
+        raise AssertionError(f"imports go round: {' -> '.join(error.args[1])}") from None
+
+
+def test_imports_between_modules_and_between_rooms_go_one_way():
+    known = modules()
+    graph = {name: imports(name, path, known) - {"bottleneck"} for name, path in known.items()}
+    acyclic(graph)
+    rooms: dict[str, set[str]] = {}
+    for name, targets in graph.items():
+        rooms.setdefault(room(name), set()).update(room(t) for t in targets if room(t) != room(name))
+    order = acyclic(rooms)
+    assert order[0] == "core" or "core" in order[:3], order
+
+
+def test_a_cycle_is_found():
+    """The test above can fail: a room that imports one that imports it is reported with both names."""
+    for graph in ({"a": {"b"}, "b": {"a"}}, {"a": {"b"}, "b": {"c"}, "c": {"a"}}):
+        try:
+            acyclic(graph)
+        except AssertionError as error:
+            assert "a" in str(error) and "b" in str(error)
+        else:
+            raise AssertionError("a cycle was not found")
+
+
+def test_nothing_points_at_one_machine_or_holds_a_secret():
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    secret = re.compile(r"hf_[A-Za-z0-9]{20,}|WANDB_API_KEY\s*=\s*\w|(^|[^\w.])/(root|home)/\w+/")
+    for name in files:
+        path = ROOT / name
+        if (
+            path.is_file()
+            and path.suffix in (".py", ".yaml", ".md", ".toml", ".sh", ".txt", "")
+            and "sample" not in name
+        ):
+            assert not secret.search(path.read_text(errors="ignore")), name
+
+
+def test_torch_load_is_limited_to_tensors():
+    for path in modules().values():
+        text = path.read_text()
+        assert "pickle" not in re.sub(r"#.*|\"\"\"[\s\S]*?\"\"\"", "", text), path
+        for call in re.findall(r"torch\.load\([^)]*\)", text):
+            assert "weights_only=True" in call, path

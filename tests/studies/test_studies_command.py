@@ -1,0 +1,205 @@
+"""python -m bottleneck.study: its keys, its help, and bad input as one line that names the key or file."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from bottleneck.cli import one_line_errors as cli
+from bottleneck.config.checks import check_config
+from bottleneck.core.errors import UserError
+from bottleneck.studies.config import PYTHIA_STEPS, STUDIES, StudyConfig, check_study, step_number
+from bottleneck.studies.paper import FIGURES, visiting
+from conftest import ROOT
+from support.study_runs import QUICK, composed, edit_head, run_study, shell, toy_series
+
+
+@pytest.fixture(scope="module")
+def quick(toy_text, tmp_path_factory):
+    return [
+        *QUICK,
+        "data=local",
+        f"data.files={toy_text}",
+        f"data.cache_dir={tmp_path_factory.mktemp('cache')}",
+        "backbone=local",
+    ]
+
+
+def test_every_study_has_its_file_and_composes():
+    assert {p.stem for p in (ROOT / "conf" / "study").glob("*.yaml")} == set(STUDIES)
+    for name in STUDIES:
+        c = check_study(composed(f"study={name}", *(["study.results=x"] if name in ("downstream", "geometry") else [])))
+        assert isinstance(c, StudyConfig) and c.study.name == name and isinstance(c.tokens, int)
+        assert (ROOT / "bottleneck" / "studies" / f"{name}.py").exists()
+    assert len(PYTHIA_STEPS) == 154 and PYTHIA_STEPS[-1] == 143_000
+
+
+def test_the_listed_commands_are_allowed():
+    """Every command of `experiment=paper` composes and passes the checks; what they need of each other is there."""
+    words = shell("experiment=paper")
+    commands = [c for figure in FIGURES for c in figure.commands]
+    assert (
+        words.returncode == 0
+        and all(f"    {c}\n" in words.stdout for c in commands)
+        and all(f.hours in words.stdout for f in FIGURES)
+    )
+    folders, used, studies = set(), set(), set()
+    for command in commands:
+        start, _, rest = command.partition(" experiment=")
+        overrides = [w for w in shlex.split(f"experiment={rest}") if not w.startswith("hydra.")]
+        folders |= {
+            w.split("=")[1] for w in shlex.split(command) if w.startswith(("hydra.run.dir=", "hydra.sweep.dir="))
+        }
+        used |= set(re.findall(r"\bpaper/[\w-]+", command))
+        if start == "python -m bottleneck.study":
+            c = check_study(composed(*overrides))
+            studies.add(c.study.name)
+            assert c.data.block_size in (1024, 2048) and c.data.max_tokens in (None, 50_000, 65_536, 150_000_000), (
+                command
+            )
+        elif start.startswith("python train.py"):
+            jobs = next(w for w in overrides if w.startswith("backbone=")).split("=")[1].split(",")
+            for backbone in jobs:
+                c = check_config(
+                    cli.composed([w if not w.startswith("backbone=") else f"backbone={backbone}" for w in overrides])
+                )
+                assert c.tokens == 150_000_000 and c.batch_size == 256
+        else:
+            assert command.startswith("git clone")
+    assert studies == set(STUDIES) and used <= folders
+    hours, size = visiting(("1b", "160m"), 10)
+    assert abs(size - 10 * 2 * 1.172) < 1e-9 and abs(hours - (size + 10 * 2 * 5) / 3600) < 1e-9
+
+
+def test_the_pile_is_read_as_far_as_a_study_needs():
+    limits = {"ngrams": 150_000_000, "spectrum": 50_000, "estimate": 16_384}
+    for name, limit in limits.items():
+        assert check_study(composed(f"study={name}", "data=pile")).data.max_tokens == limit
+    assert (
+        check_study(composed("study=estimate", "data=pile", "study.calibration_tokens=65536")).data.max_tokens == 65_536
+    )
+    assert check_study(composed("study=ngrams", "data=pile", "data.max_tokens=1000")).data.max_tokens == 1000
+
+
+def test_help_is_true():
+    page = (ROOT / "conf" / "hydra" / "help" / "study.yaml").read_text()
+    assert all(re.search(rf"^    {name} +\w", page, re.M) for name in STUDIES)
+    known = {f"study.{f.name}" for node in STUDIES.values() for f in dataclasses.fields(node)}
+    assert set(re.findall(r"\bstudy\.[a-z_]+\b", page)) - {"study.study"} <= known
+
+
+def test_every_key_is_documented():
+    lines = (ROOT / "bottleneck" / "studies" / "config.py").read_text().split("STUDIES = ")[0].splitlines()
+    fields = [i for i, line in enumerate(lines) if re.match(r"    \w+: .+ = ", line)]
+    assert len(fields) > 20 and all("  # " in lines[i] or re.match("    #", lines[i - 1]) for i in fields)
+
+
+def test_step_numbers():
+    names = {
+        "step1000": 1000,
+        "step_20": 20,
+        "checkpoint-500": 500,
+        "160m_step143000": 143_000,
+        "0042": 42,
+        "model": None,
+        "results_2024-05-01": None,
+        "tokenizer": None,
+    }
+    assert {n: step_number(n) for n in names} == names
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["study=spectrum", "tokens=1"], "tokens=1: must be a whole number of at least 2"),
+        (["study=spectrum", "study.steps=[3,2]"], "study.steps: 2 comes after 3; steps must rise"),
+        (["study=spectrum", "study.steps=[3,3]"], "steps must rise, each once"),
+        (["study=spectrum", "study.models=[]"], "study.models=[]"),
+        (["study=spectrum", "+study.losses=x"], "study.losses: unknown key of study=spectrum; did you mean"),
+        (["study=spectrum", "trainer.devices=2"], "a study runs in one process"),
+        (["study=spectrum", "data.block_size=1"], "data.block_size=1"),
+        (["study=downstream"], "study.results: no value"),
+        (["study=downstream", "study.results=x", "study.tasks=[a,a]"], "give each task once"),
+        (["study=downstream", "study.results=x", "study.level=2"], "study.level=2.0: must be above 0 and below 1"),
+        (["study=saturation", "study.skip=1"], "study.skip=1.0"),
+        (["study=saturation", "study.fit_from=-1"], "study.fit_from=-1"),
+        (["study=estimate", "study.inits=[magic]"], "study.inits=magic: must be one of fisher"),
+        (["study=theory", "study.ranks=0"], "study.ranks=0"),
+        (["study=estimate", "study.name=theory"], "study.name=theory"),
+        ([], "give study=NAME"),
+    ],
+)
+def test_impossible_values(overrides, words):
+    with pytest.raises(UserError, match=re.escape(words)) as caught:
+        check_study(composed(*overrides))
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_series_name_the_folder(tmp_path, quick, toy_backbone):
+    def refuses(words: str, folder, *overrides: str) -> None:
+        with pytest.raises(UserError) as caught:
+            run_study(tmp_path / "out", f"backbone.path={folder}", *quick, *overrides)
+        assert words in str(caught.value) and "\n" not in str(caught.value), str(caught.value)
+
+    head = ["study=spectrum", "study.hidden=false"]
+    (tmp_path / "empty").mkdir()
+    refuses(f"{tmp_path}/empty: no checkpoints there", tmp_path / "empty", *head)
+    refuses("no such folder", tmp_path / "absent", *head)
+    twice = toy_series(toy_backbone, tmp_path / "twice", {"step10": 0.0, "checkpoint-10": 0.0})
+    refuses("twice: step 10 is there twice, as checkpoint-10 and step10", twice, *head)
+    good = toy_series(toy_backbone, tmp_path / "good", {"step1": 0.0, "step2": 0.0})
+    refuses("good has no subfolder for step 3; there are 1, 2", good, *head, "study.steps=[1,3]")
+    (tmp_path / "half" / "step5").mkdir(parents=True)
+    refuses("half/step5: not a checkpoint (no config.json)", tmp_path / "half", *head)
+    refuses("longer than the context", good, "study=anisotropy", "data.block_size=128")
+    refuses("study.ranks: 99 is above the hidden size", toy_backbone, "study=theory", "study.ranks=99")
+    refuses("holds 2 checkpoints, study=theory takes one", good, "study=theory")
+    refuses("two models are called good", good, *head, f"study.models=[{good},{good}]")
+
+
+def test_nan_weights_and_other_vocabularies_name_the_checkpoint(tmp_path, quick, toy_backbone):
+    folder = toy_series(toy_backbone, tmp_path / "s", {"step1": 0.0, "step2": 0.0})
+
+    def poison(W):
+        W[7, 3] = float("nan")
+        return W
+
+    edit_head(folder / "step2", poison)
+    for overrides in (["study=spectrum", "study.hidden=false"], ["study=saturation"]):
+        with pytest.raises(UserError, match=r"s/step2: its .*(holds NaN|not numbers)"):
+            run_study(tmp_path / "a", f"backbone.path={folder}", *quick, *overrides)
+    shutil.rmtree(folder / "step2")
+    shutil.copytree(folder / "step1", folder / "step2")
+    model = AutoModelForCausalLM.from_pretrained(folder / "step1")
+    model.resize_token_embeddings(330, mean_resizing=False)
+    model.save_pretrained(folder / "step2")
+    with pytest.raises(UserError, match=r"s/step2: its vocabulary is 330, that of the first checkpoint of s is 320"):
+        run_study(tmp_path / "b", f"backbone.path={folder}", *quick, "study=anisotropy")
+    assert torch.isfinite(model.get_output_embeddings().weight).all()
+
+
+def test_the_command_itself(tmp_path):
+    """Exit codes and one line, in a process of its own; a run without models or text."""
+    bad = shell("study=saturation", f"study.losses={tmp_path}/none.csv", f"hydra.run.dir={tmp_path / 'run'}")
+    assert (
+        bad.returncode == 2
+        and bad.stderr.strip().splitlines()[-1] == f"error: study.losses={tmp_path}/none.csv: no such file"
+    ), bad.stderr
+    wrong = shell("study=spectrum", "study.hiden=true", f"hydra.run.dir={tmp_path / 'run'}")
+    assert (
+        wrong.returncode == 2
+        and "study.hiden: unknown key of study=spectrum; did you mean study.hidden?" in wrong.stderr
+        and len(wrong.stderr.strip().splitlines()) == 1
+    )
+    (tmp_path / "l.csv").write_text("model,parameters,step,loss\na,1e9,1,3\na,1e9,2,2.5\n")
+    good = shell("study=saturation", f"study.losses={tmp_path / 'l.csv'}", f"hydra.run.dir={tmp_path / 'run'}")
+    assert good.returncode == 0 and "a: does not saturate" in good.stdout, good.stderr
+    assert {"saturation.json", "saturation.csv", "saturation.png", "study.log"} <= {
+        p.name for p in (tmp_path / "run").iterdir()
+    }

@@ -1,0 +1,103 @@
+"""One process goes on: from a damaged checkpoint, between two renames, finished, requeued while it validates."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from bottleneck.core.errors import Stopped, UserError
+from bottleneck.training.checkpoint import LAST, LOCK, PREVIOUS, wanted
+from conftest import assert_same_heads, heads_of
+
+
+def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(run, tmp_path, caplog):
+    """One flipped byte among the weights is enough; torch itself reads over it."""
+    first = run("trainer.checkpoint_every=7", run_dir=tmp_path / "a")
+    run("trainer.checkpoint_every=7", run_dir=tmp_path / "b")
+    last = tmp_path / "b" / LAST
+    (tmp_path / "b" / "curve.json").unlink()
+    raw = bytearray(last.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    last.write_bytes(raw)
+    with caplog.at_level("WARNING"):
+        resumed = run("trainer.checkpoint_every=7", "ckpt_path=last", run_dir=tmp_path / "b")
+    assert "damaged" in caplog.text and "going on from the one before, previous.ckpt, step 14" in caplog.text
+    assert resumed.curve == first.curve
+    assert_same_heads(heads_of(tmp_path / "a"), heads_of(tmp_path / "b"))
+    # the damaged one is set aside, and did not take the good one's place: the same once more
+    assert last.with_name("last.ckpt.damaged").read_bytes() == bytes(raw)
+    (tmp_path / "b" / "curve.json").unlink()
+    last.write_bytes(raw)
+    assert run("trainer.checkpoint_every=7", "ckpt_path=last", run_dir=tmp_path / "b").curve == first.curve
+    (tmp_path / "b" / "curve.json").unlink()
+    for name in (LAST, PREVIOUS):
+        (tmp_path / "b" / name).write_bytes(b"no")
+    with pytest.raises(UserError, match="last.ckpt: damaged"):
+        run("trainer.checkpoint_every=7", "ckpt_path=last", run_dir=tmp_path / "b")
+
+
+def test_killed_between_two_renames_the_previous_checkpoint_is_there(run, tmp_path):
+    whole = run(run_dir=tmp_path / "a")
+    run(run_dir=tmp_path / "b")
+    (tmp_path / "b" / LAST).unlink()
+    assert run("ckpt_path=last", run_dir=tmp_path / "b").curve == whole.curve
+
+
+def test_a_finished_run_is_left_as_it_is(run, tmp_path):
+    first = run()
+    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != LOCK}
+    again = run("ckpt_path=last")
+    assert again.curve == first.curve and again.module is None
+    assert files == {p: p.stat().st_mtime_ns for p in files}
+
+
+def test_a_finished_run_without_checkpoints_is_not_trained_again(run, tmp_path, monkeypatch):
+    """Requeued by Slurm, that is; asked for by hand, it is."""
+    first = run("trainer.checkpoint_every=null")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    again = run("trainer.checkpoint_every=null", "ckpt_path=last")
+    assert again.module is None and again.curve == first.curve
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
+    assert run("trainer.checkpoint_every=null", "ckpt_path=last").module is not None
+
+
+def test_a_job_that_began_with_a_file_goes_on_from_its_own_checkpoint(tmp_path):
+    file = str(tmp_path / "p.ckpt")
+    assert (
+        wanted(file, tmp_path, False) == file == wanted(file, tmp_path, True)
+        and wanted(None, tmp_path, True) == "last"
+        and wanted(None, tmp_path, False) is None
+    )
+    (tmp_path / PREVIOUS).parent.mkdir()
+    (tmp_path / PREVIOUS).touch()
+    assert wanted(file, tmp_path, True) == "last" and wanted(file, tmp_path, False) == file
+
+
+def test_a_time_limit_in_the_last_validation_puts_the_job_back(run, tmp_path, monkeypatch):
+    """All steps are done and saved; the curve is made by the next try."""
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho $@ >> {tmp_path}/asked\nexit 1\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    whole = run(run_dir=tmp_path / "whole")
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    before = signal.getsignal(signal.SIGUSR1)
+    with monkeypatch.context() as m:
+        m.setattr("bottleneck.training.module.compare", lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
+        with pytest.raises(Stopped, match="SIGUSR1"):
+            run(run_dir=tmp_path / "cut")
+    assert (tmp_path / "asked").read_text() == "requeue 77\n" and not (tmp_path / "cut" / "curve.json").exists()
+    assert signal.getsignal(signal.SIGUSR1) == before
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert run(run_dir=tmp_path / "cut").curve == whole.curve
+    assert_same_heads(heads_of(tmp_path / "whole"), heads_of(tmp_path / "cut"))
+
+
+def test_one_run_in_a_folder(run, tmp_path, monkeypatch):
+    from filelock import FileLock
+
+    monkeypatch.setattr("bottleneck.training.checkpoint.LOCK_SECONDS", 0.2)
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run" / LOCK), pytest.raises(UserError, match="another run is at work there"):
+        run()
