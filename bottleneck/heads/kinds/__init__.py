@@ -1,0 +1,1 @@
+"""Kinds of heads: one file per kind, each declares a `HeadKind`."""

@@ -1,0 +1,1 @@
+"""How heads start: one file per start, each declares a `Start`."""

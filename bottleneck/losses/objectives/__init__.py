@@ -1,0 +1,1 @@
+"""What heads are trained on: one file per objective, each declares an `Objective`."""
