@@ -9,9 +9,10 @@ Dims: n tokens of a chunk, D hidden size, R rank, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any, Literal, Optional
 
 from bottleneck.core.registry import Registry
 
@@ -87,11 +88,55 @@ class Loss:
 
 
 @dataclass(frozen=True)
+class Predictions:
+    """What one head predicts at n tokens.
+
+    Attributes:
+        log_p_nV: log-probabilities [n, V], float32, nats.
+        targets_n: the tokens that follow, int64 [n].
+    """
+
+    log_p_nV: Tensor
+    targets_n: Tensor
+
+    @functools.cached_property
+    def top_nK(self) -> Tensor:
+        """The five most likely tokens [n, 5] (all of a smaller vocabulary), the most likely first."""
+        return self.log_p_nV.topk(min(5, self.log_p_nV.shape[1])).indices
+
+
+@dataclass(frozen=True)
 class Metric:
-    """A number of a head in curve.json."""
+    """A number of every head in curve.json: a mean over validation tokens of what `measure` gives.
+
+    The table, curve.csv, details.png, report.html, W&B and docs/curve_format.md read this declaration.
+
+    Attributes:
+        name: key in curve.json and column of curve.csv.
+        summary: one line that says what it is.
+        measure: (original head's Predictions, head's Predictions) -> value of each token [n], float32.
+        title: short name, for columns and legends.
+        unit: of the axis. Metrics of the same unit and scale share a panel of the pictures.
+        better: which direction is better.
+        form: Python format of the value in the table.
+        scale: of the axis in pictures; `share` is linear from 0 to 1.
+        line: line style in pictures, as Matplotlib and the page know it.
+        table, picture: whether the table and the pictures show it.
+        order: metrics are listed by it, then by name.
+    """
 
     name: str
     summary: str
+    measure: Callable[[Predictions, Predictions], Tensor]
+    title: str
+    unit: str
+    better: Literal["lower", "higher"]
+    form: str = ".4f"
+    scale: Literal["linear", "log", "share"] = "linear"
+    line: Literal["solid", "dashed", "dotted"] = "solid"
+    table: bool = True
+    picture: bool = True
+    order: int = 100
 
 
 @dataclass(frozen=True)
@@ -109,3 +154,8 @@ OBJECTIVES: Registry[Objective] = Registry("head.objective", "objective", "bottl
 LOSSES: Registry[Loss] = Registry("head.loss_impl", "loss implementation", "bottleneck.losses.impls")
 METRICS: Registry[Metric] = Registry("metric", "metric", "bottleneck.evaluation.metrics")
 STUDIES: Registry[Study] = Registry("study", "study", "bottleneck.studies")
+
+
+def metrics() -> list[Metric]:
+    """The declared metrics in the order in which they are listed."""
+    return sorted(METRICS, key=lambda m: (m.order, m.name))

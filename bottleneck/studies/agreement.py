@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from bottleneck.backbone.model import FullHead
-from bottleneck.evaluation.agreement import NUMBERS, differences, top
+from bottleneck.core.extensions import METRICS, Predictions
+from bottleneck.evaluation.agreement import metric_sums
 from bottleneck.losses.chunked import chunk_rows
 
+NUMBERS = ("kl", "top1_agreement", "top5_agreement", "acceptance")  # metrics that studies report
 NAMES = ("loss", *NUMBERS)
 
 
@@ -39,14 +41,14 @@ class Agreement:
     def add(self, h_ND: Tensor, y_N: Tensor, head: FullHead) -> None:
         """Take in hidden states and their targets, none of them to be ignored. Six chunks of logits are held at a time."""
         rows = chunk_rows(len(head.W_VD), h_ND.device.type)
+        wanted = [METRICS[name] for name in NUMBERS]
         for h, y in zip(h_ND.split(rows), y_N.split(rows)):
-            log_full = torch.log_softmax(head.float_logits(h), dim=-1)
-            self.full += _loss(log_full, y)
-            likeliest = top(log_full)
+            original = Predictions(torch.log_softmax(head.float_logits(h), dim=-1), y)
+            self.full += _loss(original.log_p_nV, y)
             self.tokens += len(y)
             for i, (A, B) in enumerate(self.heads):
                 log_q = torch.log_softmax((h.float() @ B.T) @ A.T, dim=-1)
-                numbers = differences(log_full, likeliest, log_q).sum(0, dtype=torch.float64).tolist()
+                numbers = metric_sums(original, Predictions(log_q, y), wanted).tolist()
                 self.sums_HK[i] += torch.tensor([_loss(log_q, y), *numbers], dtype=torch.float64)
 
     @property

@@ -20,13 +20,12 @@ from torch import Tensor
 from bottleneck.backbone.model import Backbone
 from bottleneck.core.errors import check
 from bottleneck.data.module import IGNORE
-from bottleneck.evaluation.agreement import NUMBERS
 from bottleneck.heads import closed_forms as initial
 from bottleneck.heads.bank import HeadKey
 from bottleneck.heads.refine import refine
 from bottleneck.losses.chunked import chunk_rows
 from bottleneck.results.picture import as_text
-from bottleneck.studies.agreement import Agreement
+from bottleneck.studies.agreement import NUMBERS, Agreement
 from bottleneck.studies.config import Estimate, StudyConfig, ranks_of
 from bottleneck.studies.output import Parts, Steps, canvas, save, write
 from bottleneck.studies.series import check_moments, check_same_shapes, device_of, loaded, one_checkpoint, say_memory

@@ -14,7 +14,8 @@ from torch import Tensor
 from bottleneck.backbone.model import Backbone
 from bottleneck.config.schema import OptimConfig
 from bottleneck.core.errors import check
-from bottleneck.evaluation.agreement import NUMBERS, compare
+from bottleneck.core.extensions import metrics
+from bottleneck.evaluation.agreement import compare
 from bottleneck.evaluation.sums import derived, validate
 from bottleneck.heads.bank import HeadBank
 from bottleneck.training.optim import build_optimizer, clip_per_head, schedule
@@ -202,10 +203,10 @@ class HeadSweep(pl.LightningModule):
             self.backbone, self.bank, self.validation(trainer.global_rank, trainer.world_size), self.bands
         )
         rows = {
-            f"val/{n}/{name}": found[n]
+            f"val/{m.name}/{name}": found[m.name]
             for name, found in self.details["heads"].items()
-            for n in NUMBERS
-            if found[n] is not None
+            for m in metrics()
+            if found[m.name] is not None
         }
         if self.device.type == "cuda":
             peak = torch.tensor(torch.cuda.max_memory_allocated(self.device) / 2**30, device=self.device)

@@ -18,8 +18,8 @@ from pytorch_lightning.utilities import rank_zero_only
 from bottleneck.config.schema import LoggerConfig, TrainConfig
 from bottleneck.core.environment import commit
 from bottleneck.core.errors import UserError
+from bottleneck.core.extensions import metrics
 from bottleneck.core.files import write_atomic
-from bottleneck.evaluation.agreement import NUMBERS
 from bottleneck.heads.bank import HeadKey
 from bottleneck.results.curve import band_losses
 
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 IDS = "wandb.json"  # ids of the W&B runs, by head; and the lowest validation loss of each so far
 BEST = "best"
 AGENT = "WANDB_SWEEP_ID"  # set where W&B's agent runs the job
-FINAL = ("loss", "perplexity", "bits_per_byte", "initial_loss", *NUMBERS)
+FINAL = ("loss", "perplexity", "bits_per_byte", "initial_loss")  # and the metrics
 COLUMNS = ("step", "tokens", "metric", "head", "value")
 
 
@@ -166,9 +166,10 @@ class WandbHeads(Logger):
     def finish(self, curve: Optional[dict[str, Any]], alone: bool) -> None:
         """End the runs; with their results, where there is a curve, and that as a run of its own unless this is one job of several."""
         results = {} if curve is None else {HeadKey(h["rank"], h["lr"], h["seed"]).name: h for h in curve["heads"]}
+        wanted = {*FINAL, *(m.name for m in metrics())}
         for name, run in self.runs.items():
             if name in results:
-                final = {f"final/{k}": v for k, v in results[name].items() if k in FINAL and v is not None}
+                final = {f"final/{k}": v for k, v in results[name].items() if k in wanted and v is not None}
                 final |= {f"final/{k}": v for k, v in band_losses(results[name]).items() if v is not None}
                 run.summary.update(final | {"best/loss": self.ids[BEST].get(name), "status": results[name]["status"]})
             run.finish(exit_code=0 if curve is not None else 1)

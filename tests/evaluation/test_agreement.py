@@ -11,7 +11,8 @@ import torch
 
 import bottleneck.losses.fused as fused
 from bottleneck.core.errors import UserError
-from bottleneck.evaluation.agreement import BANDS, bands_of, compare, differences, top
+from bottleneck.core.extensions import METRICS, Predictions
+from bottleneck.evaluation.agreement import BANDS, bands_of, compare
 from bottleneck.heads.bank import HeadBank, HeadKey
 from bottleneck.losses.distill import Objective, steps
 from bottleneck.losses.linear import targets, weights
@@ -42,17 +43,20 @@ def test_the_four_numbers_equal_brute_force():
     g = torch.Generator().manual_seed(0)
     s = 3 * torch.randn(40, 300, generator=g)
     t = s + torch.linspace(0, 2, 40)[:, None] * torch.randn(40, 300, generator=g)
-    log_p, log_q = torch.log_softmax(s, -1), torch.log_softmax(t, -1)
-    found = differences(log_p, top(log_p), log_q)
+    y = torch.zeros(40, dtype=torch.long)
+    p, q = Predictions(torch.log_softmax(s, -1), y), Predictions(torch.log_softmax(t, -1), y)
+    built_in = [METRICS[n] for n in ("kl", "top1_agreement", "top5_agreement", "acceptance")]
+    found = torch.stack([m.measure(p, q) for m in built_in], -1)
     assert np.allclose(found, brute(s.numpy(), t.numpy()), atol=2e-6)
-    same = differences(log_p, top(log_p), log_p)
+    same = torch.stack([m.measure(p, p) for m in built_in], -1)
     assert (
         (same[:, 0] == 0).all() and (same[:, 1:3] == 1).all() and torch.allclose(same[:, 3], torch.ones(40), atol=1e-6)
     )
 
 
 def test_a_real_run_has_them_for_every_head(run, tmp_path):
-    """Over all validation tokens, equal to a direct evaluation of the saved heads; full rank from the own head loses nothing."""
+    """Over all validation tokens, equal to a direct evaluation of the saved heads; full rank from the own head loses
+    nothing."""
     result = run("tokens=2048", "ranks=[2,32]", "optim.lr=[1e-9,1e-2]", "trainer.micro_batch_size=3")
     module, c = result.module, json.loads((tmp_path / "run" / "curve.json").read_text())
     hidden, goals = [], []
@@ -146,7 +150,8 @@ def pupils(N, D, V, ranks):
     + [("chunked", 1.0, 1.0), ("chunked", 2.5, 1.0)],
 )
 def test_distillation_gradients_are_those_of_the_definition(impl, temperature, mix, monkeypatch):
-    """Against autograd in float64: loss and both gradients of two heads, with masked tokens, in several chunks and blocks of a row."""
+    """Against autograd in float64: loss and both gradients of two heads, with masked tokens, in several chunks and
+    blocks of a row."""
     monkeypatch.setattr(fused, "MEMORY", 0)  # chunks of 128
     monkeypatch.setattr(fused, "ROW", fused.Tile(1, 64, 4, 1))
     heads, W, h, y = pupils(129 if impl == "fused" else 700, 12, 90, (1, 7))
@@ -180,7 +185,8 @@ def test_distillation_in_sixteen_bits_is_as_close_as_plain_pytorch(temperature, 
 
 
 def test_a_trained_teacher_learns_from_the_data_and_teaches_the_others():
-    """The head of rank D has the gradient of cross-entropy, bit for bit; the others that of distillation from its logits of the step."""
+    """The head of rank D has the gradient of cross-entropy, bit for bit; the others that of distillation from its
+    logits of the step."""
     g = torch.Generator().manual_seed(2)
     N, D, V = 500, 12, 90
     h, y = torch.randn(N, D, generator=g), torch.randint(0, V, (N,), generator=g)
@@ -268,14 +274,15 @@ def test_the_knee_tells_of_seeds_that_do_not_reach_it():
 
 
 def test_the_last_validation_runs_where_the_training_did(run, tmp_path, monkeypatch):
-    """Before Lightning takes the run apart, which moves the backbone to the CPU; a finished run that is resumed moves it back."""
+    """Before Lightning takes the run apart, which moves the backbone to the CPU; a finished run that is resumed moves
+    it back."""
     from pytorch_lightning.strategies import SingleDeviceStrategy
 
     import bottleneck.training.module
     from bottleneck.training.module import HeadSweep
 
-    events, compare, teardown, to = [], bottleneck.module.compare, SingleDeviceStrategy.teardown, HeadSweep.to
-    monkeypatch.setattr(bottleneck.module, "compare", lambda *a: (events.append("compared"), compare(*a))[1])
+    events, compare, teardown, to = [], bottleneck.training.module.compare, SingleDeviceStrategy.teardown, HeadSweep.to
+    monkeypatch.setattr(bottleneck.training.module, "compare", lambda *a: (events.append("compared"), compare(*a))[1])
     monkeypatch.setattr(
         SingleDeviceStrategy, "teardown", lambda self: (events.append("taken apart"), teardown(self))[1]
     )
