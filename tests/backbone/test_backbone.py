@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 
 import pytest
@@ -164,7 +165,7 @@ def test_labels():
     ],
 )
 def test_bad_paths_are_one_line(cfg, words, toy_backbone, tmp_path):
-    cfg.path = cfg.path.format(toy=toy_backbone, empty=tmp_path)
+    cfg = dataclasses.replace(cfg, path=cfg.path.format(toy=toy_backbone, empty=tmp_path))
     for load in (load_tokenizer, load_shape):
         with pytest.raises(UserError, match=words) as caught:
             load(cfg)

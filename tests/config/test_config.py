@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from omegaconf import OmegaConf
 
 from bottleneck.cli import one_line_errors as cli
 from bottleneck.config.checks import RANK_LADDER, check_config, check_shapes, total_steps
+from bottleneck.config.declare import fits
+from bottleneck.config.reference import keys
 from bottleneck.config.schema import SCHEMA_KEYS, BackboneConfig
 from bottleneck.core.errors import UserError
 from bottleneck.training.checkpoint import check_same_run
@@ -112,6 +116,13 @@ def test_counts_and_lists():
         ("head.init=magic", "head.init=magic: must be one of fisher, refined, svd, scaled, normal"),
         ("optim.lr_rule=magic", "must be one of power, table, grid"),
         ("data.files=null", "either data.files"),
+        ("data.files=", "data.files=: is empty; give a value, or null (an unset shell variable"),
+        ("data.files=[a,'']", "data.files: holds an empty path"),
+        ("backbone.path=", "backbone.path=: is empty"),
+        ("ckpt_path=''", "ckpt_path=: is empty"),
+        ("trainer.timeout_minutes=1e300", "trainer.timeout_minutes=1e+300: must be at most a year"),
+        ("backbone.compile=maybe", "backbone.compile=maybe: must be one of auto, true, false"),
+        ("optim.lr_ref.fisher=-1", "optim.lr_ref.fisher=-1: must be a number above 0"),
         ("data=local", "give either data.files (local) or"),
         ("backbone.dtype=int8", "must be one of auto"),
         ("data.validation_fraction=0", "between 0 and 1"),
@@ -140,7 +151,11 @@ def test_limits_of_the_backbone():
     "override, words",
     [
         ("rank=8", "rank: unknown key; did you mean ranks?"),
-        ("optim.learning_rate=1", "optim.learning_rate: unknown key"),
+        ("optim.learning_rate=1", "optim.learning_rate: unknown key; did you mean optim.lr?"),
+        ("lr=1e-3", "lr: unknown key; did you mean optim.lr?"),
+        ("learning_rate=1e-3", "learning_rate: unknown key; did you mean optim.lr?"),
+        ("+lr=1e-3", "lr: unknown key; did you mean optim.lr?"),
+        ("micro_batch_size=4", "micro_batch_size: unknown key; did you mean trainer.micro_batch_size?"),
         ("+data.fles=x", "data.fles: unknown key; did you mean data.files?"),
         ("batch_size=many", "batch_size: "),
         ("backbone=gpt5", "backbone=gpt5: no such choice; allowed are"),
@@ -189,14 +204,34 @@ def test_help_is_a_page_and_true():
 
 
 def test_every_key_is_documented():
-    """A sentence a field: each key of the schema has a comment on its line, or on the line above."""
-    lines = (ROOT / "bottleneck" / "config" / "schema.py").read_text().split("def register")[0].splitlines()
-    fields = [(i, m.group(1)) for i, line in enumerate(lines) if (m := re.match(r"    (\w+): .+ = ", line))]
-    sections = {"backbone", "data", "head", "optim", "trainer", "logger"}
-    bare = [name for i, name in fields if "  # " not in lines[i] and not re.match("    #", lines[i - 1])]
-    assert set(bare) <= sections and len(fields) >= len(SCHEMA_KEYS), bare
+    """Each key of the schema has one sentence and a type."""
+    reference = {key.name: key for key in keys()}
+    assert set(reference) == set(SCHEMA_KEYS)
+    for key in reference.values():
+        assert re.fullmatch(r"[A-Za-z].{9,}[.)]", key.sentence), key
+        assert key.type and "any value" not in key.type, key
+    assert reference["optim.lr_rule"].type == "power | table | grid"
+    assert reference["backbone.compile"].type == "auto | true | false"
+    assert reference["data.max_tokens"][1:3] == ("whole number | null", "null")
     default = OmegaConf.to_container(composed([]), resolve=True)
     assert Path(default["backbone"]["path"]).is_dir()
+
+
+def test_a_checked_config_does_not_change_and_holds_values_of_its_declared_types():
+    """`check_config` returns frozen dataclasses. A composed config can be pickled, as workers and Slurm need."""
+    c = check_config(pickle.loads(pickle.dumps(composed(["backbone.compile=TRUE", "seed=3", "data.files=2024"]))))
+    assert c.backbone.compile is True and c.seed == [3] and c.data.files == "2024"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        c.tokens = 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        c.head.teacher = "trained"
+    for hint, good, bad in (
+        (Literal["auto"] | list[int], ["auto", [1, 2], []], ["none", [1.5], [True], 3, None]),
+        (float | dict[str, float], [1, 0.5, {"a": 1}], [True, "1", {1: 1.0}]),
+        (int | None, [3, None], [True, 3.0, "3"]),
+        (Literal["auto"] | bool, ["auto", True], [1, 0, "true"]),
+    ):
+        assert all(fits(hint, v) for v in good) and not any(fits(hint, v) for v in bad), hint
 
 
 def test_a_missing_launcher_says_how_to_install_it():

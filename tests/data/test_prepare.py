@@ -163,8 +163,8 @@ def change(folder, **values) -> None:
 @pytest.mark.parametrize(
     "overrides, words",
     [
-        (["data.prepared=x"], "here are files and prepared"),
-        (["data=pile", "data.prepared=x"], "here are dataset and prepared"),
+        (["data.prepared=x"], "files and prepared are given"),
+        (["data=pile", "data.prepared=x"], "dataset and prepared are given"),
         (
             ["data=prepared", "data.prepared=x", "data.validation_files=y"],
             "data.validation_files: was decided when data.prepared=x was made",
