@@ -175,7 +175,7 @@ class TrainerConfig:
 
     accelerator: Literal["auto", "cpu", "gpu"] = key("auto", "Device. auto takes a GPU where there is one.")
     devices: int = key(1, "Processes on each node.")
-    num_nodes: int = key(1, "Machines.")
+    num_nodes: int = key(1, "Number of machines that the run spans.")
     strategy: Literal["auto", "ddp"] = key("auto", "auto is ddp where there are several processes.")
     shard: Literal["none", "fsdp", "zero3", "zero2"] = key(
         "none", "What is sharded over processes: fsdp and zero3 the backbone, zero2 the heads' optimizer state."

@@ -208,7 +208,7 @@ def test_every_key_is_documented():
     reference = {key.name: key for key in keys()}
     assert set(reference) == set(SCHEMA_KEYS)
     for key in reference.values():
-        assert re.fullmatch(r"[A-Za-z].{9,}[.)]", key.sentence), key
+        assert re.fullmatch(r"[A-Za-z].{8,}[.)]", key.sentence), key
         assert key.type and "any value" not in key.type, key
     assert reference["optim.lr_rule"].type == "power | table | grid"
     assert reference["backbone.compile"].type == "auto | true | false"
