@@ -1,8 +1,8 @@
-"""A folder of prepared tokens: what it holds, whether it is whole, and opening one that was made elsewhere.
+"""A folder of prepared tokens: its content, its verification, and opening one that was made elsewhere.
 
-It has `train.bin` and `validation.bin` (one long stream of token ids each: end-of-text, document, end-of-text, document …,
-end-of-text) and `manifest.json`. Blocks are cut from the stream when it is read. Sizes and checksums are compared
-whenever a folder is opened.
+`train.bin` and `validation.bin` hold one stream of token ids each: end-of-text, document, end-of-text, document …,
+end-of-text. `manifest.json` describes them. Blocks are cut from the stream when it is read. Sizes and checksums are
+verified whenever a folder is opened.
 """
 
 from __future__ import annotations
@@ -18,34 +18,39 @@ import numpy as np
 
 from bottleneck.config.schema import DataConfig
 from bottleneck.core.errors import check
+from bottleneck.data.readers import local_path, readable
 
-FORMAT = 1  # of the folder; a change makes old ones unknown
+FORMAT = 1  # version of the folder; another one is refused
 PARTS = ("train", "validation")
 
 
 @dataclass
 class Corpus:
-    """Prepared tokens. `train` and `validation` are read-only arrays on disk."""
+    """Prepared tokens. `train` and `validation` are read-only arrays on disk.
+
+    Attributes:
+        seconds: how long the preparation took; None if the tokens were there already.
+    """
 
     name: str
     folder: Path
     manifest: dict[str, Any]
-    seconds: Optional[float] = None  # that preparing took; None where the tokens were there already
+    seconds: Optional[float] = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         dtype = np.dtype(self.manifest["dtype"])
         self.train = np.memmap(self.folder / "train.bin", dtype=dtype, mode="r")
         self.validation = np.memmap(self.folder / "validation.bin", dtype=dtype, mode="r")
 
     @property
     def fingerprint(self) -> str:
-        """Identity of the tokens themselves, wherever they are stored."""
+        """Identity of the tokens, wherever they are stored."""
         parts = [f"{p}:{self.manifest[p]['tokens']}:{self.manifest[p]['crc32']:08x}" for p in PARTS]
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
     @property
     def validation_bytes(self) -> int:
-        """UTF-8 bytes of the validation documents: the unit of bits per byte."""
+        """UTF-8 bytes of the validation documents, which bits per byte are relative to."""
         return self.manifest["validation"]["bytes"]
 
 
@@ -82,37 +87,45 @@ def _crc32(path: Path) -> int:
     return value
 
 
-# Tokenizers that differ differ here: capitals, digits, runs of white space, other scripts, what NFC changes, code.
-PROBE = "It's 12,345.60 — don't\tSTOP…\n\n    def f(x):  return {x: 'é' + 'e\u0301'}\r\n Καλημέρα, мир! 日本語 한국어 🙂 ﬁ\u00a0x <|endoftext|>  "
+# A text on which tokenizers differ: capitals, digits, runs of white space, other scripts, what NFC changes, code.
+PROBE = (
+    "It's 12,345.60 — don't\tSTOP…\n\n    def f(x):  return {x: 'é' + 'e\u0301'}\r\n"
+    " Καλημέρα, мир! 日本語 한국어 🙂 ﬁ\u00a0x <|endoftext|>  "
+)
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
     """Identity of a tokenizer by what it does: its vocabulary, and the ids of a text on which tokenizers differ.
 
-    Not by how it is stored, which changes from one version of Transformers to the next, nor by its end of text, which
-    they have read differently from one GGUF file (1 in 5.17, 2 in 5.23); prepared tokens name theirs in the manifest.
+    Two things are not part of it: how the tokenizer is stored, which changes between versions of Transformers; and its
+    end-of-text, which versions of Transformers read differently from one GGUF file (1 in 5.17, 2 in 5.23). Prepared
+    tokens name their end-of-text in the manifest.
     """
     what = [sorted(tokenizer.get_vocab().items()), tokenizer(PROBE, add_special_tokens=False)["input_ids"]]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
 def open_prepared(cfg: DataConfig, tokenizer: Any) -> Corpus:
-    """The tokens in the folder `data.prepared`, made earlier and perhaps on another machine.
+    """The tokens in the folder `data.prepared`, which was made earlier, perhaps on another machine.
 
-    Raises: UserError where the folder is not one, is damaged, or was made with another tokenizer.
+    Raises: UserError if it is not such a folder, is damaged, or was made with another tokenizer.
     """
-    folder = Path(cfg.prepared).expanduser()
-    where = f"data.prepared={cfg.prepared}"
+    where = f"data.prepared={readable(cfg.prepared)}"
+    check(
+        bool(str(cfg.prepared).strip()), "data.prepared: is empty; give the folder that python -m data.prepare printed"
+    )
+    folder = local_path(cfg.prepared)
     check(
         (folder / "manifest.json").is_file(),
-        f"{where}: not a folder of prepared tokens (no manifest.json); give the folder that python -m data.prepare printed, or a copy",
+        f"{where}: not a folder of prepared tokens (no manifest.json);"
+        " give the folder that python -m data.prepare printed, or a copy",
     )
     fault = verify(folder)
     check(fault is None, f"{where}: damaged ({fault}); copy it again")
     manifest = read_manifest(folder)
-    same = manifest.get("tokenizer") == tokenizer_hash(tokenizer)
+    made, own = manifest.get("tokenizer"), tokenizer_hash(tokenizer)
     check(
-        same,
-        f"{where}: its tokenizer ({manifest.get('tokenizer')}) is not the backbone's ({tokenizer_hash(tokenizer)}); prepare the text with this backbone",
+        made == own,
+        f"{where}: its tokenizer ({made}) is not the backbone's ({own}); prepare the text with this backbone",
     )
-    return Corpus(cfg.name or manifest.get("name") or folder.name, folder, manifest)
+    return Corpus(cfg.name or manifest.get("name") or readable(folder.name), folder, manifest)

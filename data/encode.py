@@ -1,10 +1,11 @@
-"""Documents to token ids on disk: batches are tokenised in the background while the next ones are read and the last written.
+"""Documents to token ids on disk. One batch is tokenised in the background while another is read and a third written.
 
-The ids do not depend on how documents fall into batches, and a long document is cut only where that changes no id.
+The ids do not depend on the batches, and a long document is cut only where that changes no id.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import zlib
@@ -19,24 +20,26 @@ import numpy as np
 from bottleneck.core.environment import cores
 from bottleneck.data.words import WordEncoder, cutter
 
-CORE_CHARS = 1 << 18  # text given to the tokenizer at once, for each core …
-MOST_CHARS = 1 << 21  # … and in all: it needs about 120 bytes a character
+CORE_CHARS = 1 << 18  # characters of one batch for each core …
+MOST_CHARS = 1 << 21  # … and at most: the tokenizer needs about 120 bytes a character
 LONG_CHARS = 1 << 19  # longer documents are tokenised in pieces of about this length, for the same reason
-# a line break before a letter, or what is between a word and the space before the next
+# places for a cut: after a line break before a letter, and between a word and the space before the next word
 CUTS = re.compile(r"\n(?=[^\W\d_])|(?<=[^\W\d_])(?= [^\W\d_])")
 AHEAD = 3  # batches that may wait to be written
-WINDOW = 512  # characters on each side of a cut that are tokenised with and without it
-TRIES = 50  # places looked at for one cut
-FEW_CORES = 4  # up to which one core that looks words up is faster than all cores that tokenise
-WORKERS = 2  # batches in the tokenizer at once: while one ends on few cores, the next has begun on the others
+WINDOW = 512  # characters on each side of a cut that are tokenised with the cut and without it
+TRIES = 50  # places tried for one cut
+FEW_CORES = 4  # up to this many cores, looking words up on one core is faster than tokenising on all
+WORKERS = 2  # batches in the tokenizer at once: while one finishes on few cores, the next starts on the others
+
+UINT32 = np.dtype("uint32")
 
 Encode = Callable[[list[str]], list[np.ndarray]]
 
 
-def encoder(tokenizer: Any, dtype: np.dtype = np.dtype("uint32")) -> Encode:
-    """Texts to arrays of ids without special tokens.
+def encoder(tokenizer: Any, dtype: np.dtype = UINT32) -> Encode:
+    """A function from texts to arrays of ids, without special tokens.
 
-    A fast tokenizer uses all cores and holds no lock meanwhile; looking words up is faster on few cores, but uses one.
+    A fast tokenizer uses all cores and releases the GIL. On few cores looking words up is faster, but uses one core.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not hasattr(backend, "encode_batch_fast"):
@@ -53,28 +56,29 @@ def encoder(tokenizer: Any, dtype: np.dtype = np.dtype("uint32")) -> Encode:
 
 
 def background(tokenizer: Any) -> ThreadPoolExecutor:
-    """Threads for `Writer`. A tokenizer written in Python gets one: nothing says that it may be called by several."""
+    """Threads for `Writer`. A tokenizer written in Python gets one thread, because it may not be thread-safe."""
     return ThreadPoolExecutor(WORKERS if getattr(tokenizer, "backend_tokenizer", None) is not None else 1)
 
 
 def batch_chars() -> int:
-    """Characters that keep every core busy within bounded memory."""
+    """Characters of one batch: enough to keep every core busy, within bounded memory."""
     return min(MOST_CHARS, CORE_CHARS * cores())
 
 
 def pieces(text: str, encode: Encode, length: int = LONG_CHARS) -> Iterator[str]:
-    """A document in pieces whose ids, one after the other, are the document's.
+    """Pieces of a document whose ids, joined, are the ids of the document.
 
-    They are cut between words (of SentencePiece, a space is lost there, which each piece has at its start anyway). Most tokenizers treat words apart, but some add something to the start of a text or join
-    words; so a cut is made only where the text around it has the same ids with it and without. Where no such place is
-    found the rest stays whole.
+    Cuts lie between words. Most tokenizers treat words separately, but some add something to the start of a text or
+    join words; so a cut is made only where the surrounding text has the same ids with the cut and without it. If there
+    is no such place, the rest stays in one piece. With SentencePiece the space at a cut is dropped, because every piece
+    gets one at its start.
     """
     start = 0
     while len(text) - start > 2 * length:
         places = CUTS.finditer(text, start + length, start + 2 * length)
         for place, _ in zip(places, range(TRIES)):
             left, right = text[max(start, place.end() - WINDOW) : place.end()], text[place.end() : place.end() + WINDOW]
-            # SentencePiece gives every text a space at its start: there the space in between is left out
+            # SentencePiece puts a space at the start of every text, so the space at the cut is left out there
             whole, a, b, c = encode([left + right, left, right, right.removeprefix(" ")])
             same = [np.array_equal(whole, np.concatenate([a, other])) for other in (b, c)]
             if any(same):
@@ -87,7 +91,11 @@ def pieces(text: str, encode: Encode, length: int = LONG_CHARS) -> Iterator[str]
 
 
 def joined(texts: list[str], encode: Encode, eos: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Documents to one array of ids, end-of-text after each; tokens [documents] and UTF-8 bytes [documents] of each."""
+    """Tokenise documents.
+
+    Returns: the ids of all documents, each followed by end-of-text; the tokens of each document with its end-of-text
+        [documents]; its UTF-8 bytes [documents].
+    """
     parts: list[np.ndarray] = []
     lengths = np.zeros(len(texts), np.int64)
     group: list[tuple[int, str]] = []
@@ -115,24 +123,31 @@ def joined(texts: list[str], encode: Encode, eos: int) -> tuple[np.ndarray, np.n
 
 
 class Writer:
-    """Appends documents to one stream of tokens on disk, up to the document that passes `limit` tokens."""
+    """Appends documents to one stream of tokens on disk, up to the document that passes `limit` tokens.
+
+    Attributes:
+        offered: documents that were given to `add`.
+        documents, tokens, bytes: what was written so far; complete after `finish`.
+    """
 
     def __init__(self, path: Path, dtype: np.dtype, eos: int, encode: Encode, limit: Optional[int], pool: Executor):
         self.file = open(path, "wb")
         self.eos, self.encode, self.limit, self.pool = eos, encode, limit, pool
-        # with a small limit short batches, so that not much more is read than is kept; and the same ones on any machine: documents
-        # for validation that come by meanwhile are kept as well
+        # A small limit means short batches, so that little more is read than is kept. Their length is the same on every
+        # machine, because it decides which documents are read, and of these some are kept for validation.
         self.batch = batch_chars() if limit is None else min(MOST_CHARS, max(4096, limit))
-        self.tokens = self.documents = self.bytes = self.crc = self._chars = 0
+        self.offered = self.tokens = self.documents = self.bytes = self.crc = self._chars = 0
         self._texts: list[str] = []
         self._ahead: deque[Future] = deque()
         self._write(np.array([eos], dtype=dtype))
 
     @property
     def full(self) -> bool:
+        """Whether the limit is passed, so that further documents are not kept."""
         return self.limit is not None and self.tokens > self.limit
 
     def add(self, text: str) -> None:
+        self.offered += 1
         if self.full:
             return
         self._texts.append(text)
@@ -159,18 +174,27 @@ class Writer:
         self.bytes += int(sizes[:count].sum())
 
     def _write(self, ids: np.ndarray) -> None:
-        raw = memoryview(ids).cast("B")
+        raw = memoryview(np.ascontiguousarray(ids)).cast("B")  # type: ignore[arg-type]  # arrays are buffers
         self.file.write(raw)
         self.crc = zlib.crc32(raw, self.crc)
         self.tokens += len(ids)
 
-    def close(self) -> dict[str, int]:
-        """Write what is left. Returns the part's entry in the manifest."""
+    def finish(self) -> None:
+        """Write the documents that are still waiting."""
         if self._texts:
             self._send()
         while self._ahead:
             self._receive()
+
+    def close(self) -> dict[str, int]:
+        """Write the rest and close the file. Returns the part's entry in the manifest."""
+        self.finish()
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
         return {"tokens": self.tokens, "documents": self.documents, "bytes": self.bytes, "crc32": self.crc}
+
+    def abandon(self) -> None:
+        """Close the file without complaint: what was written is about to be deleted."""
+        with contextlib.suppress(OSError):
+            self.file.close()

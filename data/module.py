@@ -1,7 +1,7 @@
-"""Prepared tokens as batches: one training batch is one optimizer step of one process.
+"""Prepared tokens as batches: one training batch is one process's share of one optimizer step.
 
-Which sequences a step holds depends on `data.seed`, `data.epochs` and the global batch alone, not on the number of processes or
-micro-batches. Dims: N sequences, T tokens predicted per sequence.
+The sequences of a step depend on `data.seed`, `data.epochs` and the global batch size, not on the number of processes
+or the micro-batch size. Dims: N sequences, T tokens predicted per sequence.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ from torch.utils.data import DataLoader, Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from bottleneck.core.errors import check
-from bottleneck.data.prepare import Corpus
+from bottleneck.data.cache import Corpus
 
-IGNORE = -100  # target that does not count
+IGNORE = -100  # a target that does not count
 
 
 class StepBatches(Dataset):
-    """Item `step` is this process's share of that step's sequences, [N, T+1] ids: inputs and targets overlap.
+    """Item `step` is this process's share of the sequences of that step, [N, T+1] ids: inputs and targets overlap.
 
-    In several epochs the first steps / epochs of them are all the text there is; each epoch has an order of its own.
+    With several epochs the first steps / epochs of them read all of the text, and each further epoch reads it in an
+    order of its own.
+
+    Raises: UserError if an epoch needs more tokens than the corpus has.
     """
 
     def __init__(
@@ -36,27 +39,25 @@ class StepBatches(Dataset):
         steps: int,
         seed: int,
         bos: Optional[int],
-        rank=0,
-        world=1,
-        epochs=1,
+        rank: int = 0,
+        world: int = 1,
+        epochs: int = 1,
     ):
         self.tokens, self.block, self.batch, self.steps, self.bos = corpus.train, block, batch, steps, bos
         self.rank, self.share = rank, batch // world
         blocks = (len(self.tokens) - 1) // block
         self.order = np.random.default_rng(seed).permutation(blocks)
-        text = math.ceil(steps / epochs) * batch  # blocks of an epoch
-        needed, have = text * block, blocks * block
+        needed = math.ceil(steps / epochs) * batch  # blocks of one epoch
         once = "" if epochs == 1 else f" for each of {epochs} epochs"
         check(
-            needed <= have,
-            f"tokens: {needed} are asked for{once}, {corpus.name} has {have} training tokens in blocks of {block}; give fewer, a smaller data.block_size, more text, or read it again with a larger data.epochs",
+            needed <= blocks,
+            f"tokens: {needed * block} are asked for{once}, {corpus.name} has {blocks * block} training tokens in"
+            f" blocks of {block}; give fewer, a smaller data.block_size, more text,"
+            " or read it again with a larger data.epochs",
         )
-        self.plan = np.concatenate(
-            [
-                self.order[:text],
-                *(np.random.default_rng([seed, epoch]).permutation(self.order[:text]) for epoch in range(1, epochs)),
-            ]
-        )
+        first = self.order[:needed]
+        again = (np.random.default_rng([seed, epoch]).permutation(first) for epoch in range(1, epochs))
+        self.plan = np.concatenate([first, *again])
 
     def __len__(self) -> int:
         return self.steps
@@ -74,15 +75,15 @@ class StepBatches(Dataset):
         return self.blocks(self.plan[first : first + self.share])
 
     def calibration(self, tokens: int) -> Tensor:
-        """The first sequences of the training order, at least `tokens` of them where there are as many: [N, T+1]."""
+        """The first sequences of the training order [N, T+1]: at least `tokens` tokens, if there are as many."""
         count = min(math.ceil(tokens / self.block), len(self.order))
         return self.blocks(self.order[:count])
 
 
 class ValidationBlocks(Dataset):
-    """Every validation token is predicted exactly once, over all processes: item = (inputs [T], targets [T])."""
+    """Items (inputs [T], targets [T]) in which all processes together predict every validation token exactly once."""
 
-    def __init__(self, corpus: Corpus, block: int, bos: Optional[int], rank=0, world=1):
+    def __init__(self, corpus: Corpus, block: int, bos: Optional[int], rank: int = 0, world: int = 1):
         self.tokens, self.block, self.bos = corpus.validation, block, bos
         self.indices = range(rank, math.ceil((len(self.tokens) - 1) / block), world)
 
@@ -101,18 +102,18 @@ class ValidationBlocks(Dataset):
 
 
 def leading_bos(tokenizer: Any) -> Optional[int]:
-    """The id a tokenizer puts before every text (Llama, Gemma, OPT), or None (Pythia, GPT-2).
+    """The id that a tokenizer puts before every text (Llama, Gemma, OPT), or None (Pythia, GPT-2).
 
-    Backbones that were always given one (Gemma above all) need it, so every block then begins with it, as context only.
+    Backbones that were trained with it need it, Gemma above all. So every block begins with it; it is never a target.
     """
     ids = tokenizer("a")["input_ids"]
     return ids[0] if len(ids) > 1 and ids[0] == tokenizer.bos_token_id else None
 
 
 class TextData(pl.LightningDataModule):
-    """The batches of a run. Position is saved and restored by the stateful loader, exactly.
+    """The batches of a run. The stateful loader saves and restores the exact position.
 
-    Raises: UserError where the training tokens are fewer than an epoch of the budget.
+    Raises: UserError if an epoch of the budget needs more tokens than the corpus has.
     """
 
     def __init__(
@@ -129,7 +130,7 @@ class TextData(pl.LightningDataModule):
         super().__init__()
         self.corpus, self.block, self.batch, self.steps = corpus, block, batch, steps
         self.micro_batch, self.seed, self.bos, self.epochs = micro_batch, seed, bos, epochs
-        self._steps(0, 1)  # refuses a budget beyond the corpus now, before any weights are loaded
+        self._steps(0, 1)  # checks the budget now, before any weights are loaded
 
     def _steps(self, rank: int, world: int) -> StepBatches:
         return StepBatches(
@@ -137,10 +138,12 @@ class TextData(pl.LightningDataModule):
         )
 
     def calibration(self, tokens: int) -> Tensor:
+        """The first sequences of the training order, see `StepBatches.calibration`."""
         return self._steps(0, 1).calibration(tokens)
 
     def train_dataloader(self) -> StatefulDataLoader:
         trainer = self.trainer
+        assert trainer is not None, "Lightning attaches the trainer before it asks for batches"
         pin = trainer.strategy.root_device.type == "cuda"
         return StatefulDataLoader(self._steps(trainer.global_rank, trainer.world_size), batch_size=None, pin_memory=pin)
 

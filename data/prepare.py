@@ -1,9 +1,9 @@
-"""Documents to a cache of tokens: split by document, tokenise, write. What a cache folder holds: data/cache.py.
+"""Documents to a cache of tokens: split by document, tokenise, write. data/cache.py describes the cache folder.
 
-    python -m data.prepare backbone=… data=…     prepares only, for a run elsewhere: copy the folder that it prints, and
+    python -m data.prepare backbone=… data=…     prepares only and prints the folder, which can be copied elsewhere for
     python train.py backbone=… data=prepared data.prepared=FOLDER
 
-The folder is written under another name and renamed when it is whole.
+The folder is written under another name and renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import os
 import shutil
 import sys
 import time
-import zlib
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Optional
 
@@ -24,90 +23,66 @@ from filelock import FileLock
 
 from bottleneck.backbone.model import load_tokenizer
 from bottleneck.cli import one_line_errors as cli
-from bottleneck.config.checks import as_list, check_config
+from bottleneck.config.checks import check_config
 from bottleneck.config.schema import DataConfig
 from bottleneck.core.errors import Parser, UserError, check
 from bottleneck.data.cache import FORMAT, PARTS, Corpus, open_prepared, read_manifest, tokenizer_hash, verify
 from bottleneck.data.encode import Writer, background, encoder
+from bottleneck.data.held_out import HashSplit, document_hash
+from bottleneck.data.readers import local_path, readable
 from bottleneck.data.sources import Source
 
 log = logging.getLogger(__name__)
-FIRST_DOCUMENTS = 200  # among these at least one is held out, however small the text
+PROGRESS_SECONDS = 5.0  # between two lines about the progress
 
 
 def prepare(cfg: DataConfig, tokenizer: Any) -> Corpus:
-    """Open the cache of this text and tokenizer, making it first where it is missing or damaged; or the folder `data.prepared`.
+    """The tokens of this text: the folder `data.prepared`, or the cache, which is built first if missing or damaged.
 
-    Raises: UserError for missing or unreadable files, text without enough documents, a full disk, or a folder
-        `data.prepared` that is damaged or of another tokenizer.
+    A complete cache is opened without its lock, so it may be shared and read-only.
+
+    Raises: UserError for missing or unreadable files, text without enough documents, a full disk or exhausted memory,
+        or a folder `data.prepared` that is damaged or was made with another tokenizer.
     """
     if cfg.prepared is not None:
         return open_prepared(cfg, tokenizer)
     source = Source(cfg)
     key = _key(cfg, source, tokenizer)
-    root = Path(cfg.cache_dir).expanduser()
+    root = local_path(cfg.cache_dir)
     label = "".join(ch if ch.isalnum() else "-" for ch in source.name).strip("-")[:40] or "text"
     folder = root / f"{label}-{key}"
     seconds = None
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / f"{key}.lock"):  # several processes may start at once
-            fault = verify(folder)
-            if fault:
-                if folder.exists():
-                    log.warning("prepared tokens in %s are damaged (%s): preparing again", folder, fault)
-                    shutil.rmtree(folder)
-                start = time.monotonic()
-                _build(cfg, source, tokenizer, folder)
-                seconds = time.monotonic() - start
+        if verify(folder) is not None:
+            root.mkdir(parents=True, exist_ok=True)
+            with FileLock(root / f"{key}.lock"):  # several processes may start at once
+                seconds = _build_missing(cfg, source, tokenizer, folder)
     except OSError as error:
-        raise UserError(f"data.cache_dir={cfg.cache_dir}: cannot write prepared tokens there: {error}") from error
+        where = f"data.cache_dir={readable(cfg.cache_dir)}"
+        raise UserError(f"{where}: cannot write prepared tokens there: {error}") from error
+    except MemoryError as error:
+        raise UserError(
+            f"data: memory ran out while {source.name} was prepared ({error or 'out of memory'})"
+        ) from error
     return Corpus(source.name, folder, read_manifest(folder), seconds)
+
+
+def _build_missing(cfg: DataConfig, source: Source, tokenizer: Any, folder: Path) -> Optional[float]:
+    """Build the cache unless another process has. Returns the seconds it took."""
+    fault = verify(folder)
+    if fault is None:
+        return None
+    if folder.exists():
+        log.warning("prepared tokens in %s are damaged (%s): preparing again", readable(folder), fault)
+        shutil.rmtree(folder)
+    start = time.monotonic()
+    _build(cfg, source, tokenizer, folder)
+    return time.monotonic() - start
 
 
 def _key(cfg: DataConfig, source: Source, tokenizer: Any) -> str:
     what = [FORMAT, source.describe(), tokenizer_hash(tokenizer), tokenizer.eos_token_id, cfg.block_size]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def document_hash(text: str, seed: int) -> int:
-    """64 bits of a document and a seed: decides which side of the split it is on, copies of it alike."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, salt=seed.to_bytes(8, "little"))
-    return int.from_bytes(digest.digest(), "big")
-
-
-class _Split:
-    """Deals documents of one stream to train or validation by their hash."""
-
-    def __init__(self, cfg: DataConfig):
-        self.seed, self.limit = cfg.seed, int(cfg.validation_fraction * 2**64)
-        self.paragraphs = cfg.text_unit == "paragraph" or (
-            cfg.text_unit == "auto" and len(as_list(cfg.files or [])) == 1
-        )
-
-    def __call__(self, documents: Iterable[str]) -> Iterator[tuple[bool, str]]:
-        """Yields (held out?, document)."""
-        stream = iter(documents)
-        first: list[tuple[int, bytes]] = []  # packed, since documents may be long
-        for d, _ in zip(stream, range(FIRST_DOCUMENTS)):
-            first.append((document_hash(d, self.seed), zlib.compress(d.encode("utf-8", "surrogatepass"), 1)))
-        hashes = {value for value, _ in first}
-        check(len(hashes) > 0, "data: there is no document in the text, or only empty ones")
-        check(
-            len(hashes) > 1,
-            "data: the text is a single document, so none can be held out for validation; give data.validation_files{'' if self.paragraphs else ', or data.text_unit=paragraph for plain text'}",
-        )
-        forced = min(hashes)  # a text of few documents still has one for validation
-
-        def held(value: int) -> bool:
-            return value < self.limit or value == forced
-
-        # held-out documents first, so that a small max_tokens does not end the reading before there is one
-        for value, packed in sorted(first, key=lambda f: not held(f[0])):
-            yield held(value), zlib.decompress(packed).decode("utf-8", "surrogatepass")
-        first.clear()
-        for d in stream:
-            yield held(document_hash(d, self.seed)), d
 
 
 def _build(cfg: DataConfig, source: Source, tokenizer: Any, folder: Path) -> None:
@@ -119,74 +94,113 @@ def _build(cfg: DataConfig, source: Source, tokenizer: Any, folder: Path) -> Non
     encode, pool = encoder(tokenizer, dtype), background(tokenizer)
     train = Writer(half / "train.bin", dtype, eos, encode, cfg.max_tokens, pool)
     validation = Writer(half / "validation.bin", dtype, eos, encode, cfg.validation_tokens, pool)
-    log.info("preparing %s (once; kept in %s)", source.name, folder.parent)
-    start = said = time.monotonic()
+    log.info("preparing %s (once; kept in %s)", source.name, readable(folder.parent))
+    start = time.monotonic()
     try:
-        if source.has_validation:
-            held: set[int] = set()
-            for d in source.validation():
-                held.add(document_hash(d, 0))
-                validation.add(d)
-                if validation.full:  # what is beyond the limit is not validated on, so need not be read
-                    break
-            # a training document that is also a validation document is not trained on
-            dealt: Iterable[tuple[bool, str]] = ((False, d) for d in source.train() if document_hash(d, 0) not in held)
-        else:
-            dealt = _Split(cfg)(source.train())
-        for held_out, d in dealt:
-            (validation if held_out else train).add(d)
-            if time.monotonic() - said > 5:
-                said = time.monotonic()
-                log.info("  %.1fM tokens, %.2fM tokens/s", train.tokens / 1e6, train.tokens / 1e6 / (said - start))
-            if train.full:
-                break
+        copies, waiting = _fill(cfg, source, train, validation)
         parts = {"train": train.close(), "validation": validation.close()}
         for part in parts:
             check(parts[part]["documents"] > 0, f"data: no {part} documents in {source.name}")
-        manifest = {
-            "format": FORMAT,
-            "name": source.name,
-            "dtype": dtype.name,
-            "eos": eos,
-            "block_size": cfg.block_size,
-            "tokenizer": tokenizer_hash(tokenizer),
-            "source": source.describe(),
-            **parts,
-        }
-        (half / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        about = {"name": source.name, "dtype": dtype.name, "eos": eos, "block_size": cfg.block_size}
+        manifest = {"format": FORMAT, **about, "tokenizer": tokenizer_hash(tokenizer), "source": source.describe()}
+        read = _account(source, train, validation, copies=copies, waiting=waiting)
+        (half / "manifest.json").write_text(json.dumps(manifest | parts | {"read": read}, indent=1))
         os.replace(half, folder)
     except BaseException:
+        train.abandon()
+        validation.abandon()
         shutil.rmtree(half, ignore_errors=True)
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-    log.info(
-        "prepared %s: %s training tokens, %s validation tokens in %.0f s",
-        source.name,
-        f"{train.tokens:,}",
-        f"{validation.tokens:,}",
-        time.monotonic() - start,
+    seconds = time.monotonic() - start
+    counts = f"{train.tokens:,} training tokens, {validation.tokens:,} validation tokens"
+    log.info("prepared %s: %s in %.0f s", source.name, counts, seconds)
+
+
+def _fill(cfg: DataConfig, source: Source, train: Writer, validation: Writer) -> tuple[int, int]:
+    """Write the documents up to the limits on tokens.
+
+    Returns: the number of training documents left out as copies of validation documents, and the number of documents
+        that were read but not written because the limit was reached.
+    """
+    split = HashSplit(cfg.seed, cfg.validation_fraction)
+    held: set[int] = set()
+    copies = 0
+    if source.has_validation:
+        hashes = []
+        for d in source.validation():
+            hashes.append(document_hash(d, 0))
+            validation.add(d)
+            if validation.full:  # what lies beyond the limit is not validated on, so it need not be read
+                break
+        validation.finish()
+        held = set(hashes[: validation.documents])
+    documents = ((False, d) for d in source.train()) if source.has_validation else split(source.train())
+    for held_out, d in _with_progress(documents, train):
+        if held and document_hash(d, 0) in held:
+            copies += 1
+            continue
+        (validation if held_out else train).add(d)
+        if train.full:
+            break
+    train.finish()
+    validation.finish()
+    return copies, split.waiting
+
+
+def _with_progress(documents: Iterable[tuple[bool, str]], train: Writer) -> Iterator[tuple[bool, str]]:
+    start = last = time.monotonic()
+    for document in documents:
+        yield document
+        if time.monotonic() - last > PROGRESS_SECONDS:
+            last = time.monotonic()
+            log.info("  %.1fM tokens, %.2fM tokens/s", train.tokens / 1e6, train.tokens / 1e6 / (last - start))
+
+
+def _account(source: Source, train: Writer, validation: Writer, *, copies: int, waiting: int) -> dict[str, int]:
+    """What became of every row and document that was read; the sums must agree. Logs what was left out."""
+    beyond = waiting + sum(w.offered - w.documents for w in (train, validation))
+    rows = source.counts
+    read = {
+        "rows": rows.rows,
+        "rows_empty": rows.empty,
+        "rows_bad": rows.bad,
+        "documents": source.documents,
+        "documents_blank": source.blank,
+        "copies": copies,
+        "beyond_limits": beyond,
+    }
+    if source.documents != train.documents + validation.documents + copies + beyond:
+        written = f"{train.documents} + {validation.documents} were written"
+        raise RuntimeError(f"documents were lost in preparation: {written}, left out and read are {read}")
+    reasons = (
+        (rows.empty + source.blank, "without text"),
+        (rows.bad, "whose text is not a string"),
+        (copies, "copies of validation documents"),
+        (beyond, "beyond data.max_tokens or data.validation_tokens"),
     )
+    left_out = "; ".join(f"{count:,} {reason}" for count, reason in reasons if count)
+    if left_out:
+        log.info("left out of %s: %s", source.name, left_out)
+    return read
 
 
 def command(overrides: list[str]) -> Corpus:
-    """`python -m data.prepare OVERRIDES`: the tokens of the run that `python train.py OVERRIDES` would be; no weights are loaded."""
+    """Prepare the tokens of the run that `python train.py OVERRIDES` would be, without loading weights."""
     c = check_config(cli.composed(overrides))
     corpus = prepare(c.data, load_tokenizer(c.backbone))
     counts = {part: int(corpus.manifest[part]["tokens"]) for part in PARTS}
-    took = (
-        "already there"
-        if corpus.seconds is None
-        else f"{corpus.seconds:.1f} s, {sum(counts.values()) / corpus.seconds:,.0f} tokens/s"
-    )
-    print(
-        f"{corpus.folder.resolve()}\n{corpus.name}: {counts['train']:,} training tokens, {counts['validation']:,} validation tokens; {took}"
-    )
+    took = "already there"
+    if corpus.seconds is not None:
+        took = f"{corpus.seconds:.1f} s, {sum(counts.values()) / corpus.seconds:,.0f} tokens/s"
+    print(readable(corpus.folder.resolve()))
+    print(f"{corpus.name}: {counts['train']:,} training tokens, {counts['validation']:,} validation tokens; {took}")
     return corpus
 
 
 def main(argv: Optional[list[str]] = None) -> int:
-    """Returns the exit code: 2 for bad input, told in one line."""
+    """Returns the exit code: 2 for bad input, which is reported in one line."""
     parser = Parser(
         prog="python -m data.prepare", description="Prepare the tokens of a run, without weights or training."
     )

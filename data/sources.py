@@ -1,9 +1,9 @@
-"""Where documents come from: local text files or a Hub dataset, read as a stream through `datasets`."""
+"""Where documents come from: local text files or a Hub dataset, and which of them are for validation."""
 
 from __future__ import annotations
 
-import glob
 import logging
+import os
 import re
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Optional
@@ -11,81 +11,83 @@ from typing import Any, Iterable, Iterator, Optional
 from bottleneck.config.checks import as_list
 from bottleneck.config.schema import DataConfig
 from bottleneck.core.errors import UserError, check
+from bottleneck.data.local_files import Split, distinct, files_of, patterns_of, shown, split_of_folder
+from bottleneck.data.readers import RowCounts, RowReader, is_text_type, local_path, readable, reader_of
 
 log = logging.getLogger(__name__)
-READERS = {".txt": "text", ".text": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-PACKED = (".zst", ".gz", ".xz", ".bz2")
-ROWS = 32  # read at once: few, since a row may be a whole book
-SAMPLE_BY = {"file": "document", "paragraph": "paragraph", "line": "line"}  # our words for the text reader's
-HELD_OUT_NAMES = ("validation", "valid.", "valid-", "val.", "val-", "dev.", "dev-")
-
-
-def reader_of(path: str) -> str:
-    """`datasets` reader for a file name. Raises UserError for an unknown ending."""
-    name = Path(path)
-    suffix = Path(name.stem).suffix if name.suffix in PACKED else name.suffix
-    known = ", ".join(READERS)
-    check(
-        suffix.lower() in READERS,
-        f"data.files: {path} has an unknown ending; known are {known} (also with {', '.join(PACKED)})",
-    )
-    return READERS[suffix.lower()]
-
-
-def expand(key: str, patterns: Any) -> list[str]:
-    """Folders, globs and files, as a sorted list of files. Raises UserError where nothing is there."""
-    found: list[str] = []
-    check(len(as_list(patterns)) > 0, f"{key}=[]: give a file, a folder or a glob")
-    for pattern in map(str, as_list(patterns)):
-        path = Path(pattern).expanduser()
-        if path.is_dir():
-            hits = [
-                str(p)
-                for p in path.rglob("*")
-                if p.is_file() and p.name[0] != "." and p.name.lower() != "readme.md" and _known(p)
-            ]
-            check(bool(hits), f"{key}={pattern}: the folder holds no text; known endings are {', '.join(READERS)}")
-        else:
-            hits = (
-                [str(path)]
-                if path.is_file()
-                else [p for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
-            )
-            check(
-                bool(hits),
-                f"{key}={pattern}: no such file; give a file, a folder or a glob such as 'texts/*.jsonl.zst'",
-            )
-        found += hits
-    # one file may be named in several ways
-    return sorted({Path(f).resolve(): f for f in reversed(found)}.values())
-
-
-def _known(path: Path) -> bool:
-    suffix = Path(path.stem).suffix if path.suffix in PACKED else path.suffix
-    return suffix.lower() in READERS
+READING = 2  # version of how local files become documents; part of the cache key, so older caches are not reused
+HUB_ROWS = 32  # rows of a Hub dataset read at once: few, because a row may be a whole book
+SAMPLE_BY = {"file": "document", "paragraph": "paragraph", "line": "line"}  # data.text_unit in the words of `datasets`
 
 
 class Source:
-    """The documents of one config: `train()` and, where the text has them apart, `validation()`."""
+    """The documents of one config: `train()` and, where the text has them apart, `validation()`.
+
+    Attributes:
+        counts: rows read so far, and how many of them were empty or left out.
+        documents: documents returned so far.
+        blank: documents of nothing but white space; these are not returned.
+    """
 
     def __init__(self, cfg: DataConfig):
         self.cfg = cfg
         self.files: list[str] = []
         self.validation_files: list[str] = []
-        if cfg.files is not None:
-            files = expand("data.files", cfg.files)
-            if cfg.validation_files is not None:
-                self.validation_files = expand("data.validation_files", cfg.validation_files)
-            elif len(as_list(cfg.files)) == 1 and Path(str(as_list(cfg.files)[0])).expanduser().is_dir():
-                # a folder with train* and validation* files says itself what is what; other files there are not text
-                self.validation_files = [f for f in files if Path(f).name.lower().startswith(HELD_OUT_NAMES)]
-                named = [f for f in files if Path(f).name.lower().startswith("train")]
-                files = named or files
-            held_out = {Path(f).resolve() for f in self.validation_files}
-            self.files = [f for f in files if Path(f).resolve() not in held_out]
-            check(bool(self.files), f"data.files={cfg.files}: only validation files there, nothing to train on")
-            for path in self.files + self.validation_files:
-                reader_of(path)
+        self.counts = RowCounts()
+        self.documents = self.blank = 0
+        check(
+            cfg.dataset is None or bool(cfg.dataset.strip()), "data.dataset: is empty; give the name of a Hub dataset"
+        )
+        if cfg.files is None:
+            return
+        if cfg.validation_files is not None:
+            self.validation_files = self._held_out_of(cfg.validation_files)
+        files = [f for pattern in patterns_of("data.files", cfg.files) for f in self._training_of(pattern)]
+        self.validation_files = distinct(self.validation_files)
+        held_out = {Path(f).resolve() for f in self.validation_files}
+        self.files = [f for f in distinct(files) if Path(f).resolve() not in held_out]
+        where = f"data.files={','.join(readable(p) for p in as_list(cfg.files))}"
+        check(
+            bool(self.files),
+            f"{where}: only validation files there, nothing to train on; a glob takes them as they are",
+        )
+        for path in self.files + self.validation_files:
+            reader_of(path)
+
+    def _training_of(self, pattern: str) -> list[str]:
+        """The training files of one file, folder or glob; a folder's own validation files are noted on the way."""
+        folder = local_path(pattern)
+        files = files_of("data.files", pattern)
+        if not folder.is_dir():
+            return files
+        split = split_of_folder([os.path.relpath(f, folder) for f in files])
+        own = self.cfg.validation_files is None
+        if split.by is None or not (own or split.train):
+            return files
+        if own:
+            self.validation_files += [str(folder / name) for name in split.validation]
+        held = split.validation if own else []
+        others = split.others if own else split.others + split.validation
+        said = "; ".join(
+            f"{words} {shown(names)}"
+            for words, names in (("training:", split.train), ("validation:", held), ("not used:", others))
+            if names
+        )
+        log.info(
+            "data.files=%s is split by the names of its %s: %s (a glob overrides)", readable(pattern), split.by, said
+        )
+        return [str(folder / name) for name in split.train]
+
+    def _held_out_of(self, patterns: Any) -> list[str]:
+        """The files of `data.validation_files`: of a folder that is split by its names, its validation text."""
+        found = []
+        for pattern in patterns_of("data.validation_files", patterns):
+            folder, files = local_path(pattern), files_of("data.validation_files", pattern)
+            split = split_of_folder([os.path.relpath(f, folder) for f in files]) if folder.is_dir() else Split([])
+            if split.validation:
+                log.info("data.validation_files=%s: %s of it are taken", readable(pattern), shown(split.validation))
+            found += [str(folder / name) for name in split.validation] or files
+        return found
 
     @property
     def name(self) -> str:
@@ -94,10 +96,11 @@ class Source:
             return self.cfg.name
         if self.cfg.dataset:
             return "/".join(filter(None, (self.cfg.dataset.split("/")[-1], self.cfg.subset)))
-        return ",".join(Path(str(p)).name for p in as_list(self.cfg.files))
+        return ",".join(readable(Path(str(p)).name) for p in as_list(self.cfg.files))
 
     @property
     def has_validation(self) -> bool:
+        """Whether validation text is given; otherwise documents are held out of the training text."""
         return bool(self.validation_files) or bool(self.cfg.dataset and self.cfg.validation_split)
 
     def describe(self) -> dict[str, Any]:
@@ -108,7 +111,7 @@ class Source:
             return [[str(Path(p).resolve()), Path(p).stat().st_size, Path(p).stat().st_mtime_ns] for p in paths]
 
         hub = [c.dataset, c.subset, c.split, c.validation_split] if c.dataset else None
-        return {
+        about: dict[str, Any] = {
             "files": stat(self.files),
             "validation_files": stat(self.validation_files),
             "hub": hub,
@@ -116,75 +119,97 @@ class Source:
             "split": None if self.has_validation else [c.seed, c.validation_fraction],
             "limits": [c.max_tokens, c.validation_tokens],
         }
+        if self.files or not self.has_validation:
+            about["reading"] = READING
+        if c.bad_rows != "error":
+            about["bad_rows"] = c.bad_rows
+        return about
 
     def train(self) -> Iterator[str]:
+        """The training documents in their order, or all documents where none are apart for validation."""
         return self._documents(self.files, self.cfg.split)
 
     def validation(self) -> Iterator[str]:
+        """The validation documents in their order."""
         return self._documents(self.validation_files, self.cfg.validation_split)
 
     def _documents(self, files: list[str], split: Optional[str]) -> Iterator[str]:
         rows = self._hub_rows(split) if self.cfg.dataset else self._file_rows(files)
         if self.cfg.document_start:
             rows = join_rows(rows, self.cfg.document_start)
-        return (row for row in rows if row.strip())
+        for document in rows:
+            if document.strip():
+                self.documents += 1
+                yield document
+            else:
+                self.blank += 1
 
     def readers(self, files: list[str]) -> Iterator[tuple[str, list[str], dict[str, Any]]]:
-        """What `datasets.load_dataset` is called with for some files: (reader, its files, its options)."""
+        """How `datasets.load_dataset` would be called for some files: (reader, its files, its options)."""
+        for reader, paths, unit in self._by_reader(files):
+            yield reader, paths, {"sample_by": SAMPLE_BY[unit]} if reader == "text" else {}
+
+    def _by_reader(self, files: list[str]) -> Iterator[tuple[str, list[str], str]]:
+        """(reader, its files, unit of a text file): first plain text, then JSON, then Parquet."""
         for reader in ("text", "json", "parquet"):
             paths = [f for f in files if reader_of(f) == reader]
-            options: dict[str, Any] = {}
-            if paths and reader == "text":
-                unit = self.cfg.text_unit
-                if unit == "auto":  # one file alone is a corpus, of several each is a document
-                    unit = "paragraph" if len(paths) == 1 else "file"
+            unit = self.cfg.text_unit
+            if unit == "auto":  # one file alone is a corpus; of several, each is a document
+                unit = "paragraph" if len(paths) == 1 else "file"
+                if paths and reader == "text":
                     log.info("data.text_unit=auto: a document is a %s", unit)
-                options["sample_by"] = SAMPLE_BY[unit]
             if paths:
-                yield reader, paths, options
+                yield reader, paths, unit
 
     def _file_rows(self, files: list[str]) -> Iterator[str]:
-        for reader, paths, options in self.readers(files):
-            field = "text" if reader == "text" else self.cfg.text_field
-            files_of = [glob.escape(p) for p in paths]
-            yield from self._rows(paths, field, reader, data_files=files_of, split="train", streaming=True, **options)
+        for _, paths, unit in self._by_reader(files):
+            reader = RowReader(self.cfg.text_field, unit, self.cfg.bad_rows == "skip", self.counts)
+            for path in paths:
+                yield from reader.texts(path)
 
     def _hub_rows(self, split: Optional[str]) -> Iterator[str]:
-        c = self.cfg
-        options: dict[str, Any] = {"split": split, "streaming": c.streaming}
-        if c.subset:
-            options["name"] = c.subset
-        return self._rows([f"data.dataset={c.dataset}"], c.text_field, c.dataset, **options)
-
-    @staticmethod
-    def _rows(sources: list[str], field: str, path: str, **options: Any) -> Iterator[str]:
         import datasets
 
-        datasets.logging.set_verbosity(logging.CRITICAL)  # what is wrong with a file is told below, once
-        where = sources[0] if len(sources) == 1 else f"{len(sources)} files from {sources[0]} on"
+        datasets.logging.set_verbosity(logging.CRITICAL)  # what is wrong is reported below, once
+        c, where = self.cfg, f"data.dataset={self.cfg.dataset}"
+        options: dict[str, Any] = {"name": c.subset} if c.subset else {}
         try:
-            stream = datasets.load_dataset(path, **options)
-            # Arrow tables: of their columns only the text is made into Python objects; files that are documents come singly
-            for table in stream.with_format("arrow").iter(
-                batch_size=1 if options.get("sample_by") == "document" else ROWS
-            ):
-                if field not in table.column_names:
-                    columns = ", ".join(table.column_names) or "none"
-                    raise UserError(f"data.text_field={field}: no such column in {where}; columns there: {columns}")
-                for text in table.column(field).to_pylist():
-                    if text is not None and not isinstance(text, str):
-                        raise UserError(f"data.text_field={field}: holds {type(text).__name__}, not text, in {where}")
-                    if text:
-                        yield text
+            builder = datasets.load_dataset_builder(str(c.dataset), **options)
+            if hasattr(builder.config, "on_mixed_types"):
+                files = builder.config.data_files or {}
+                splits = str(split).split("+")
+                if all(part in files for part in splits):
+                    # JSON: our reader looks at the text alone; `datasets` rewrites a column of mixed types as JSON text
+                    yield from self._json_urls([url for part in splits for url in files[part]])
+                    return
+                options["on_mixed_types"] = None
+            stream = datasets.load_dataset(str(c.dataset), split=split, streaming=c.streaming, **options)
+            yield from self._arrow_rows(stream, where)
         except UserError:
             raise
-        except StopIteration:  # datasets' way to say that the files are empty
+        except StopIteration:  # how `datasets` reports that there is no row
             return
         except Exception as error:  # datasets, pyarrow, zstandard and the network each raise their own kinds
-            for source in sources if len(sources) > 1 else []:  # which file it is, they seldom say: read each by itself
-                for _ in Source._rows([source], field, path, **options | {"data_files": [glob.escape(source)]}):
-                    pass
-            raise UserError(f"{where}: cannot be read as {path}: {type(error).__name__}: {error}") from error
+            raise UserError(f"{where}: cannot be read: {type(error).__name__}: {error}") from error
+
+    def _json_urls(self, urls: list[str]) -> Iterator[str]:
+        reader = RowReader(self.cfg.text_field, skip_bad=self.cfg.bad_rows == "skip", counts=self.counts)
+        for url in urls:
+            yield from reader.texts(url, kind="json")
+
+    def _arrow_rows(self, stream: Any, where: str) -> Iterator[str]:
+        name = self.cfg.text_field
+        for table in stream.with_format("arrow").iter(batch_size=HUB_ROWS):
+            columns = ", ".join(table.column_names) or "none"
+            there = name in table.column_names
+            check(there, f"data.text_field={name}: no such column in {where}; columns there: {columns}")
+            kind = table.schema.field(name).type
+            check(is_text_type(kind), f"data.text_field={name}: holds {kind}, not text, in {where}")
+            for text in table.column(name).to_pylist():
+                self.counts.rows += 1
+                self.counts.empty += not text
+                if text:
+                    yield text
 
 
 def join_rows(rows: Iterable[str], pattern: str) -> Iterator[str]:

@@ -1,9 +1,11 @@
-"""Tokenising by words: for tokenizers that treat words apart, each distinct one is tokenised once and then looked up.
+"""Tokenising by words: where a tokenizer treats words separately, each distinct word is tokenised once and looked up.
 
 GPT-2's byte-level pre-tokenizer (GPT-2, Pythia, OPT, SmolLM2, the embedded backbone) matches
-`'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+` from left to right and tokenises each match by
-itself. Between ASCII characters the same matches are found here. What touches any other character is left to the
-tokenizer, up to a place where every match ends whatever stands around: between visible ASCII and ASCII white space.
+`'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+` from left to right
+and tokenises each match separately. This module finds the same matches between ASCII characters. Whatever touches
+another character goes
+to the tokenizer itself, up to the next place where every match ends in any context: between visible ASCII and ASCII
+white space.
 """
 
 from __future__ import annotations
@@ -15,22 +17,22 @@ from typing import Any, Callable, Optional
 
 import numpy as np
 
-S, V, O = r"[\t-\r ]", r"[!-~]", r"[^\t-\r -~]"  # ASCII white space, visible ASCII, and all else
+S, V, O = r"[\t-\r ]", r"[!-~]", r"[^\t-\r -~]"  # ASCII white space, visible ASCII, everything else
 SHORT = "'(?:s|t|re|ve|m|ll|d)"
-NOTHING = {"type": "Sequence", "normalizers": []}  # as Transformers 5.17 says it
-MOST_CHARS = 1 << 24  # of the words that are kept; then they are forgotten
+NOTHING = {"type": "Sequence", "normalizers": []}  # no normalizer, as Transformers 5.17 stores it
+MOST_CHARS = 1 << 24  # characters of the words that are remembered; beyond it all are forgotten
 
 
 def parts(digits: bool, blanks: bool) -> re.Pattern:
-    """What cuts a text into words.
+    """The expression whose matches are the words of a text.
 
     Args:
-        digits: numbers are split off first, so that no white space goes with them.
-        blanks: there are added tokens of white space, which go before words; so white space is not cut.
+        digits: the tokenizer splits numbers off first, so no white space belongs to them.
+        blanks: the tokenizer has added tokens of white space, which take precedence; so white space is not cut.
     """
     if blanks:
         space = [rf"{S}{{2,}}+{V}*+(?!{O})", rf"[\t-\r](?={V}|\Z)", rf" (?=\Z{'|[0-9]' if digits else ''})"]
-    else:  # all of it at the end, or before a number where those are split off; else all but the last
+    else:  # all white space at the end, or before a number that is split off; elsewhere all but the last character
         space = [rf"(?={S}++(?!{O}))(?:{S}++(?=\Z{'|[0-9]' if digits else ''})|{S}+(?={S})|[\t-\r])"]
     words = [
         rf"{SHORT}(?!{O})",
@@ -43,7 +45,7 @@ def parts(digits: bool, blanks: bool) -> re.Pattern:
 
 
 def cutter(backend: Any) -> Optional[re.Pattern]:
-    """`parts` for a `tokenizers.Tokenizer`, or None where it is not of the kind described above."""
+    """`parts` for a `tokenizers.Tokenizer`, or None if it is not of the kind described above."""
     about = json.loads(backend.to_str())
     steps = about["pre_tokenizer"] or {}
     steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
@@ -58,22 +60,19 @@ def cutter(backend: Any) -> Optional[re.Pattern]:
         or about["padding"]
     ):
         return None
-    if about["normalizer"] not in (
-        None,
-        NOTHING,
-        {"type": "NFC"},
-    ):  # NFC leaves ASCII as it is, and apart from what follows a space
+    # NFC leaves ASCII unchanged, unless a combining character follows, and that is not cut off
+    if about["normalizer"] not in (None, NOTHING, {"type": "NFC"}):
         return None
-    for t in about[
-        "added_tokens"
-    ]:  # a single space goes before words; what is normalised may stand in a text in other characters
-        if t["content"] == " " or (t.get("normalized") and about["normalizer"] and not t["content"].isascii()):
+    for t in about["added_tokens"]:
+        # a single space takes precedence over words; a normalised token may appear in a text as other characters
+        normalized = t.get("normalized") and about["normalizer"] and not t["content"].isascii()
+        if t["content"] == " " or normalized:
             return None
     return parts(len(kinds) == 2, any(t["content"].isspace() for t in about["added_tokens"]))
 
 
 class WordEncoder:
-    """Texts to arrays of ids, as `whole` gives them. May be called by several threads.
+    """A function from texts to arrays of ids, equal to those of `whole`. It is thread-safe.
 
     Args:
         backend: the `tokenizers.Tokenizer`.
@@ -84,7 +83,8 @@ class WordEncoder:
 
     def __init__(self, backend: Any, cut: re.Pattern, whole: Callable[[list[str]], list[list[int]]], dtype: np.dtype):
         self.cut, self.whole, self.dtype = cut, whole, dtype
-        # added tokens go before words: a text that holds one which might be cut, or that reaches beyond itself, is not cut
+        # Added tokens take precedence over words. A text is left whole if it holds one that could be cut, or one that
+        # also consumes the text around it.
         added = backend.get_added_tokens_decoder().values()
         self.special = [t.content for t in added if not t.content.isspace() or t.lstrip or t.rstrip or t.single_word]
         self.known: dict[str, bytes] = {}
@@ -93,7 +93,7 @@ class WordEncoder:
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
         cut = [[t] if any(s in t for s in self.special) else self.cut.findall(t) for t in texts]
         if self.chars > MOST_CHARS:
-            self.known, self.chars = {}, 0  # a new one: another thread may still read the old
+            self.known, self.chars = {}, 0  # a new dictionary, because another thread may still read the old one
         known = self.known
         new = list(set(chain.from_iterable(cut)).difference(known))
         if new:

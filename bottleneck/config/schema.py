@@ -71,6 +71,9 @@ class DataConfig:
     streaming: bool = key(True, "Read the Hub dataset as a stream, so that only what max_tokens needs is downloaded.")
     name: Optional[str] = key(None, "Label in curves. Default: the name of the folder, file or dataset.")
     text_field: str = key("text", "Column that holds the text.")
+    bad_rows: Literal["error", "skip"] = key(
+        "error", "A row whose text is not a string: error, or skip (leave it out and count it)."
+    )
     text_unit: Literal["auto", "file", "paragraph", "line"] = key("auto", "What counts as one document in .txt files.")
     document_start: Optional[str] = key(
         None, "Regular expression: rows are joined until one matches, as WikiText's titles do."

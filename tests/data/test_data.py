@@ -1,4 +1,4 @@
-"""Text to batches: split by document, packing, exact coverage, shuffling, cache damage, bad input."""
+"""Text to batches: split by document, packing, exact coverage, shuffling, damaged caches, bad input."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def jsonl(path: Path, docs) -> str:
 
 
 def documents(stream: np.ndarray, tokenizer) -> list[str]:
-    """The documents of a token stream: what stands between end-of-text tokens."""
+    """The documents of a token stream: they are separated by end-of-text tokens."""
     cuts = np.flatnonzero(stream == tokenizer.eos_token_id)
     return [tokenizer.decode(stream[a + 1 : b]) for a, b in zip(cuts[:-1], cuts[1:])]
 
 
 def test_every_document_once_and_disjoint(tmp_path, tokenizer):
-    """Train and validation hold every document exactly once, whole; copies of a document land on one side."""
+    """Train and validation hold every document exactly once and whole; copies of a document land on one side."""
     corpus = prepare(config(tmp_path, files=jsonl(tmp_path / "a.jsonl", DOCS + DOCS[:10])), tokenizer)
     train, held = documents(corpus.train, tokenizer), documents(corpus.validation, tokenizer)
     assert sorted(train + held) == sorted(DOCS + DOCS[:10])
@@ -54,7 +54,7 @@ def test_every_document_once_and_disjoint(tmp_path, tokenizer):
 
 
 def test_formats_give_the_same_tokens(tmp_path, tokenizer):
-    """txt, jsonl, parquet and packed files: one content, one stream."""
+    """The same content as txt, jsonl, parquet and compressed files gives the same stream."""
     docs = DOCS[:12]
     (tmp_path / "one").mkdir()
     for i, d in enumerate(docs):
@@ -72,7 +72,7 @@ def test_formats_give_the_same_tokens(tmp_path, tokenizer):
 
 
 def test_validation_files_and_folders(tmp_path, tokenizer):
-    """A folder with train and validation files, or validation_files, are not split again; shared documents stay held out."""
+    """Given validation text is not split again, and documents on both sides stay held out."""
     folder = tmp_path / "both"
     folder.mkdir()
     jsonl(folder / "train.jsonl", DOCS)
@@ -94,7 +94,7 @@ def test_limits(tmp_path, tokenizer):
 
 
 def test_what_is_kept_does_not_depend_on_the_machine(tmp_path, tokenizer, monkeypatch):
-    """With a limit on training tokens reading stops early: after as many documents on any number of cores, so the same are held out."""
+    """data.max_tokens ends the reading after the same document on any number of cores, so the same are held out."""
     monkeypatch.setattr("bottleneck.data.encode.CORE_CHARS", 5000)
     file, kept = jsonl(tmp_path / "t.jsonl", sentences(5, 3000)), set()
     for cores in (1, 4, 64):
@@ -150,7 +150,7 @@ def test_cache_is_reused_and_damage_is_repaired(tmp_path, tokenizer):
         damage()
         assert verify(first.folder) is not None
         assert prepare(cfg, tokenizer).fingerprint == wanted and verify(first.folder) is None
-    half = first.folder.with_name(first.folder.name + ".part")  # what a kill leaves behind
+    half = first.folder.with_name(first.folder.name + ".part")  # a killed process leaves this behind
     half.mkdir()
     (half / "train.bin").write_bytes(b"x")
     (first.folder / "manifest.json").unlink()
@@ -183,7 +183,7 @@ def corpus(tmp_path_factory, tokenizer):
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_same_sequences_whatever_the_processes(corpus, world):
-    """A step's sequences are the same on 1, 2 and 4 processes, all steps together are distinct blocks of the stream."""
+    """A step has the same sequences on 1, 2 and 4 processes; all steps together read distinct blocks of the stream."""
     whole = StepBatches(corpus, 16, 8, 20, seed=3, bos=None)
     parts = [StepBatches(corpus, 16, 8, 20, seed=3, bos=None, rank=r, world=world) for r in range(world)]
     for step in range(20):
@@ -198,9 +198,9 @@ def test_same_sequences_whatever_the_processes(corpus, world):
 
 @pytest.mark.parametrize("epochs", [2, 3])
 def test_epochs_read_the_same_text_in_other_orders(corpus, epochs):
-    """The first epoch is the run that reads the text once; the others read exactly its blocks, each in its own order."""
+    """The first epoch equals the run that reads the text once; each other epoch reads its blocks in another order."""
     once = StepBatches(corpus, 16, 8, 6, seed=3, bos=None)
-    steps = 6 * epochs - (epochs == 3)  # a budget that the epochs do not divide ends early in the last
+    steps = 6 * epochs - (epochs == 3)  # a budget that is no multiple of the epochs ends within the last one
     whole = StepBatches(corpus, 16, 8, steps, seed=3, bos=None, epochs=epochs)
     assert len(whole) == steps
     seen = [torch.cat([whole[k] for k in range(6 * e, min(6 * e + 6, steps))]).tolist() for e in range(epochs)]
@@ -217,7 +217,7 @@ def test_epochs_read_the_same_text_in_other_orders(corpus, epochs):
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_validation_counts_every_token_once(corpus, world):
-    """All targets of all processes together are the validation stream without its first token; inputs are one behind."""
+    """The targets of all processes are the validation stream without its first token; inputs are one behind."""
     pieces = {}
     for rank in range(world):
         blocks = ValidationBlocks(corpus, 16, None, rank, world)

@@ -1,4 +1,4 @@
-"""Tokens prepared once: the same ids as tokenise-and-join, long documents, folders made elsewhere, the command."""
+"""Prepared tokens: equal to tokenise-and-join, long documents, folders made elsewhere, the command."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from bottleneck.data.encode import encoder, pieces
 from bottleneck.data.prepare import document_hash, prepare
 from conftest import ROOT, composed, sentences
 
-DOCS = sentences(7, 150, words=60) + [
+DOCS = [
+    *sentences(7, 150, words=60),
     "naïve – 東京\n\n\tcode = {1: 2}   \n",
     "x" * 3000,
     "<|endoftext|> in a text",
@@ -38,7 +39,7 @@ def jsonl(path, docs) -> str:
 
 
 def simple(docs, tokenizer, limit=None) -> list[int]:
-    """One document after the other, through the tokenizer's own call."""
+    """The ids by the tokenizer's own call, one document after the other."""
     ids = [tokenizer.eos_token_id]
     for d in docs:
         if limit is not None and len(ids) > limit:
@@ -51,7 +52,7 @@ def simple(docs, tokenizer, limit=None) -> list[int]:
 @pytest.mark.parametrize("batch, few_cores", [(300, 0), (300, 1 << 20), (1 << 18, 0), (1 << 18, 1 << 20)])
 @pytest.mark.parametrize("limits", [{}, {"max_tokens": 3000, "validation_tokens": 500}, {"max_tokens": 1}])
 def test_the_tokens_are_those_of_tokenise_and_join(tmp_path, monkeypatch, tokenizer, which, batch, few_cores, limits):
-    """Same ids, order, split and counts, whatever the batches are: held-out documents first, each stream up to its limit."""
+    """Same ids, order, split and counts for any batches: held-out documents first, each stream up to its limit."""
     if which == "tiny":
         tokenizer = load_tokenizer(BackboneConfig(path=str(ROOT / "data/backbones/tiny")))
     monkeypatch.setattr(encode_module, "CORE_CHARS", batch)
@@ -77,7 +78,7 @@ def test_the_tokens_are_those_of_tokenise_and_join(tmp_path, monkeypatch, tokeni
 
 
 def joined_words(kind: str) -> Tokenizer:
-    """Tokenizers for which a text is not the sum of its words: one leads every text with a mark, one joins words."""
+    """Tokenizers that do not treat words separately: one puts a mark before every text, one joins words."""
     tokenizer = Tokenizer(models.BPE())
     if kind == "led":
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -90,7 +91,10 @@ def joined_words(kind: str) -> Tokenizer:
 
 @pytest.mark.parametrize("kind", ["toy", "tiny", "led", "joining"])
 def test_a_long_document_is_cut_only_where_that_changes_no_id(tokenizer, kind):
-    """Pieces of a long document have its ids. Where every text is led by a space, that is the one lost at the cut; joined words forbid some cuts."""
+    """Joined, the pieces of a long document have its ids.
+
+    Where a tokenizer puts a space before every text, the space at the cut is dropped; joined words forbid some cuts.
+    """
     if kind in ("led", "joining"):
         own = joined_words(kind)
         encode = lambda texts: [np.array(e.ids) for e in own.encode_batch_fast(texts, add_special_tokens=False)]
@@ -107,20 +111,20 @@ def test_a_long_document_is_cut_only_where_that_changes_no_id(tokenizer, kind):
     assert list(pieces("x" * 9000, encode, 2000)) == ["x" * 9000]
 
 
-def test_a_failure_in_the_background_is_told_and_leaves_nothing(tmp_path, tokenizer, monkeypatch):
+def test_a_failure_in_the_background_is_raised_and_leaves_nothing(tmp_path, tokenizer, monkeypatch):
     def broken(texts):
-        raise MemoryError("no room")
+        raise ZeroDivisionError("in a thread")
 
     monkeypatch.setattr(prepare_module, "encoder", lambda *_: broken)
     cfg = DataConfig(files=jsonl(tmp_path / "a.jsonl", DOCS), cache_dir=str(tmp_path / "cache"))
-    with pytest.raises(MemoryError):
+    with pytest.raises(ZeroDivisionError):
         prepare(cfg, tokenizer)
     assert [p.suffix for p in (tmp_path / "cache").iterdir()] in ([".lock"], [])
 
 
 @pytest.fixture
 def folder(tmp_path, tokenizer):
-    """Prepared tokens, copied to another place, where they cannot be written."""
+    """Prepared tokens, copied to another place."""
     made = prepare(DataConfig(files=jsonl(tmp_path / "a.jsonl", DOCS), cache_dir=str(tmp_path / "cache")), tokenizer)
     return shutil.copytree(made.folder, tmp_path / "elsewhere")
 
@@ -203,7 +207,7 @@ def test_a_run_is_the_same_from_files_and_from_a_prepared_folder(run, toy, tmp_p
         (["data=prepared", "data.prepared=nowhere"], "data.prepared=nowhere: not a folder of prepared tokens"),
     ],
 )
-def test_the_command_tells_bad_input_in_one_line(capsys, overrides, words):
+def test_the_command_reports_bad_input_in_one_line(capsys, overrides, words):
     assert prepare_module.main(overrides) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0], lines

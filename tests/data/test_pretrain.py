@@ -1,4 +1,4 @@
-"""The script that made the embedded backbone, from text to a folder that Transformers loads, at toy size."""
+"""The recipe of the embedded backbone at toy size, from text to a folder that Transformers loads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ def test_pretraining_learns_and_keeps_checkpoints(tmp_path):
     corpus = tmp_path / "corpus.jsonl"
     rows = [{"text": d, "source": "toy", "path": str(i)} for i, d in enumerate(sentences(3, 3000, words=40))]
     corpus.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    args = "--vocab 400 --width 32 --layers 1 --context 64 --batch 16 --tokens 81920 --warmup 5 --lr 1e-2 --jobs 2 --no-compile --save-at 0 40"
+    args = "--vocab 400 --width 32 --layers 1 --context 64 --batch 16 --tokens 81920 --warmup 5 --lr 1e-2"
+    args += " --jobs 2 --no-compile --save-at 0 40"
     command = [
         sys.executable,
         "-m",

@@ -1,4 +1,4 @@
-"""Words looked up give the ids of the tokenizer itself: random texts of awkward characters, for each kind of tokenizer."""
+"""Looking words up gives the tokenizer's own ids: random texts of awkward characters, several kinds of tokenizer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bottleneck.data import words
 from bottleneck.data.words import WordEncoder, cutter
 from conftest import ROOT
 
-# letters, numbers, contractions, white space of all kinds, marks that join a letter, characters that become ASCII under NFC
+# letters, numbers, contractions, all white space, combining marks, characters that become ASCII under NFC
 ALPHABET = [
     *"aB's1 2 \n\t.,('_<",
     "'s",
@@ -49,7 +49,7 @@ ALPHABET = [
 
 
 def variant(digits: bool | None, blanks: bool, nfc: bool) -> Tokenizer:
-    """The embedded tokenizer with numbers split off first (Digits), added tokens of spaces, and NFC, as others have them."""
+    """The embedded tokenizer with Digits, added tokens of white space, and NFC, which other tokenizers have."""
     tokenizer = Tokenizer.from_file(str(ROOT / "data/backbones/tiny/tokenizer.json"))
     level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = (

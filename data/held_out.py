@@ -1,0 +1,61 @@
+"""Which documents are held out for validation where the text has none: decided by a hash of each document."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from itertools import islice
+from typing import Iterable, Iterator
+
+from bottleneck.core.errors import check
+
+FIRST_DOCUMENTS = 200  # among these at least one is held out, however small the text is
+
+
+def document_hash(text: str, seed: int) -> int:
+    """64 bits of a document and a seed. Copies of a document have one hash, so they land on one side of the split."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, salt=seed.to_bytes(8, "little"))
+    return int.from_bytes(digest.digest(), "big")
+
+
+class HashSplit:
+    """Splits a stream of documents into training and validation by their hashes.
+
+    Args:
+        seed: of the hashes (data.seed).
+        fraction: share of the documents held out.
+
+    Attributes:
+        waiting: documents that were read and not yet returned.
+    """
+
+    def __init__(self, seed: int, fraction: float):
+        self.seed, self.limit = seed, int(fraction * 2**64)
+        self.waiting = 0
+
+    def __call__(self, documents: Iterable[str]) -> Iterator[tuple[bool, str]]:
+        """(held out?, document) for every document. Raises UserError for fewer than two different documents."""
+        stream = iter(documents)
+        first: list[tuple[int, bytes]] = []  # compressed, because documents may be long
+        for d in islice(stream, FIRST_DOCUMENTS):
+            first.append((document_hash(d, self.seed), zlib.compress(d.encode("utf-8", "surrogatepass"), 1)))
+        hashes = {value for value, _ in first}
+        check(len(hashes) > 0, "data: there is no document in the text, or only empty ones")
+        check(
+            len(hashes) > 1,
+            "data: the text is a single document, so none can be held out for validation; give data.validation_files,"
+            " or split plain text with data.text_unit=paragraph (at empty lines) or data.text_unit=line",
+        )
+        forced = min(hashes)  # so that a text of few documents has one for validation
+
+        def held(value: int) -> bool:
+            return value < self.limit or value == forced
+
+        self.waiting = len(first)
+        # held-out documents first, so that a small data.max_tokens does not end the reading before there is one
+        for value, packed in sorted(first, key=lambda f: not held(f[0])):
+            self.waiting -= 1
+            yield held(value), zlib.decompress(packed).decode("utf-8", "surrogatepass")
+        first.clear()
+        for d in stream:
+            yield held(document_hash(d, self.seed)), d

@@ -1,0 +1,159 @@
+"""Which local files are text, and which of them their names or folders set apart for validation."""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import Any, Iterable, Optional
+
+from bottleneck.config.checks import as_list
+from bottleneck.core.errors import check
+from bottleneck.data.readers import READERS, is_text_file, local_path, readable
+
+log = logging.getLogger(__name__)
+# The convention of `datasets` for folders: a keyword in the name of a folder, or else of a file, between separators.
+SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+SEPARATOR = r"[-._ 0-9]"
+SPLIT_NAMES = {
+    split: re.compile(rf"(?:^|{SEPARATOR})(?:{'|'.join(words)})(?:{SEPARATOR}|$)", re.IGNORECASE)
+    for split, words in SPLIT_WORDS.items()
+}
+SHARD = re.compile(r"data/(.+)-\d{5}-of-\d{5}[^/]*\.[^/]*")  # data/SPLIT-00000-of-00010.parquet
+# files that describe a dataset and hold no text of it, as `datasets` has them
+ABOUT = {"readme.md", "config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
+
+
+def expand(key: str, patterns: Any) -> list[str]:
+    """Folders, globs and files as a sorted list of files.
+
+    Folders are read with all folders in them, also those that are symbolic links. Hidden files and folders (.git,
+    .ipynb_checkpoints, __pycache__) are left out unless the pattern names them.
+
+    Raises: UserError where nothing is there.
+    """
+    found = [path for pattern in patterns_of(key, patterns) for path in files_of(key, pattern)]
+    return distinct(found)
+
+
+def patterns_of(key: str, patterns: Any) -> list[str]:
+    listed = [str(p) for p in as_list(patterns)]
+    usage = "give a file, a folder or a glob"
+    check(len(listed) > 0, f"{key}=[]: {usage}")
+    check(all(p.strip() for p in listed), f"{key}: is empty (an unset shell variable?); {usage}")
+    return listed
+
+
+def files_of(key: str, pattern: str) -> list[str]:
+    path = local_path(pattern)
+    if path.is_dir():
+        hits = [str(path / name) for name in _inside(path)]
+        endings = ", ".join(READERS)
+        check(bool(hits), f"{key}={readable(pattern)}: the folder holds no text; known endings are {endings}")
+        return hits
+    if path.is_file():
+        return [str(path)]
+    matches = [p for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
+    hits = [p for p in matches if _hidden_parts(p) == _hidden_parts(str(path))]
+    hint = "give a file, a folder or a glob such as 'texts/*.jsonl.zst'"
+    check(bool(hits), f"{key}={readable(pattern)}: no such file; {hint}")
+    return hits
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith((".", "__")) and name.strip(".") != ""
+
+
+def _hidden_parts(path: str) -> int:
+    return sum(map(_is_hidden, PurePath(path).parts))
+
+
+def _inside(folder: Path) -> list[str]:
+    """Paths of the text files in a folder, relative to it, sorted. Says which hidden folders with text are left out."""
+    found: list[str] = []
+    seen: set[tuple[int, int]] = set()  # folders by device and inode: a link back up must not loop
+    left_out: dict[str, int] = defaultdict(int)
+    for here, folders, files in os.walk(folder, followlinks=True):
+        about = os.stat(here)
+        if (about.st_dev, about.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((about.st_dev, about.st_ino))
+        folders.sort()
+        relative = PurePath(here).relative_to(folder)
+        hidden = next((part for part in relative.parts if _is_hidden(part)), None)
+        texts = [name for name in files if is_text_file(Path(name)) and name.lower() not in ABOUT]
+        texts = [name for name in texts if (Path(here) / name).is_file()]  # a link may lead nowhere
+        if hidden is None:
+            found += [str(relative / name) for name in texts if not _is_hidden(name)]
+        elif texts:
+            left_out[hidden] += len(texts)
+    for name, count in sorted(left_out.items()):
+        log.info("%s: %d files in hidden folders %s are left out", readable(folder), count, readable(name))
+    return sorted(found)
+
+
+def distinct(paths: Iterable[str]) -> list[str]:
+    """Sorted, and each file once, however often and under however many names it was given."""
+    return sorted({Path(p).resolve(): p for p in reversed(list(paths))}.values())
+
+
+@dataclass
+class Split:
+    """The files of one folder by what they are for. `others` are neither trained on nor validated on."""
+
+    train: list[str]
+    validation: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+    by: Optional[str] = None  # what decided: names of folders, names of files, or None
+
+
+def split_of_folder(names: list[str]) -> Split:
+    """Split the files of a folder as `datasets` does.
+
+    The first of these that finds a name decides: shards data/SPLIT-00000-of-00010.*, folders named train, validation or
+    test, files named so. Where it finds no text to train on or none to hold out, files without a split are asked for
+    their own names, and the rest is for training. Without validation text, test is taken for it. Where no name says
+    anything, all files are for training.
+
+    Args:
+        names: paths relative to the folder.
+    """
+    sharded = {n: _splits([m[1]]) or [m[1]] for n in names if (m := SHARD.fullmatch(PurePath(n).as_posix()))}
+    by_folder = {n: _splits(PurePath(n).parts[:-1]) for n in names}
+    by_file = {n: _splits(PurePath(n).parts[-1:]) for n in names}
+    levels = (("shards", sharded), ("folders", by_folder), ("files", by_file))
+    by, level = next(((by, level) for by, level in levels if any(level.values())), (None, by_file))
+    if by is None:
+        return Split(names)
+    found = {n: set(level.get(n, ())) for n in names}
+    known = set().union(*found.values())
+    for wanted in ({"train"}, {"validation", "test"}):
+        if not known & wanted:
+            found |= {n: set(by_file[n]) for n in names if not found[n] and set(by_file[n]) & wanted}
+    held = next((s for s in ("validation", "test") if any(s in splits for splits in found.values())), None)
+    validation = [n for n in names if held in found[n]]
+    train = [n for n in names if found[n] == {"train"}] or [n for n in names if not found[n]]
+    used = {*train, *validation}
+    return Split(train, validation, [n for n in names if n not in used], by)
+
+
+def _splits(parts: Iterable[str]) -> list[str]:
+    return [split for split, pattern in SPLIT_NAMES.items() if any(pattern.search(part) for part in parts)]
+
+
+def shown(names: list[str]) -> str:
+    """The folders or the first files of a list, and how many files they are."""
+    folders = {PurePath(name).parts[0] + "/" for name in names if len(PurePath(name).parts) > 1}
+    whole = folders and len(names) > 1 and all(len(PurePath(name).parts) > 1 for name in names)
+    shown = sorted(folders) if whole else names
+    more = ", …" if len(shown) > 3 else ""
+    return f"{', '.join(map(readable, shown[:3]))}{more} ({len(names)} {'file' if len(names) == 1 else 'files'})"

@@ -1,0 +1,6 @@
+"""`python -m data.pretrain`, the earlier name of `python -m data.recipes.pretrain`."""
+
+from bottleneck.data.recipes.pretrain import main
+
+if __name__ == "__main__":
+    main()
