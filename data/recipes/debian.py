@@ -13,6 +13,8 @@ Everything in `main` is free software. No document of the sample, nor any paragr
 Which documents are kept and their order depend on the packages' versions alone. Needs Debian 12, lxml, zstandard.
 """
 
+from __future__ import annotations
+
 import argparse
 import collections
 import hashlib
@@ -22,10 +24,11 @@ import re
 import subprocess
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import zstandard
 
-from bottleneck.data.recipes.debian_text import documents
+from bottleneck.data.recipes.debian_text import Row, documents
 from bottleneck.data.recipes.make_sample import Sample
 
 SEED = 1
@@ -253,13 +256,13 @@ PACKAGES = [
 ]
 
 
-def unit(*names):
-    """A number in [0, 1) that depends on the names alone: sampling that stays when other packages come or go."""
+def unit(*names: object) -> float:
+    """A number in [0, 1) that depends on the names alone, so that a sample does not change with other packages."""
     return int.from_bytes(hashlib.sha256(":".join(map(str, names)).encode()).digest()[:7], "big") / 2**56
 
 
-def download(names, folder):
-    """The `.deb` of every package, in `folder`; apt fetches those that are not there."""
+def download(names: list[str], folder: Path) -> dict[str, Path]:
+    """The `.deb` of every package, in `folder`. apt downloads the missing ones."""
     folder.mkdir(parents=True, exist_ok=True)
     missing = [n for n in names if not list(folder.glob(f"{n}_*.deb"))]
     if missing:
@@ -267,12 +270,19 @@ def download(names, folder):
     return {n: max(folder.glob(f"{n}_*.deb")) for n in names}
 
 
-def extract(spec, deb):
-    """One package: its documents in path order, without the lines that its HTML pages repeat; and its licences."""
-    name, share, left_out = re.fullmatch(r"([^:!]+)(?::([\d.]+))?(?:!(.+))?", spec).groups()
-    share, left_out = float(share or 1), re.compile(left_out or r"(?!)")
+def extract(spec: str, deb: Path) -> tuple[list[Row], dict[str, Any]]:
+    """One package.
+
+    Returns: its documents in path order, without the lines that its HTML pages repeat; its version, licences and
+        copyright notices.
+    """
+    match = re.fullmatch(r"([^:!]+)(?::([\d.]+))?(?:!(.+))?", spec)
+    assert match is not None, spec
+    name, share, left_out = match[1], float(match[2] or 1), re.compile(match[3] or r"(?!)")
     wanted = lambda path: not left_out.search(path) and unit(SEED, name, path) < (1 if ".dict" in path else share)
-    found, licences, notices = {}, [], []
+    found: dict[str, str] = {}
+    licences: list[str] = []
+    notices: list[str] = []
     for path, text in documents(str(deb), wanted, least=0.10 if name.startswith("dict-") else 0.18):
         if path == "copyright":
             notices.append(text)
@@ -282,8 +292,8 @@ def extract(spec, deb):
         elif ".dict" not in path or unit(SEED, name, path) < share:
             found.setdefault(path, text)
     pages = [p for p in found if "htm" in p]
-    repeated = collections.Counter(line for p in pages for line in set(found[p].split("\n")) if len(line) > 11)
-    repeated = {line for line, n in repeated.items() if n > max(6, 0.06 * len(pages))}
+    lines = collections.Counter(line for p in pages for line in set(found[p].split("\n")) if len(line) > 11)
+    repeated = {line for line, n in lines.items() if n > max(6, 0.06 * len(pages))}
     for p in pages:
         found[p] = re.sub(r"\n{3,}", "\n\n", "\n".join(x for x in found[p].split("\n") if x not in repeated)).strip()
     rows = [{"text": t, "source": name, "path": p} for p, t in sorted(found.items()) if len(t) >= 400]
@@ -295,8 +305,8 @@ def extract(spec, deb):
     }
 
 
-def new_paragraphs(text, seen):
-    """The text without long paragraphs that earlier documents had; "" when much of it goes with them."""
+def new_paragraphs(text: str, seen: set[int]) -> str:
+    """The text without long paragraphs that earlier documents had; "" if little of it remains."""
     kept, gone = [], 0
     for paragraph in text.split("\n\n"):
         if len(paragraph) >= 80:
@@ -309,7 +319,7 @@ def new_paragraphs(text, seen):
     return "" if gone > 0.5 * len(text) or len(text) - gone < 400 else "\n\n".join(kept)
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--debs", type=Path, help="folder of the packages (default: OUT/debs)")
@@ -319,7 +329,8 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     names = [re.split("[:!]", spec)[0] for spec in PACKAGES]
     debs = download(names, args.debs or args.out / "debs")
-    rows, manifest = [], {}
+    rows: list[Row] = []
+    manifest: dict[str, dict[str, Any]] = {}
     with ProcessPoolExecutor(args.jobs) as pool:
         for name, (found, about) in zip(names, pool.map(extract, PACKAGES, [debs[n] for n in names])):
             rows += found
@@ -328,12 +339,14 @@ def main():
                 f"{name:32} {len(found):6} documents {sum(len(r['text']) for r in found) / 1e6:8.2f} Mchar", flush=True
             )
 
-    sample, seen = Sample(rows), set()
+    sample = Sample(rows)
+    seen: set[int] = set()
     for row in sample.rows:
         new_paragraphs(row["text"], seen)
     rows = [r for r in rows if (r["source"], r["path"]) not in sample.keys]
     rows.sort(key=lambda r: unit(SEED, r["source"], r["path"]))  # shuffled, the same way every time
-    kept, seen_text = [], set()
+    kept: list[Row] = []
+    seen_text: set[int] = set()
     for row in rows:
         text = new_paragraphs(row["text"], seen)
         if text and hash(text) not in seen_text:
@@ -348,7 +361,8 @@ def main():
         manifest[row["source"]]["documents"] += 1
         manifest[row["source"]]["characters"] += len(row["text"])
     random.Random(SEED).shuffle(kept)
-    shard, size, number = [], 0, 0
+    shard: list[str] = []
+    size = number = 0
     for i, row in enumerate(kept):
         shard.append(json.dumps(row, ensure_ascii=False))
         size += len(row["text"])

@@ -1,11 +1,15 @@
 """Turn the files of a Debian package into plain English text.
 
 `documents(deb)` streams a `.deb` through tarfile, so nothing is unpacked to disk, and yields `(path, text)` for every
-file that reads as English prose. One small reader a format: HTML and XML, manual pages, POD, Info and plain text, plus
-the four containers in which Debian ships literature (dictd, R lazy-load data, SWORD modules, Wesnoth scenarios).
+file that is English prose. There is one small reader for each format: HTML and XML, manual pages, POD, Info and plain
+text, and the four containers in which Debian ships literature (dictd, R lazy-load data, SWORD modules, Wesnoth
+scenarios).
 """
 
+from __future__ import annotations
+
 import bz2
+import functools
 import gzip
 import html
 import lzma
@@ -13,69 +17,74 @@ import re
 import subprocess
 import tarfile
 import zlib
+from pathlib import Path
+from typing import Any, Callable, Iterator
 
 from lxml import etree
 
+Row = dict[str, Any]  # a document: text, source (its package), path (in the package)
+
 SPACE = re.compile(r"[ \t\r\n\f\v\xa0]+")
 WORD = re.compile(r"[a-z']+")
-STOP = set(
-    [
-        "the",
-        "of",
-        "and",
-        "to",
-        "in",
-        "is",
-        "a",
-        "for",
-        "that",
-        "be",
-        "with",
-        "are",
-        "this",
-        "it",
-        "or",
-        "by",
-        "as",
-        "on",
-        "not",
-        "if",
-        "from",
-        "can",
-        "you",
-        "an",
-        "which",
-        "will",
-        "when",
-        "at",
-        "has",
-        "all",
-        "have",
-        "was",
-        "but",
-        "they",
-        "he",
-        "his",
-        "i",
-        "we",
-        "she",
-        "her",
-        "their",
-        "there",
-        "no",
-        "been",
-        "would",
-        "more",
-        "any",
-        "were",
-        "what",
-        "so",
-        "my",
-        "your",
-        "him",
-    ]
+STOP = {
+    "the",
+    "of",
+    "and",
+    "to",
+    "in",
+    "is",
+    "a",
+    "for",
+    "that",
+    "be",
+    "with",
+    "are",
+    "this",
+    "it",
+    "or",
+    "by",
+    "as",
+    "on",
+    "not",
+    "if",
+    "from",
+    "can",
+    "you",
+    "an",
+    "which",
+    "will",
+    "when",
+    "at",
+    "has",
+    "all",
+    "have",
+    "was",
+    "but",
+    "they",
+    "he",
+    "his",
+    "i",
+    "we",
+    "she",
+    "her",
+    "their",
+    "there",
+    "no",
+    "been",
+    "would",
+    "more",
+    "any",
+    "were",
+    "what",
+    "so",
+    "my",
+    "your",
+    "him",
+}
+LANGUAGE = (
+    "af|ar|bg|ca|cs|da|de|el|eo|es|et|eu|fa|fi|fr|gl|he|hr|hu|id|it|ja|ko|lt|lv|nb|nl|nn|pl|pt|ro|ru|sk|sl|sr|sv|tr|"
+    "uk|vi|zh"
 )
-LANGUAGE = "af|ar|bg|ca|cs|da|de|el|eo|es|et|eu|fa|fi|fr|gl|he|hr|hu|id|it|ja|ko|lt|lv|nb|nl|nn|pl|pt|ro|ru|sk|sl|sr|sv|tr|uk|vi|zh"
 FOREIGN = re.compile(
     rf"/(?:(?:{LANGUAGE})(?:[_-]\w+)?|[a-z][a-z]-(?!US|GB)[A-Z][A-Z])/|[._-](?:{LANGUAGE})(?:[_-]\w\w)?\.(?:x?html?|txt|xml)(?:\.gz)?$|/man/\w\w[._/]"
 )
@@ -85,58 +94,54 @@ UNWANTED = re.compile(
     r"authors|requirements|theindex|bookindex|/doc-index|\.(?:svg|png|gif|jpe?g|js|css|woff2?|ttf|inv|pdf)$",
     re.I,
 )
-SKIP = set(
-    [
-        "script",
-        "style",
-        "nav",
-        "head",
-        "svg",
-        "noscript",
-        "button",
-        "select",
-        "footer",
-        "iframe",
-        "object",
-        "template",
-        "form",
-        "map",
-        "math",
-        "info",
-        "bookinfo",
-        "indexterm",
-        "header",
-    ]
-)
-BLOCK = set(
-    [
-        "p",
-        "h1",
-        "h2",
-        "h3",
-        "h4",
-        "h5",
-        "h6",
-        "pre",
-        "table",
-        "ul",
-        "ol",
-        "dl",
-        "blockquote",
-        "section",
-        "article",
-        "para",
-        "title",
-        "simpara",
-        "sect1",
-        "sect2",
-        "chapter",
-        "programlisting",
-        "screen",
-        "note",
-    ]
-)
-LINE = set(["div", "li", "tr", "dt", "dd", "br", "hr", "caption", "figcaption", "listitem", "item", "term"])
+SKIP = {
+    "script",
+    "style",
+    "nav",
+    "head",
+    "svg",
+    "noscript",
+    "button",
+    "select",
+    "footer",
+    "iframe",
+    "object",
+    "template",
+    "form",
+    "map",
+    "math",
+    "info",
+    "bookinfo",
+    "indexterm",
+    "header",
+}
+BLOCK = {
+    "p",
+    "h1",
+    "h2",
+    "h3",
+    "h4",
+    "h5",
+    "h6",
+    "pre",
+    "table",
+    "ul",
+    "ol",
+    "dl",
+    "blockquote",
+    "section",
+    "article",
+    "para",
+    "title",
+    "simpara",
+    "sect1",
+    "sect2",
+    "chapter",
+    "programlisting",
+    "screen",
+    "note",
+}
+LINE = {"div", "li", "tr", "dt", "dd", "br", "hr", "caption", "figcaption", "listitem", "item", "term"}
 NAVIGATION = re.compile(
     r"\b(?:nav\w*|sidebar\w*|sphinxsidebar\w*|toc\w*|breadcrumbs?|footer|related|headerlink|searchbox|menu\w*|"
     r"permalink|linenos|viewcode-link|top(?:bar|nav)|navigation|search|navheader|navfooter|anchor|prev|next)\b"
@@ -146,10 +151,11 @@ NAVIGATION = re.compile(
 class _Page:
     """lxml parser target: collects the visible text of a page, without its navigation."""
 
-    def __init__(self):
-        self.out, self.skip, self.pre = [], 0, 0
+    def __init__(self) -> None:
+        self.out: list[str] = []
+        self.skip = self.pre = 0
 
-    def start(self, tag, attributes):
+    def start(self, tag: str, attributes: Any) -> None:
         if (
             self.skip
             or tag in SKIP
@@ -174,23 +180,23 @@ class _Page:
             else ""
         )
 
-    def end(self, tag):
+    def end(self, tag: str) -> None:
         if self.skip:
             self.skip -= 1
             return
         self.pre -= tag in ("pre", "programlisting", "screen")
         self.out.append("\n\n" if tag in BLOCK else "\n" if tag in LINE else "")
 
-    def data(self, text):
+    def data(self, text: str) -> None:
         if not self.skip:
             self.out.append(text if self.pre else SPACE.sub(" ", text))
 
-    def close(self):
+    def close(self) -> str:
         return "".join(self.out)
 
 
-def tidy(text):
-    """Trailing blanks, the one blank that collapsing leaves at a line's start, invisible marks and gaps go."""
+def tidy(text: str) -> str:
+    """The text without trailing blanks, the one blank that a collapsed line begins with, invisible marks and gaps."""
     text = text.replace("\r", "").replace("\xa0", " ").replace("\xad", "").replace("\u200b", "").replace("¶", "")
     text = re.sub(r"[ \t]+\n", "\n", text)
     text = re.sub(r"\n (?=\S)", "\n", text)
@@ -198,7 +204,7 @@ def tidy(text):
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
-def decode(raw):
+def decode(raw: bytes) -> str:
     if b"\0" in raw[:4096]:
         return ""
     try:
@@ -207,7 +213,7 @@ def decode(raw):
         return raw.decode("latin-1")
 
 
-def page(raw):
+def page(raw: bytes) -> str:
     parser = etree.HTMLParser(target=_Page(), encoding="utf-8", remove_comments=True, remove_pis=True, huge_tree=True)
     try:
         return etree.fromstring(decode(raw).encode("utf-8", "replace"), parser)
@@ -215,8 +221,8 @@ def page(raw):
         return ""
 
 
-def unwrap(text):
-    """Join the lines of hard-wrapped paragraphs: only where every line but the last is long and none is indented."""
+def unwrap(text: str) -> str:
+    """Join the lines of hard-wrapped paragraphs, in which every line but the last is long and none is indented."""
     out = []
     for paragraph in text.split("\n\n"):
         lines = paragraph.split("\n")
@@ -229,7 +235,7 @@ def unwrap(text):
     return "\n\n".join(out)
 
 
-def plain(raw):
+def plain(raw: bytes) -> str:
     text = re.sub(r"(?m)^\x1f.*\n|^(?:File|Node): .*\n", "\n", decode(raw).replace("\r\n", "\n"))
     return unwrap(tidy(text.replace("\n%\n", "\n\n")))
 
@@ -249,59 +255,58 @@ GLYPH = {
     "rs": "\\",
     "ti": "~",
 }
-MDOC = set(
-    [
-        "Nm",
-        "Ar",
-        "Fl",
-        "Op",
-        "Pa",
-        "Xr",
-        "Ev",
-        "Dv",
-        "Fn",
-        "Fa",
-        "Ft",
-        "Vt",
-        "Em",
-        "Sy",
-        "Li",
-        "Ic",
-        "Cm",
-        "Dq",
-        "Sq",
-        "Pq",
-        "Aq",
-        "Brq",
-        "Ql",
-        "Va",
-        "Er",
-        "Qq",
-        "Ns",
-        "No",
-        "Ad",
-        "Ap",
-        "An",
-        "Tn",
-        "Ux",
-        "Bx",
-        "Fx",
-        "Cd",
-        "Xo",
-        "Xc",
-        "Ao",
-        "Ac",
-        "Oo",
-        "Oc",
-    ]
-)
+MDOC = {
+    "Nm",
+    "Ar",
+    "Fl",
+    "Op",
+    "Pa",
+    "Xr",
+    "Ev",
+    "Dv",
+    "Fn",
+    "Fa",
+    "Ft",
+    "Vt",
+    "Em",
+    "Sy",
+    "Li",
+    "Ic",
+    "Cm",
+    "Dq",
+    "Sq",
+    "Pq",
+    "Aq",
+    "Brq",
+    "Ql",
+    "Va",
+    "Er",
+    "Qq",
+    "Ns",
+    "No",
+    "Ad",
+    "Ap",
+    "An",
+    "Tn",
+    "Ux",
+    "Bx",
+    "Fx",
+    "Cd",
+    "Xo",
+    "Xc",
+    "Ao",
+    "Ac",
+    "Oo",
+    "Oc",
+}
 
 
-def manual(raw):
-    """A manual page (man and mdoc macros), read by the few requests that matter for running text."""
+def manual(raw: bytes) -> str:
+    """The running text of a manual page (man and mdoc macros)."""
     if re.match(rb"\.so ", raw):
         return ""
-    out, name, end = [], "", " "
+    out: list[str] = []
+    name, end = "", " "
     for line in decode(raw).split("\n"):
         if line[:1] in ".'":
             words = line[1:].strip().replace('"', "").split()
@@ -312,7 +317,7 @@ def manual(raw):
             ):
                 continue
             macro, rest = words[0], words[1:]
-            if macro in ("nf", "EX", "Bd", "fi", "EE", "Ed"):  # inside, line ends count
+            if macro in ("nf", "EX", "Bd", "fi", "EE", "Ed"):  # between these, line ends are kept
                 end = "\n" if macro in ("nf", "EX", "Bd") else " "
             if macro in ("SH", "SS", "Sh", "Ss"):
                 line = "\n\n" + " ".join(rest) + "\n\n"
@@ -342,28 +347,30 @@ def manual(raw):
     return tidy(re.sub(r" ([.,;:)])(?=\s)", r"\1", re.sub(r"(?<=\S)  +", " ", text)))
 
 
-def pod(raw):
+def pod(raw: bytes) -> str:
     text = re.sub(r"(?m)^=(?:head\d|item|over|back|cut|pod|encoding|begin|end|for)\b *", "", decode(raw))
     for _ in range(2):
         text = re.sub(r"[A-Z](?:<<+ (.*?) >>+|<([^<>]*)>)", lambda m: (m[1] or m[2] or "").split("|")[0], text)
     return unwrap(tidy(text))
 
 
-def r_strings(raw):
-    """R lazy-load data: the character vectors of the serialised objects, one text an object."""
-    at, texts = 0, []
+def r_strings(raw: bytes) -> list[str]:
+    """R lazy-load data: the character vectors of the serialised objects, one text for each object."""
+    at = 0
+    texts: list[str] = []
     while at + 5 < len(raw):
-        kind, reader = raw[at + 4 : at + 5], None
+        kind = raw[at + 4 : at + 5]
         at += 5 if kind in b"2Z" else 4
-        reader = {b"2": bz2.BZ2Decompressor, b"Z": lzma.LZMADecompressor}.get(kind, zlib.decompressobj)()
+        kinds: dict[bytes, Callable[[], Any]] = {b"2": bz2.BZ2Decompressor, b"Z": lzma.LZMADecompressor}
+        reader = kinds.get(kind, zlib.decompressobj)()
         data = reader.decompress(raw[at:])
         at = len(raw) - len(reader.unused_data)
-        lines = [m for m in _charsxp(data)]
-        texts.append(unwrap(tidy("\n".join(lines))))
+        texts.append(unwrap(tidy("\n".join(_charsxp(data)))))
     return texts
 
 
-def _charsxp(data):
+def _charsxp(data: bytes) -> Iterator[str]:
+    """The strings (CHARSXP) of a serialised R object."""
     head, at = re.compile(rb"\x00\x04\x00\x09(....)", re.S), 0
     while (m := head.search(data, at)) is not None:
         size = int.from_bytes(m[1], "big")
@@ -371,8 +378,8 @@ def _charsxp(data):
         yield data[m.end() : at].decode("utf-8", "replace")
 
 
-def sword(raw):
-    """A compressed SWORD module: one stream a book of the Bible, marked up in OSIS."""
+def sword(raw: bytes) -> Iterator[str]:
+    """A compressed SWORD module: one stream for each book of the Bible, marked up in OSIS."""
     end = 0
     for m in re.finditer(rb"x[\x01\x9c\xda]", raw):  # unused bytes may lie between the streams
         if m.start() < end:
@@ -388,18 +395,19 @@ def sword(raw):
         yield tidy(re.sub(r" +", " ", html.unescape(re.sub(r"<[^>]*>", "", text))))
 
 
-def english(text, least=0.18):
-    """Share of stop words and of letters: keeps English prose, drops tables, indexes, code and other languages."""
+def english(text: str, least: float = 0.18) -> bool:
+    """Whether a text is English prose, by its shares of stop words and letters; not a table, an index or code."""
     words = WORD.findall(text[:30_000].lower())
     return len(words) > 60 and stop_share(words) >= least and sum(map(len, words)) > 0.58 * len(text[:30_000])
 
 
-def stop_share(words):
+def stop_share(words: list[str]) -> float:
+    """The share of stop words."""
     return sum(w in STOP for w in words) / max(1, len(words))
 
 
-def read(path, data):
-    """`(path, text)` of one file, by the look of its name; `data()` gives its bytes, and is called only when wanted."""
+def read(path: str, data: Callable[[], bytes]) -> list[tuple[str, str]]:
+    """The texts of one file with their paths, by its name; `data()` returns its bytes and is called only if needed."""
     name = path.rsplit("/", 1)[-1].lower()
     kind = (name[:-3] if name.endswith(".gz") else name).rpartition(".")[2] if "." in name else ""
     unpack = (lambda: gzip.decompress(data())) if name.endswith((".gz", ".dz")) else data
@@ -408,7 +416,8 @@ def read(path, data):
     if kind == "bzz":
         return [(f"{path}#{i}", t) for i, t in enumerate(sword(data()))]
     if name.endswith(".dict.dz"):
-        text, pieces = plain(gzip.decompress(data())), []
+        text = plain(gzip.decompress(data()))
+        pieces: list[tuple[str, str]] = []
         for start in range(0, len(text), 30_000):
             pieces.append((f"{path}#{start}", text[start : start + 30_000]))
         return pieces if len(text) > 500_000 else [(path, text)]
@@ -431,22 +440,33 @@ def read(path, data):
     return []
 
 
-def documents(deb, wanted=lambda path: True, least=0.18):
-    """Yield `(path, text)` of the English documents in a `.deb`; first of all `("copyright", text)` if it has one."""
-    with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", deb], stdout=subprocess.PIPE) as process:
-        with tarfile.open(fileobj=process.stdout, mode="r|") as tar:
-            for member in tar:
-                path = member.name.lstrip("./")
-                if not member.isfile() or not 300 < member.size < 30_000_000:
-                    continue
-                if path.endswith("/copyright"):
-                    yield "copyright", decode(tar.extractfile(member).read())
-                if UNWANTED.search(path) or FOREIGN.search(path) or not wanted(path):
-                    continue
-                try:
-                    texts = read(path, lambda: tar.extractfile(member).read())
-                except (OSError, EOFError, zlib.error):
-                    continue
-                for at, text in texts:
-                    if len(text) >= 400 and english(text, least):
-                        yield at, text.encode("utf-8", "ignore").decode()
+def documents(
+    deb: str | Path, wanted: Callable[[str], bool] = lambda path: True, least: float = 0.18
+) -> Iterator[tuple[str, str]]:
+    """(path, text) of the English documents in a `.deb`; its copyright file comes as ("copyright", text)."""
+    command = ["dpkg-deb", "--fsys-tarfile", str(deb)]
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE) as process,
+        tarfile.open(fileobj=process.stdout, mode="r|") as tar,
+    ):
+        for member in tar:
+            path = member.name.lstrip("./")
+            if not member.isfile() or not 300 < member.size < 30_000_000:
+                continue
+            if path.endswith("/copyright"):
+                yield "copyright", decode(_content(tar, member))
+            if UNWANTED.search(path) or FOREIGN.search(path) or not wanted(path):
+                continue
+            try:
+                texts = read(path, functools.partial(_content, tar, member))
+            except (OSError, EOFError, zlib.error):
+                continue
+            for at, text in texts:
+                if len(text) >= 400 and english(text, least):
+                    yield at, text.encode("utf-8", "ignore").decode()
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    assert file is not None, member.name
+    return file.read()

@@ -1,15 +1,17 @@
 """Pretrain the embedded backbone: a small GPT-NeoX on the text that `data.recipes.debian` builds.
 
-    python -m data.recipes.pretrain --corpus 'DIR/*.jsonl.zst' --out OUT                     all three parts
-    python -m data.recipes.pretrain --corpus … --out OUT --do tokenizer                      byte-level BPE
-    python -m data.recipes.pretrain --corpus … --out OUT --do tokens --jobs 16               documents to token files
-    python -m data.recipes.pretrain --out OUT --do train --minutes 7 --try-lr 2e-3 4e-3      the model, on those files
+    python -m data.recipes.pretrain --corpus 'DIR/*.jsonl.zst' --out OUT    all three parts, which are
+    python -m data.recipes.pretrain --corpus … --out OUT --do tokenizer     byte-level BPE
+    python -m data.recipes.pretrain --corpus … --out OUT --do tokens        documents to token files
+    python -m data.recipes.pretrain --out OUT --do train --minutes 7        the model on those files
 
 OUT then holds `tokenizer/`, `tokens/{train,validation}.bin` (uint16, documents joined by the end token) and `model/`, a
 Hugging Face folder in bfloat16. `--tokens` or `--minutes` sets the length; the learning rate follows warm-up and cosine over
 that length. `--save-at pythia` also keeps `step0`, `step1`, `step2`, … `step512`, `step1000`, … for studies of training.
-A GPU trains in bf16 autocast over float32 weights, compiled; a CPU runs the same, slowly, for trying things out.
+A GPU trains in bf16 autocast over float32 weights, compiled. A CPU runs the same code slowly, for trials.
 """
+
+from __future__ import annotations
 
 import argparse
 import glob
@@ -24,6 +26,7 @@ import shutil
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any, Collection, Iterator, Optional
 
 import numpy as np
 
@@ -32,26 +35,27 @@ HELD_OUT = 0.003  # share of the documents kept for the validation loss
 
 
 # ---------------------------------------------------------------- text to tokens
-def read(path):
-    """The rows of a JSON-lines file, plain or packed as .gz, .xz or .zst."""
+def read(path: str) -> Iterator[dict[str, Any]]:
+    """The rows of a JSON-lines file, plain or compressed as .gz, .xz or .zst."""
     kind = str(path).rsplit(".", 1)[-1]
     if kind == "zst":
         import zstandard
 
-        stream = io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(open(path, "rb")), encoding="utf-8")
+        stream: Any = io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(open(path, "rb")), encoding="utf-8")
     else:
-        stream = {"gz": gzip.open, "xz": lzma.open}.get(kind, open)(path, "rt", encoding="utf-8")
+        opened: dict[str, Any] = {"gz": gzip.open, "xz": lzma.open}
+        stream = opened.get(kind, open)(path, "rt", encoding="utf-8")
     with stream:
         for line in stream:
             yield json.loads(line)
 
 
-def held_out(row):
+def held_out(row: dict[str, Any]) -> bool:
     """Whether a document is for validation, by a hash of its name."""
     return int(hashlib.sha256(f"{row['source']}:{row['path']}".encode()).hexdigest()[:12], 16) < HELD_OUT * 16**12
 
 
-def train_tokenizer(files, folder, vocab, context, characters=120_000_000):
+def train_tokenizer(files: list[str], folder: Path, vocab: int, context: int, characters: int = 120_000_000) -> None:
     """Byte-level BPE on about `characters` of text, taken evenly from the files; the end token has id 0."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -59,7 +63,7 @@ def train_tokenizer(files, folder, vocab, context, characters=120_000_000):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
 
-    def texts():
+    def texts() -> Iterator[str]:
         for file in files:
             left = characters / len(files)
             for row in read(file):
@@ -92,34 +96,40 @@ def train_tokenizer(files, folder, vocab, context, characters=120_000_000):
     (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
 
 
-def encode_file(job):
+def encode_file(job: tuple[str, Path]) -> list[np.ndarray]:
     """One file of text as two arrays of token ids, train and held out."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from tokenizers import Tokenizer
 
     file, tokenizer = job[0], Tokenizer.from_file(str(job[1]))
-    out, rows = ([], []), list(read(file))
+    out: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    rows = list(read(file))
     for start in range(0, len(rows), 256):
         part = rows[start : start + 256]
         for row, code in zip(part, tokenizer.encode_batch_fast([r["text"] for r in part], add_special_tokens=False)):
-            out[held_out(row)].append(np.array(code.ids + [0], np.uint16))
+            out[held_out(row)].append(np.array([*code.ids, 0], np.uint16))
     return [np.concatenate(x) if x else np.zeros(0, np.uint16) for x in out]
 
 
-def encode(files, tokenizer, folder, jobs):
+def encode(files: list[str], tokenizer: Path, folder: Path, jobs: int) -> None:
+    """Write train.bin and validation.bin: uint16 ids of all documents, each closed by the end token."""
     folder.mkdir(parents=True, exist_ok=True)
     total = [0, 0]
-    with open(folder / "train.bin", "wb") as train, open(folder / "validation.bin", "wb") as held:
-        with ProcessPoolExecutor(jobs) as pool:
-            for arrays in pool.map(encode_file, [(f, tokenizer / "tokenizer.json") for f in files]):
-                for k, (file, ids) in enumerate(zip((train, held), arrays)):
-                    file.write(ids.tobytes())
-                    total[k] += len(ids)
+    with (
+        open(folder / "train.bin", "wb") as train,
+        open(folder / "validation.bin", "wb") as held,
+        ProcessPoolExecutor(jobs) as pool,
+    ):
+        for arrays in pool.map(encode_file, [(f, tokenizer / "tokenizer.json") for f in files]):
+            for k, (file, ids) in enumerate(zip((train, held), arrays)):
+                file.write(ids.tobytes())
+                total[k] += len(ids)
     print(f"tokens: {total[0]:,} to train on, {total[1]:,} held out", flush=True)
 
 
 # ---------------------------------------------------------------- training
-def build(args, vocab):
+def build(args: argparse.Namespace, vocab: int) -> Any:
+    """A GPT-NeoX with fresh weights."""
     import torch
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -145,10 +155,10 @@ def build(args, vocab):
     )
 
 
-def cross_entropy(model, block):
-    """Mean next-token loss of `block` [batch, context + 1]; logits exist in bf16 only, the log-sum-exp is float32.
+def cross_entropy(model: Any, block: Any) -> Any:
+    """Mean next-token loss of `block` [batch, context + 1]. Logits are bf16 under autocast, their log-sum-exp float32.
 
-    Calls the layers one by one, because the model's own forward builds a mask when compiled, which rules out flash attention.
+    Calls the layers one by one: when compiled, the model's own forward builds a mask, which rules out flash attention.
     """
     import torch
     from torch.nn import functional as F
@@ -163,8 +173,8 @@ def cross_entropy(model, block):
     return F.cross_entropy(model.get_output_embeddings()(hidden).flatten(0, 1).float(), block[:, 1:].flatten())
 
 
-def batches(tokens, context, batch, seed):
-    """Endless batches: each epoch cuts the stream at another offset and visits the blocks in another order."""
+def batches(tokens: Any, context: int, batch: int, seed: int) -> Iterator[Any]:
+    """Endless batches [batch, context + 1]. Each epoch cuts the stream at another offset and reorders the blocks."""
     import torch
 
     order, epoch = np.zeros(0, np.int64), 0
@@ -181,15 +191,18 @@ def batches(tokens, context, batch, seed):
 
 
 class Trainer:
-    """Compiles once, then trains the same model from the same start as often as asked (to compare learning rates)."""
+    """Compiles once, then trains the model from the same start several times, to compare learning rates."""
 
-    def __init__(self, args):
+    def __init__(self, args: argparse.Namespace):
         import torch
 
         self.args, self.torch = args, torch
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.set_float32_matmul_precision("high")
-        load = lambda name: torch.from_numpy(np.fromfile(args.out / "tokens" / name, np.int16)).to(self.device)
+
+        def load(name: str) -> Any:
+            return torch.from_numpy(np.fromfile(args.out / "tokens" / name, np.int16)).to(self.device)
+
         self.train_tokens, held = load("train.bin"), load("validation.bin")
         blocks = min((len(held) - 1) // args.context, 512 if self.device == "cuda" else 16)
         self.held = torch.stack([held[i * args.context : (i + 1) * args.context + 1] for i in range(blocks)]).long()
@@ -197,16 +210,16 @@ class Trainer:
         self.start = {k: v.clone() for k, v in self.model.state_dict().items()}
         self.loss = torch.compile(cross_entropy) if args.compile else cross_entropy
 
-    def autocast(self):
+    def autocast(self) -> Any:
         return self.torch.autocast(self.device, self.torch.bfloat16, enabled=self.device == "cuda")
 
-    def validate(self):
+    def validate(self) -> float:
         """Mean loss of the held-out blocks."""
         size = min(self.args.batch, len(self.held))
         with self.torch.no_grad(), self.autocast():
             return float(np.mean([cross_entropy(self.model, b).item() for b in self.held.split(size)]))
 
-    def save(self, folder):
+    def save(self, folder: Path) -> None:
         """A Hugging Face folder in bfloat16, with the tokenizer."""
         torch = self.torch
         with torch.random.fork_rng():
@@ -215,7 +228,15 @@ class Trainer:
         twin.to(torch.bfloat16).save_pretrained(folder)
         shutil.copytree(self.args.out / "tokenizer", folder, dirs_exist_ok=True)
 
-    def fit(self, lr, minutes=None, tokens=None, save_at=(), folder=None, every=200):
+    def fit(
+        self,
+        lr: float,
+        minutes: Optional[float] = None,
+        tokens: Optional[int] = None,
+        save_at: Collection[int] = (),
+        folder: Optional[Path] = None,
+        every: int = 200,
+    ) -> tuple[float, int]:
         """Train from the start; returns (held-out loss, tokens seen)."""
         torch, args = self.torch, self.args
         self.model.load_state_dict(self.start)
@@ -224,8 +245,8 @@ class Trainer:
         groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
         stream, per_step = batches(self.train_tokens, args.context, args.batch, args.seed), args.batch * args.context
-        steps, step, share, saved = tokens and max(1, tokens // per_step), 0, 0.0, 0.0
-        for _ in range(3 if minutes else 0):  # compilation is not training time
+        steps, step, share = max(1, tokens // per_step) if tokens else None, 0, 0.0
+        for _ in range(3 if minutes else 0):  # compile before the clock starts
             with self.autocast():
                 self.loss(self.model, next(stream)).backward()
         optimizer.zero_grad()
@@ -245,35 +266,33 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad()
             step += 1
-            if step % 10 == 0 or steps:  # reading the loss waits for the device, so the clock below is true
+            if step % 10 == 0 or steps:  # reading the loss waits for the device, so that the clock is right
                 if step % 10 == 0:
                     loss.item()
-                share = step / steps if steps else (time.time() - began) / 60 / minutes
+                share = step / steps if steps else (time.time() - began) / 60 / (minutes or 1)
             if step % every == 0 or step == 20:
                 speed, left = step * per_step / (time.time() - began), (time.time() - began) * (1 / share - 1)
-                print(
-                    f"step {step} tokens {step * per_step / 1e6:.0f}M loss {loss.item():.4f} lr {optimizer.param_groups[0]['lr']:.2e} "
-                    f"{speed / 1e3:,.0f}k tokens/s, {left:.0f} s left",
-                    flush=True,
-                )
+                seen, rate = f"{step * per_step / 1e6:.0f}M", optimizer.param_groups[0]["lr"]
+                pace = f"{speed / 1e3:,.0f}k tokens/s, {left:.0f} s left"
+                print(f"step {step} tokens {seen} loss {loss.item():.4f} lr {rate:.2e} {pace}", flush=True)
                 if folder and time.time() - tick > args.save_minutes * 60:
                     self.save(folder)
                     tick = time.time()
         result = self.validate()
-        print(
-            f"lr {lr:g}: {step} steps, {step * per_step / 1e6:.0f}M tokens, {time.time() - began:.0f} s, held-out loss {result:.4f}",
-            flush=True,
-        )
+        seen, seconds = f"{step * per_step / 1e6:.0f}M", time.time() - began
+        print(f"lr {lr:g}: {step} steps, {seen} tokens, {seconds:.0f} s, held-out loss {result:.4f}", flush=True)
         if folder:
             self.save(folder)
         return result, step * per_step
 
 
-def pythia_steps(most=10**6):
+def pythia_steps(most: int = 10**6) -> set[int]:
+    """The steps at which Pythia's checkpoints were saved."""
     return {0, *(2**k for k in range(10)), *range(1000, most, 1000)}
 
 
-def main():
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--corpus", help="glob of JSON-lines files, plain, .gz, .xz or .zst")
     parser.add_argument("--out", type=Path, required=True)
@@ -305,9 +324,15 @@ def main():
     args = parser.parse_args()
     if args.vocab > 2**15:
         parser.error(f"--vocab {args.vocab}: tokens are kept in 15 bits; at most {2**15}")
-    files, tokenizer = sorted(glob.glob(args.corpus or "")), args.out / "tokenizer"
-    if not files and args.do != ["train"]:
+    args.files = sorted(glob.glob(args.corpus or ""))
+    if not args.files and args.do != ["train"]:
         parser.error(f"--corpus {args.corpus!r} matches no file")
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    files, tokenizer = args.files, args.out / "tokenizer"
     if "tokenizer" in args.do:
         train_tokenizer(files, tokenizer, args.vocab, args.context)
     if "tokens" in args.do:
@@ -315,21 +340,12 @@ def main():
     if "train" in args.do:
         trainer = Trainer(args)
         tried = {lr: trainer.fit(lr, minutes=args.try_minutes)[0] for lr in args.try_lr}
-        lr = min(tried, key=tried.get) if tried else args.lr
+        lr = min(tried, key=tried.__getitem__) if tried else args.lr
         save_at = pythia_steps() if args.save_at == ["pythia"] else {int(s) for s in args.save_at}
         length = {"minutes": args.minutes} if args.minutes else {"tokens": args.tokens or 10**9}
         loss, seen = trainer.fit(lr, **length, save_at=save_at, folder=args.model or args.out / "model")
-        print(
-            json.dumps(
-                {
-                    "held_out_loss": loss,
-                    "tokens": seen,
-                    "unique_tokens": len(trainer.train_tokens),
-                    "lr": lr,
-                    "tried": tried,
-                }
-            )
-        )
+        result = {"held_out_loss": loss, "tokens": seen, "unique_tokens": len(trainer.train_tokens)}
+        print(json.dumps(result | {"lr": lr, "tried": tried}))
 
 
 if __name__ == "__main__":
