@@ -1,8 +1,8 @@
 """Fills the generated parts of the documentation when MkDocs reads a page: marker comments become tables.
 
-    <!-- configuration -->   every key of the schema of training
-    <!-- choices -->         every choice of every config group
-    <!-- studies -->         every registered study
+<!-- configuration -->   every key of the schema of training
+<!-- choices -->         every choice of every config group
+<!-- studies -->         every registered study
 """
 
 from __future__ import annotations
@@ -34,9 +34,7 @@ def configuration() -> str:
     for key, kind, default, sentence in keys():
         group = key.split(".")[0] if "." in key else "top level"
         groups.setdefault(group, []).append((f"`{key}`", f"`{kind}`", f"`{default}`", sentence))
-    parts = [
-        f"## {group}\n\n{table(('key', 'type', 'default', 'meaning'), rows)}" for group, rows in groups.items()
-    ]
+    parts = [f"## {group}\n\n{table(('key', 'type', 'default', 'meaning'), rows)}" for group, rows in groups.items()]
     return "\n\n".join(parts)
 
 
