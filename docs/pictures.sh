@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the documentation's pictures anew, each by the command behind it:  docs/pictures.sh [NAME…]   (default: all that need no GPU)
+# Makes the documentation's pictures anew, each by the command behind it:  docs/pictures.sh [NAME…]   (default: curve)
 #
 #   CORPUS=DIR   a folder of text (JSON lines), such as `python -m data.recipes.debian --out DIR` builds: for ngrams
 #   EVALS=DIR    results of lm-evaluation-harness of Pythia's checkpoints, from EleutherAI's repository: for downstream
