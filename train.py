@@ -30,6 +30,7 @@ import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
+from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.utilities import rank_zero_only
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -41,7 +42,9 @@ from bottleneck.cli import one_line_errors as cli
 from bottleneck.config import checks
 from bottleneck.config import schema as config
 from bottleneck.config.schema import TrainConfig
+from bottleneck.core.environment import environment
 from bottleneck.core.errors import LostPeers, Stopped, UserError, check
+from bottleneck.core.run_file import write_run_file
 from bottleneck.data.module import TextData, leading_bos
 from bottleneck.data.prepare import prepare
 from bottleneck.evaluation.agreement import bands_of
@@ -50,12 +53,24 @@ from bottleneck.heads.bank import HeadBank
 from bottleneck.heads.refine import refine
 from bottleneck.losses.distill import Objective
 from bottleneck.results import curve
-from bottleneck.training import checkpoint, processes, tracking, zero2
+from bottleneck.training import (
+    checkpoint,
+    cluster,
+    lightning_signals,
+    processes,
+    recipe,
+    resume,
+    run_folder,
+    tracking,
+    zero2,
+)
 from bottleneck.training import signals as stopping
 from bottleneck.training.curve_of_run import build_curve
+from bottleneck.training.head_files import save_heads
+from bottleneck.training.lost_peers import lost_peers
 from bottleneck.training.module import HeadSweep, ValidateEvery
 from bottleneck.training.optim import bank_keys, build_optimizer
-from bottleneck.training.progress import TokenProgress, told
+from bottleneck.training.progress import TokenProgress, report_progress
 from bottleneck.training.teacher import open_teacher
 
 log = logging.getLogger("bottleneck")
@@ -97,7 +112,7 @@ def quiet() -> None:
 
 def build_trainer(c: TrainConfig, steps: int, run_dir: Path, flag: stopping.Flag) -> pl.Trainer:
     t = c.trainer
-    torch.set_num_threads(t.threads or processes.threads(t.devices))
+    torch.set_num_threads(t.threads or cluster.threads(t.devices))
     strategy: Any = t.strategy
     if strategy == "ddp" or (strategy == "auto" and t.devices * t.num_nodes > 1):
         strategy = (zero2.Zero2Strategy if t.shard == "zero2" else DDPStrategy)(
@@ -112,8 +127,8 @@ def build_trainer(c: TrainConfig, steps: int, run_dir: Path, flag: stopping.Flag
     callbacks += [ValidateEvery(t.val_every)] if t.val_every else []
     saves = [checkpoint.SaveLast(run_dir, t.checkpoint_every)] if t.checkpoint_every else []
     callbacks += [*saves, stopping.StopOnSignal(flag, saves[0].save if saves else None)]
-    cluster = processes.environment()
-    plugins = [checkpoint.AtomicCheckpointIO(), *([cluster] if cluster is not None else [])]
+    # without an environment of its own Lightning would look for one, and find Slurm's allocation
+    plugins = [checkpoint.AtomicCheckpointIO(), cluster.cluster_environment() or LightningEnvironment()]
     accelerator = t.accelerator
     if accelerator == "auto":
         accelerator = "gpu" if torch.cuda.is_available() else "cpu"
@@ -139,9 +154,7 @@ def build_trainer(c: TrainConfig, steps: int, run_dir: Path, flag: stopping.Flag
         )
     except (MisconfigurationException, RuntimeError, ValueError) as error:
         raise UserError(f"trainer: {error}") from error
-    # signals are bottleneck.stopping's: Lightning asks all processes before every step and waits for the answer, which holds a GPU up
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
-    trainer._signal_connector.register_signal_handlers = lambda: None
+    lightning_signals.disable(trainer)
     return trainer
 
 
@@ -153,7 +166,9 @@ def start_heads(c: TrainConfig, backbone: Backbone, full: FullHead, data: TextDa
             "seed=%s: head.init=%s has nothing random, heads of different seeds will be equal", c.seed, c.head.init
         )
     ids = data.calibration(c.head.calibration_tokens).to(backbone.lm_head.weight.device)
-    hidden: Any = (backbone(part[:, :-1]) for part in told("calibrating", ids.split(c.trainer.micro_batch_size)))
+    hidden: Any = (
+        backbone(part[:, :-1]) for part in report_progress("calibrating", ids.split(c.trainer.micro_batch_size))
+    )
     if c.head.init == "refined":
         hidden = list(hidden)  # read once a pass
     moments = initial.calibrate(hidden, full)
@@ -182,7 +197,7 @@ def _refined(
         full,
         moments,
         c.head.passes,
-        watch=functools.partial(told, "refining"),
+        watch=functools.partial(report_progress, "refining"),
     )
     log.info("refined in %.1f s", time.monotonic() - began)
     return lambda key: taught[list(alike).index((key.rank, key.seed))]
@@ -195,7 +210,7 @@ def train(cfg: DictConfig, run_dir: Path) -> Result:
         a signal asked for it.
     """
     try:
-        with checkpoint.alone(run_dir, processes.global_rank()), contextlib.ExitStack() as at_end:
+        with run_folder.lock_folder(run_dir, cluster.global_rank()), contextlib.ExitStack() as at_end:
             return _train(cfg, run_dir, at_end)
     except Stopped as stop:
         if stop.signal in stopping.REQUEUE and "SLURM_JOB_ID" in os.environ:
@@ -211,32 +226,14 @@ def _train(cfg: DictConfig, run_dir: Path, at_end: contextlib.ExitStack) -> Resu
     c = checks.check_config(cfg)
     teacher = open_teacher(c.head.teacher)
     if teacher is not None:
-        c.head.teacher = teacher.name
+        c = dataclasses.replace(c, head=dataclasses.replace(c.head, teacher=teacher.name))
     stored = dataclasses.asdict(c)
-    processes.check_world(c.trainer.devices, c.trainer.num_nodes)
+    cluster.check_world(c.trainer.devices, c.trainer.num_nodes)
     steps = checks.total_steps(c)
-    wanted = checkpoint.wanted(c.ckpt_path, run_dir, stopping.restarted())
-    found = checkpoint.find_checkpoint(wanted, run_dir)
-    resume = resume_step = None
-    if found is not None:
-        resume, saved = found
-        checkpoint.check_same_run(saved["bottleneck"]["config"], stored, resume)
-        resume_step = saved["global_step"]
-        done = curve.complete(run_dir) if resume_step >= steps and wanted == "last" else None
-        if done is not None:
-            log.info("%s is finished: nothing to do", run_dir)
-            return Result(done, None, None, run_dir)
-        if processes.global_rank() == 0:
-            checkpoint.set_damaged_aside(run_dir, resume)
-        log.info("going on from %s, step %d of %d", resume, resume_step, steps)
-        del saved, found
-    elif wanted == "last":
-        # a run without checkpoints that was finished and is tried again: the same command, so the same run
-        done = curve.complete(run_dir) if stopping.restarted() else None
-        if done is not None and done["tokens"] == steps * c.batch_size * c.data.block_size:
-            log.info("%s is finished: nothing to do", run_dir)
-            return Result(done, None, None, run_dir)
-        log.info("ckpt_path=last: no checkpoint in %s yet, starting at step 0", run_dir)
+    start = resume.find(c, stored, run_dir, steps)
+    if start.finished is not None:
+        log.info("%s is finished: nothing to do", run_dir)
+        return Result(start.finished, None, None, run_dir)
 
     hidden_size, context, vocab_size = load_shape(c.backbone)
     ranks = checks.check_shapes(c, hidden_size, context)
@@ -289,10 +286,21 @@ def _train(cfg: DictConfig, run_dir: Path, at_end: contextlib.ExitStack) -> Resu
     if c.head.teacher == "trained":
         _ = bank.teacher  # there is one
 
+    start = resume.verify(start, stored, run_dir, steps, bank=bank)
+    if start.path is not None:
+        if cluster.global_rank() == 0:
+            resume.set_damaged_aside(run_dir, start.path)
+        log.info("resuming from %s, step %d of %d", start.path, start.step, steps)
+
     in_sweep = (run_dir.parent / "multirun.yaml").exists()  # which Hydra writes: this is one job of several
-    facts = {key.name: tracking.facts(c, key, hidden_size, vocab_size, corpus.name, label(c.backbone)) for key in keys}
+    facts = {
+        key.name: recipe.head_facts(
+            c, key, hidden_size=hidden_size, vocab_size=vocab_size, data=corpus.name, backbone=label(c.backbone)
+        )
+        for key in keys
+    }
     trainer.loggers = tracking.build_loggers(
-        c.logger, run_dir, (run_dir.parent if in_sweep else run_dir).name, facts, resume_step
+        c.logger, run_dir, (run_dir.parent if in_sweep else run_dir).name, facts, start.step
     )
     outcome: dict[str, Any] = {}
     at_end.callback(lambda: tracking.close(trainer.loggers, outcome.get("curve"), in_sweep))
@@ -349,15 +357,17 @@ def _train(cfg: DictConfig, run_dir: Path, at_end: contextlib.ExitStack) -> Resu
         flag,
         zero2.Zero2AdamW if t.shard == "zero2" else build_optimizer,
     )
-    module.resume_step = resume_step
+    module.resume_step = start.step
+    if trainer.is_global_zero:
+        write_run_file(run_dir, stored, environment(trainer.strategy.root_device))
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+        trainer.fit(module, datamodule=data, ckpt_path=start.path, weights_only=True)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"trainer.micro_batch_size={t.micro_batch_size}: out of GPU memory; give a smaller one, fewer heads, or trainer=fsdp: {error}"
         ) from error
     except RuntimeError as error:
-        if trainer.world_size > 1 and processes.lost_peers(error):
+        if trainer.world_size > 1 and lost_peers(error):
             who = f"process {trainer.global_rank} of {trainer.world_size}"
             raise LostPeers(
                 f"{who} lost the others, or had no answer for {t.timeout_minutes} minutes (trainer.timeout_minutes): {error}"
@@ -371,7 +381,7 @@ def _train(cfg: DictConfig, run_dir: Path, at_end: contextlib.ExitStack) -> Resu
     done = Result(build_curve(c, module, corpus), module, trainer, run_dir)
     if trainer.is_global_zero:
         about = {"init": c.head.init, "backbone": backbone.name, "backbone_hash": backbone.hash}
-        checkpoint.save_heads(bank, run_dir / "heads", about)
+        save_heads(bank, run_dir / "heads", about)
         curve.write([done.curve], run_dir)
         curve.show([done.curve], Console())
         log.info("wrote curve.json, curve.csv, curve.png, details.png and heads/ in %s", run_dir)

@@ -1,4 +1,4 @@
-"""What a run ends with: the content of curve.json, from the module after its last validation."""
+"""The content of curve.json, from the module after its last validation."""
 
 from __future__ import annotations
 
@@ -11,66 +11,14 @@ from bottleneck.data.cache import Corpus
 from bottleneck.evaluation.sums import derived, finite
 from bottleneck.results import curve
 from bottleneck.training.module import HeadSweep
+from bottleneck.training.recipe import recipe
 
-DIVERGED = 1.5  # times the loss before training, or that of a uniform guess
+DIVERGED = 1.5  # a head diverged if its loss is above this times max(its initial loss, log V)
 
 
 def build_curve(c: TrainConfig, module: HeadSweep, corpus: Corpus) -> dict[str, Any]:
     """The content of curve.json (schema 1)."""
-    backbone, bank, tokens = module.backbone, module.bank, module.validation_tokens
-    diverged = bank.diverged.tolist()
-    heads = []
-    for i, key in enumerate(bank.keys):
-        numbers = derived(module.final[key.name], tokens, corpus.validation_bytes)
-        # worse by half than what it began with, and than knowing nothing: it was thrown out, whatever it still learned
-        start = finite(module.initial.get(key.name))
-        ok = (
-            not diverged[i]
-            and numbers["loss"] is not None
-            and numbers["loss"] <= DIVERGED * max(start or 0.0, math.log(backbone.vocab_size))
-        )
-        heads.append(
-            {
-                "rank": key.rank,
-                "lr": key.lr,
-                "seed": key.seed,
-                "init": c.head.init,
-                "parameters": bank[key].parameters_count,
-                **numbers,
-                "initial_loss": finite(module.initial.get(key.name)),
-                "status": "ok" if ok else "diverged",
-                "best": False,
-                **module.details["heads"][key.name],
-            }
-        )
-    o = c.optim
-    recipe = {
-        "batch_size": c.batch_size,
-        "block_size": c.data.block_size,
-        "data_seed": c.data.seed,
-        "weight_decay": o.weight_decay,
-        "betas": list(o.betas),
-        "eps": o.eps,
-        "warmup": o.warmup,
-        "lr_final": o.lr_final,
-        "clip": o.clip,
-        "calibration_tokens": c.head.calibration_tokens,
-        "dtype": str(backbone.lm_head.weight.dtype).removeprefix("torch."),
-    }
-    if c.head.init == "refined":
-        recipe["passes"] = c.head.passes
-    if c.data.epochs > 1:
-        recipe["epochs"] = c.data.epochs
-    if c.head.whiten:
-        recipe["whiten"] = True
-    if o.lr_ratio != 1:
-        recipe["lr_ratio"] = o.lr_ratio
-    if c.head.objective != "ce":
-        recipe |= {"objective": c.head.objective, "temperature": c.head.temperature}
-    if c.head.objective == "mixed":
-        recipe["mix"] = c.head.mix
-    if c.head.teacher != "own":
-        recipe["teacher"] = c.head.teacher
+    backbone, tokens = module.backbone, module.validation_tokens
     return curve.finish(
         {
             "schema": curve.SCHEMA,
@@ -82,9 +30,34 @@ def build_curve(c: TrainConfig, module: HeadSweep, corpus: Corpus) -> dict[str, 
             "data": corpus.name,
             "data_hash": corpus.fingerprint,
             "validation_tokens": tokens,
-            "recipe": recipe,
+            "recipe": recipe(c, str(backbone.lm_head.weight.dtype).removeprefix("torch.")),
             "reference": derived(module.reference, tokens, corpus.validation_bytes) | module.details["reference"],
-            "heads": heads,
+            "heads": _heads(c, module, corpus),
             "versions": environment(module.trainer.strategy.root_device),
         }
     )
+
+
+def _heads(c: TrainConfig, module: HeadSweep, corpus: Corpus) -> list[dict[str, Any]]:
+    """One row per head."""
+    rows = []
+    for key, flag in zip(module.bank.keys, module.bank.diverged.tolist()):
+        numbers = derived(module.final[key.name], module.validation_tokens, corpus.validation_bytes)
+        initial = finite(module.initial.get(key.name))
+        limit = DIVERGED * max(initial or 0.0, math.log(module.backbone.vocab_size))
+        ok = not flag and numbers["loss"] is not None and numbers["loss"] <= limit
+        rows.append(
+            {
+                "rank": key.rank,
+                "lr": key.lr,
+                "seed": key.seed,
+                "init": c.head.init,
+                "parameters": module.bank[key].parameters_count,
+                **numbers,
+                "initial_loss": initial,
+                "status": "ok" if ok else "diverged",
+                "best": False,
+                **module.details["heads"][key.name],
+            }
+        )
+    return rows

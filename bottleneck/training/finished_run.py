@@ -12,22 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bottleneck.backbone.model import Backbone, load_model
 from bottleneck.config.schema import BackboneConfig, register
 from bottleneck.core.errors import UserError, check
+from bottleneck.core.run_file import HYDRA_CONFIG, RUN_FILE, read_run_config, read_run_file
 from bottleneck.heads.bank import HeadKey
 from bottleneck.results import curve
-from bottleneck.training.checkpoint import LAST, read_checkpoint
-
-HYDRA = Path(".hydra") / "config.yaml"
+from bottleneck.training.checkpoint import read_checkpoint
+from bottleneck.training.run_folder import LAST
 
 
 @dataclass
-class Run:
+class FinishedRun:
     """The folder of a finished run: its curve, and where its backbone is."""
 
     folder: Path
@@ -40,39 +39,34 @@ class Run:
         return sorted({h["rank"] for h in self.curve["heads"] if h["status"] == "ok"})
 
     def pick(self, rank: int, lr: Optional[float] = None, seed: Optional[int] = None) -> dict[str, Any]:
-        """The curve's row of one head: at this rank the one of lowest validation loss, among those of a rate and a seed if given.
+        """The curve's row of the best head at a rank, among those of a rate and a seed if given.
 
-        Raises: UserError that lists what there is, where there is no such head, or only diverged ones.
+        Raises: UserError that lists the heads there are, where there is no such head, or only diverged ones.
         """
         rows = [h for h in self.curve["heads"] if h["rank"] == rank]
-        there = sorted({h["rank"] for h in self.curve["heads"]})
-        check(bool(rows), f"rank {rank}: {self.folder} has no such head; its ranks are {', '.join(map(str, there))}")
+        ranks = ", ".join(map(str, sorted({h["rank"] for h in self.curve["heads"]})))
+        check(bool(rows), f"rank {rank}: {self.folder} has no such head; its ranks are {ranks}")
         for name, value in (("lr", lr), ("seed", seed)):
             if value is not None:
-                values = sorted({h[name] for h in rows})
-                rows = [h for h in rows if f"{h[name]:.6g}" == f"{value:.6g}"]  # six digits are what a head's name has
-                listed = ", ".join(f"{v:.6g}" for v in values)
-                check(
-                    bool(rows),
-                    f"--{name} {value:.6g}: rank {rank} in {self.folder} has no such head; it has {name} {listed}",
-                )
+                listed = ", ".join(f"{v:.6g}" for v in sorted({h[name] for h in rows}))
+                rows = [
+                    h for h in rows if f"{h[name]:.6g}" == f"{value:.6g}"
+                ]  # a head's name has six digits of its rate
+                where = f"rank {rank} in {self.folder} has no such head"
+                check(bool(rows), f"--{name} {value:.6g}: {where}; it has {name} {listed}")
         which = "".join(f", {name} {value:.6g}" for name, value in (("lr", lr), ("seed", seed)) if value is not None)
         rows = [h for h in rows if h["status"] == "ok"]
-        fine = ", ".join(
-            dict.fromkeys(f"{h['rank']} (lr {h['lr']:.6g})" for h in self.curve["heads"] if h["status"] == "ok")
-        )
-        check(
-            bool(rows),
-            f"rank {rank}{which}: diverged in {self.folder}, there is nothing to take away; ranks that did not: {fine or 'none'}",
-        )
+        good = dict.fromkeys(f"{h['rank']} (lr {h['lr']:.6g})" for h in self.curve["heads"] if h["status"] == "ok")
+        hint = f"ranks that did not diverge: {', '.join(good) or 'none'}"
+        check(bool(rows), f"rank {rank}{which}: diverged in {self.folder}, nothing to export; {hint}")
         return min(rows, key=lambda h: h["loss"])
 
     def file(self, row: dict[str, Any]) -> Path:
-        """Where a head's tensors are."""
+        """The safetensors file of a head."""
         return self.folder / "heads" / f"{HeadKey(row['rank'], row['lr'], row['seed']).name}.safetensors"
 
     def hash(self, row: dict[str, Any]) -> str:
-        """Identity of a head: of its file's bytes. Raises UserError where there is none."""
+        """Hash of a head's file, which identifies the head. Raises UserError where there is no such file."""
         path = self.file(row)
         check(path.is_file(), f"{path}: no such file; the folder of a finished run has its heads there")
         with open(path, "rb") as f:
@@ -90,16 +84,10 @@ class Run:
             raise UserError(f"{path}: damaged or not a head file: {error}") from error
         check(isinstance(about, dict) and tensors.keys() == {"A", "B"}, f"{path}: not a head file of bottleneck")
         V, R, D = self.curve["vocab_size"], row["rank"], self.curve["hidden_size"]
-        shapes = [list(tensors["A"].shape), list(tensors["B"].shape)]
-        check(
-            shapes == [[V, R], [R, D]],
-            f"{path}: A and B are {shapes[0]} and {shapes[1]}, curve.json says {[V, R]} and {[R, D]}",
-        )
-        trained_on = about.get("backbone_hash")
-        check(
-            trained_on == self.curve["backbone_hash"],
-            f"{path}: a head of backbone {trained_on}, the run's is {self.curve['backbone_hash']}",
-        )
+        a, b = list(tensors["A"].shape), list(tensors["B"].shape)
+        check([a, b] == [[V, R], [R, D]], f"{path}: A and B are {a} and {b}, curve.json says {[V, R]} and {[R, D]}")
+        trained_on, wanted = about.get("backbone_hash"), self.curve["backbone_hash"]
+        check(trained_on == wanted, f"{path}: a head of backbone {trained_on}, the run's is {wanted}")
         finite = all(bool(t.isfinite().all()) for t in tensors.values())
         check(finite, f"{path}: holds values that are not finite")
         return tensors["A"].float(), tensors["B"].float()
@@ -119,11 +107,11 @@ class Run:
         return model, backbone
 
 
-def open_run(folder: Path, backbone: Optional[str] = None) -> Run:
-    """Read what a run left.
+def open_run(folder: Path, backbone: Optional[str] = None) -> FinishedRun:
+    """Read the folder of a finished run.
 
     Args: backbone: folder or Hub name where the backbone is now, in place of where the run had it.
-    Raises: UserError where `folder` is not one finished run.
+    Raises: UserError where `folder` is not that of one finished run.
     """
     check(folder.is_dir(), f"{folder}: no such folder")
     jobs = sorted(p.parent.name for p in folder.glob("*/curve.json"))
@@ -134,24 +122,30 @@ def open_run(folder: Path, backbone: Optional[str] = None) -> Run:
         len(curves) == 1 and (folder / "heads").is_dir(),
         f"{folder}: a merged curve without heads; give the folder of one run",
     )
-    if (folder / LAST).is_file():
-        where, tree = folder / LAST, read_checkpoint(folder / LAST)["bottleneck"]["config"].get("backbone")
-    else:  # trainer.checkpoint_every=null
-        where, tree = folder / HYDRA, _hydra_backbone(folder / HYDRA)
-    ours = isinstance(tree, dict) and isinstance(tree.get("path"), str)
-    check(ours, f"{where}: does not say where the backbone is")
+    where, config = _stored_config(folder)
+    tree = config.get("backbone")
+    if not isinstance(tree, dict) or not isinstance(tree.get("path"), str):
+        raise UserError(f"{where}: does not say where the backbone is")
     known = {f.name: tree[f.name] for f in dataclasses.fields(BackboneConfig) if f.name in tree}
     # code from a model's repository is not run: the folder may be somebody else's
     cfg = BackboneConfig(**known | {"trust_remote_code": False})
-    return Run(folder, curves[0], dataclasses.replace(cfg, path=backbone, revision=None) if backbone else cfg)
+    return FinishedRun(folder, curves[0], dataclasses.replace(cfg, path=backbone, revision=None) if backbone else cfg)
 
 
-def _hydra_backbone(path: Path) -> Any:
-    check(path.is_file(), f"{path.parent.parent}: neither {LAST} nor {HYDRA} is there to say where the backbone is")
-    try:
-        config = OmegaConf.load(path)
-    except Exception as error:  # yaml and OmegaConf raise many kinds
-        raise UserError(f"{path}: not a config: {error}") from error
-    register()
-    node = config.get("backbone") if OmegaConf.is_dict(config) else None
-    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else None
+def _stored_config(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The config that the run wrote, and the file it is in. Earlier versions wrote it into their checkpoints only."""
+    register()  # resolvers that Hydra's file may use
+    config = read_run_file(folder)
+    if config is not None:
+        return folder / RUN_FILE, config
+    if (folder / LAST).is_file():
+        return folder / LAST, read_checkpoint(folder / LAST)["bottleneck"]["config"]
+    config = read_run_config(folder)
+    if config is None:
+        raise UserError(
+            f"{folder}: neither {RUN_FILE}, {LAST} nor {HYDRA_CONFIG} is there to say where the backbone is"
+        )
+    return folder / HYDRA_CONFIG, config
+
+
+Run = FinishedRun  # the name that serve and downstream still import

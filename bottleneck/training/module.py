@@ -20,13 +20,13 @@ from bottleneck.evaluation.sums import derived, validate
 from bottleneck.heads.bank import HeadBank
 from bottleneck.training.optim import build_optimizer, clip_per_head, schedule
 from bottleneck.training.signals import Flag
-from bottleneck.training.timing import Parts
+from bottleneck.training.timing import StepTimer
 
 log = logging.getLogger(__name__)
 
 
 class HandOver(torch.autograd.Function):
-    """A zero whose backward adds zeros to gradients that are there already: autograd's hooks, and so DDP, see them ready."""
+    """Returns 0; its backward adds zeros to existing gradients so that DDP's hooks fire."""
 
     @staticmethod
     def forward(ctx: Any, *parameters: Tensor) -> Tensor:
@@ -42,17 +42,20 @@ class HeadSweep(pl.LightningModule):
     """Trains the heads of a bank on the hidden states of a frozen backbone.
 
     Args:
-        start: gives the bank its initial values, on the training device; called once, before step 0, never on a resume.
+        start: sets the bank's initial values, on the training device; called once, before step 0, never on a resume.
         validation: (process, processes) -> that process's validation batches.
         config, data_hash: stored in checkpoints; a resumed run must have the same text.
-        bands: frequency band of every token id [V], from `compare.bands_of`; text_bytes: of the validation text.
-        flag: tells the other processes of a signal.
+        bands: frequency band of every token id [V], from `agreement.bands_of`.
+        text_bytes: size of the validation text.
+        flag: carries a signal to the other processes.
         build: makes the optimizer.
 
     Attributes:
-        details: what the final heads lose against the full head, from `compare`.
+        details: comparison of the final heads with the original head, from `agreement.compare`.
         initial, final: validation losses {head name: nats} at step 0 and after the last step.
-        reference: validation loss of the backbone's own head; validation_tokens: tokens they are means over.
+        reference: validation loss of the original head, nats.
+        validation_tokens: number of tokens that these losses are means over.
+        resume_step: step of the checkpoint that this process resumes from.
     """
 
     def __init__(
@@ -89,8 +92,8 @@ class HeadSweep(pl.LightningModule):
         self.final: dict[str, float] = {}
         self.reference: Optional[float] = None
         self.validation_tokens = 0
-        self.step_tokens, self.parts = 0, Parts()
-        self.resume_step: Optional[int] = None  # of the checkpoint that this process goes on from
+        self.step_tokens, self.timer = 0, StepTimer()
+        self.resume_step: Optional[int] = None
         self._clock: Optional[tuple[float, int]] = None  # of the last logged row: time, step
 
     def configure_optimizers(self) -> Any:
@@ -113,7 +116,7 @@ class HeadSweep(pl.LightningModule):
             )
             check(
                 len(steps) == 1,
-                f"checkpoints: processes go on from different steps ({', '.join(map(str, steps))}); start again",
+                f"checkpoints: processes resume from different steps ({', '.join(map(str, steps))}); start again",
             )
 
         chosen: dict[str, set[int]] = {}
@@ -143,38 +146,37 @@ class HeadSweep(pl.LightningModule):
             self.initial = self.validate()
 
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
-        """batch: token ids [N, T+1] of this process; gradients of its micro-batches add up, then one update."""
+        """Add up the gradients of the batch's micro-batches, then update once. Args: batch: token ids [N, T+1] of this process."""
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         tokens = batch.shape[0] * (batch.shape[1] - 1)
         losses = torch.zeros(len(self.bank), dtype=torch.float64, device=batch.device)
-        self.parts.begin(
+        self.timer.begin(
             (self.global_step + 1) % self.log_every == 0 or self.global_step + 1 == self.steps, batch.device
         )
         cast = self.bank.cast(self.backbone.dtype)
         self.bank.zero_gradients()
-        self.parts("optimizer")
+        self.timer("optimizer")
         for ids in batch.split(self.micro_batch):
             h_ND = self.backbone(ids[:, :-1]).flatten(0, 1)
-            self.parts("forward")
+            self.timer("forward")
             losses += self.bank.accumulate(h_ND, ids[:, 1:].flatten(), cast, 1 / tokens)
-            self.parts("heads")
+            self.timer("heads")
         self.bank.finish_gradients()
         losses /= tokens
         if torch.distributed.is_initialized():
-            self.manual_backward(
-                HandOver.apply(*self.bank.parameters())
-            )  # DDP (or ZeRO-2) reduces the gradients, once a step
-            # a few numbers a step: what is logged and flagged is alike everywhere, and so is whether a signal came
+            # DDP (or ZeRO-2) reduces the gradients, once per step
+            self.manual_backward(HandOver.apply(*self.bank.parameters()))
+            # a few numbers per step: every process logs and flags the same, and knows whether one had a signal
             numbers = torch.cat([losses, torch.full_like(losses[:1], self.flag.number)])
             torch.distributed.all_reduce(numbers)
             losses = numbers[:-1] / self.trainer.world_size
             self.flag.send(numbers[-1:], math.ceil(len(batch) / self.micro_batch))
-        self.parts("reduction")
+        self.timer("reduction")
         norms, optimizer.optimizer.divisors = clip_per_head(
             self.bank, self.optim.clip, losses, optimizer.optimizer.norms()
         )
         optimizer.step()
-        self.parts("optimizer")
+        self.timer("optimizer")
         rates = scheduler.get_last_lr()
         scheduler.step()
         self.step_tokens = tokens * self.trainer.world_size
@@ -190,12 +192,12 @@ class HeadSweep(pl.LightningModule):
         self.conclude()
 
     def on_fit_end(self) -> None:
-        if not self.final:  # a run that had all its steps is resumed: there was no training, so its curve is made here
+        if not self.final:  # resumed after its last step: nothing was trained, so the results are made here
             self.to(self.trainer.strategy.root_device)
             self.conclude()
 
     def conclude(self) -> None:
-        """The last validation, and the heads beside the full one. All processes call it together."""
+        """Validate for the last time, and compare the heads with the original head. All processes call it together."""
         log.info("validating")
         self.final = self.validate()
         trainer = self.trainer
@@ -230,7 +232,7 @@ class HeadSweep(pl.LightningModule):
         return named
 
     def _log_step(self, losses: Tensor, norms: Tensor, rates: list[float]) -> None:
-        rows: dict[str, float] = {f"train/seconds/{part}": s for part, s in self.parts.seconds().items()}
+        rows: dict[str, float] = {f"train/seconds/{phase}": s for phase, s in self.timer.seconds().items()}
         losses, norms = losses.tolist(), norms.tolist()  # waits for the device: the time is that of finished steps
         now, step = time.perf_counter(), self.global_step
         if self._clock is not None:
@@ -238,9 +240,8 @@ class HeadSweep(pl.LightningModule):
             rows["train/tokens_per_second/all"] = (step - at) * self.step_tokens / (now - began)
         self._clock = now, step
         if self.device.type == "cuda":
-            rows["train/peak_memory_gib/all"] = (
-                torch.cuda.max_memory_allocated(self.device) / 2**30
-            )  # since the process began
+            # since the process began
+            rows["train/peak_memory_gib/all"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         for key, loss, norm, lr in zip(self.bank.keys, losses, norms, rates):
             rows |= {f"train/loss/{key.name}": loss, f"train/grad_norm/{key.name}": norm, f"train/lr/{key.name}": lr}
         self._log(rows)
@@ -274,12 +275,11 @@ class HeadSweep(pl.LightningModule):
             mine.get("data") == self.data_hash,
             "ckpt_path: its heads were trained on other text than data.files has now",
         )
-        self.initial, self.step_tokens = mine["initial"], mine["step_tokens"]
+        self.initial, self.step_tokens = mine["initial"], mine["step_tokens"]  # `resume.verify` has seen both
 
 
 class ValidateEvery(pl.Callback):
-    """Validation on the way, every `every` steps. Stands before the callback that saves, so that a checkpoint of a step
-    is never without its validation."""
+    """Validates every `every` steps. Must stand before the callback that saves: a checkpoint then has its step's validation."""
 
     def __init__(self, every: int):
         self.every = every

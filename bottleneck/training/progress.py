@@ -1,5 +1,4 @@
-"""Progress of a run on the terminal: step, tokens/s, time left. A plain line every few seconds where there is no terminal, and
-before the first step."""
+"""Progress of a run: a bar on a terminal, else a line every few seconds, with step, tokens/s and time left."""
 
 from __future__ import annotations
 
@@ -16,24 +15,24 @@ LINE_SECONDS = 10.0
 Item = TypeVar("Item")
 
 
-def told(what: str, items: Sequence[Item]) -> Iterator[Item]:
-    """The items one by one, with a line in the log every few seconds about how far they are; none where they are through sooner."""
-    began = said = time.monotonic()
+def report_progress(what: str, items: Sequence[Item]) -> Iterator[Item]:
+    """Yield the items, and log every few seconds how many are done. Silent if the loop ends first."""
+    began = reported = time.monotonic()
     for done, item in enumerate(items):
         now = time.monotonic()
-        if now - said > LINE_SECONDS:
-            said = now
+        if now - reported > LINE_SECONDS:
+            reported = now
             log.info("%s: %d of %d, %.0f s left", what, done, len(items), (now - began) / done * (len(items) - done))
         yield item
 
 
 class TokenProgress(pl.Callback):
-    """Shows tokens/s and the time left. Only the first process shows anything; nothing waits for the device."""
+    """Shows tokens/s and the time left, in the first process. Nothing waits for the device."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True)
         self.bar: Optional[Progress] = None
-        self.began = self.said = 0.0
+        self.began = self.reported = 0.0
         self.first_step = 0
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
@@ -44,7 +43,7 @@ class TokenProgress(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         if not trainer.is_global_zero or self.began:
             return
-        self.began = self.said = time.monotonic()
+        self.began = self.reported = time.monotonic()
         if self.console.is_terminal:
             columns = (
                 TextColumn("training"),
@@ -65,8 +64,8 @@ class TokenProgress(pl.Callback):
         speed = (done - self.first_step) * module.step_tokens / (now - self.began)
         if self.bar is not None:
             self.bar.update(self.task, completed=done, speed=f"{speed:,.0f}")
-        elif now - self.said > LINE_SECONDS or done == module.steps:
-            self.said = now
+        elif now - self.reported > LINE_SECONDS or done == module.steps:
+            self.reported = now
             left = (module.steps - done) * module.step_tokens / speed
             self.console.print(
                 f"step {done}/{module.steps}  {done * module.step_tokens / 1e6:.2f}M tokens  "

@@ -1,9 +1,9 @@
-"""Asked to stop by a signal, a run ends at the end of a step, with a checkpoint; on Slurm it goes back into the queue.
+"""On a signal, a run finishes its step, saves a checkpoint and exits; on Slurm its job goes back into the queue.
 
-SIGTERM comes from Slurm's preemption and `scontrol requeue` (Slurm puts the job back by itself), from torchrun and from
-people; SIGUSR1 and SIGUSR2 come ahead of a time limit (`--signal=USR1@90`, submitit): then the job must be put back by us.
-Every process stops after the same step: flags travel with the losses that are summed over processes anyway, and are read
-some steps later, when that sum is long done, so that nobody waits.
+SIGTERM comes from Slurm's preemption and `scontrol requeue` (Slurm requeues the job by itself), from torchrun and from people;
+SIGHUP from a closed terminal; SIGUSR1 and SIGUSR2 ahead of a time limit (`--signal=USR1@90`, submitit), after which this module
+requeues the job. Every process stops after the same step: flags travel with the losses that are summed over processes anyway,
+and are read some steps later, when that sum is long done, so that nobody waits.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections import deque
 from typing import Any, Callable, Optional
@@ -21,17 +22,20 @@ import torch
 from torch import Tensor
 
 from bottleneck.core.errors import Stopped
-from bottleneck.training.processes import global_rank
+from bottleneck.training.cluster import global_rank
 
 log = logging.getLogger(__name__)
-LAG = 4  # forward passes between a flag's sum and its reading on a GPU, in whole steps: the CPU runs no further ahead than that
+LAG = 4  # forward passes between a flag's sum and its reading on a GPU, in whole steps: how far the CPU may run ahead
 REQUEUE = (signal.SIGUSR1, signal.SIGUSR2)
-SIGNALS = (signal.SIGTERM, *REQUEUE, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, *REQUEUE, signal.SIGINT)
 KILL_WAIT = 120  # seconds to wait, after scontrol requeue, for Slurm to end this process
 
 
 class Flag:
-    """The number of the signal that came to this process, 0 before; and what the processes agreed on."""
+    """The signal that this process has received, and what the processes have agreed on.
+
+    Attributes: number: of the first signal, 0 before.
+    """
 
     def __init__(self) -> None:
         self.number, self._since = 0, 0.0
@@ -40,36 +44,45 @@ class Flag:
         self._before: dict[int, Any] = {}
 
     def listen(self, numbers: tuple[signal.Signals, ...]) -> None:
-        """Note these signals in place of what they did; Ctrl-C a second time interrupts at once."""
-        for number in numbers:
-            self._before.setdefault(number, signal.signal(number, self._note))
+        """Note these signals instead of acting on them. A second Ctrl-C still interrupts at once.
 
-    def leave(self, but: tuple[signal.Signals, ...] = ()) -> None:
-        """Signals do again what they did."""
-        for number in self._before.keys() - set(but):
-            signal.signal(number, self._before.pop(number))
+        A SIGHUP that is ignored, by nohup, stays ignored.
+        """
+        self._install(numbers, self._note)
 
     def raise_from_now(self, numbers: tuple[signal.Signals, ...]) -> None:
-        """The last step is done and saved, what follows can be done again: these signals end the run where it is."""
+        """End the run at once on these signals. For what follows the last step, which can be repeated."""
 
         def stop(number: int, frame: Any) -> None:
             raise Stopped(number)
 
+        self._install(numbers, stop)
+
+    def leave(self, but: tuple[signal.Signals, ...] = ()) -> None:
+        """Restore the previous handlers, except those of the signals in `but`."""
+        for number in self._before.keys() - set(but):
+            signal.signal(number, self._before.pop(number))
+
+    def _install(self, numbers: tuple[signal.Signals, ...], handler: Callable[[int, Any], None]) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return  # Python allows handlers in the main thread only; `StopOnSignal` reports it
         for number in numbers:
-            self._before.setdefault(number, signal.signal(number, stop))
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
+            self._before.setdefault(number, signal.signal(number, handler))
 
     def _note(self, number: int, frame: Any) -> None:
-        # a terminal's Ctrl-C reaches every process, and the agent hands its own on: that is still the first time
+        # a terminal's Ctrl-C reaches every process, and the agent passes its own on: that is still the first time
         if number == signal.SIGINT and self.number == signal.SIGINT and time.monotonic() - self._since > 1:
             raise KeyboardInterrupt
         if not self.number:
             self.number, self._since = number, time.monotonic()
 
     def send(self, summed: Tensor, passes: int = 1) -> None:
-        """Keep the sum over processes of a step's flags (a tensor of one element, perhaps still on its way).
+        """Keep the sum over processes of a step's flags: a tensor of one element, perhaps still being computed.
 
         Args:
-            passes: forward passes of a step, the same on every process and in every step. Long steps have many, and are waited for.
+            passes: forward passes of a step, the same on every process and in every step. Steps of many passes are waited for.
         """
         self._lag = LAG // passes
         if not summed.is_cuda:
@@ -81,12 +94,21 @@ class Flag:
         event.record()
         self._sums.append((host, event))
 
-    def agreed(self) -> bool:
-        """Whether some process had a signal: alike on every process. Without `send`, whether this one had."""
+    def agreed(self, last: bool = False) -> bool:
+        """Whether some process had a signal: the same answer on every process. Without `send`, whether this process had one.
+
+        Args: last: this is the last step, so all sums are read, and waited for.
+        """
         if not self._sums:
             return self.number > 0
-        if self._sums[-1][1] is not None and len(self._sums) <= self._lag:
+        if not last and self._sums[-1][1] is not None and len(self._sums) <= self._lag:
             return False
+        found = self._pop()
+        while last and self._sums:
+            found = self._pop() or found
+        return found
+
+    def _pop(self) -> bool:
         value, event = self._sums.popleft()
         if event is not None:
             event.synchronize()
@@ -104,11 +126,15 @@ class StopOnSignal(pl.Callback):
     def __init__(self, flag: Flag, save: Optional[Callable[[pl.Trainer], None]]):
         self.flag, self.save = flag, save
 
+    def on_train_start(self, *_: Any) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            log.info("training outside the main thread: a signal ends it without saving a checkpoint first")
+
     def on_train_batch_start(self, *_: Any) -> None:
         self.flag.listen(SIGNALS)  # not before the first step: until then there is nothing to save
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
-        if trainer.global_step >= trainer.max_steps or not self.flag.agreed():
+        if not self.flag.agreed(last=trainer.global_step >= trainer.max_steps):
             return
         if self.save is not None:
             self.save(trainer)
@@ -120,9 +146,10 @@ class StopOnSignal(pl.Callback):
         raise Stopped(number, trainer.global_step)
 
     def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
-        kept = (
-            REQUEUE if "SLURM_JOB_ID" in os.environ else ()
-        )  # a time limit in the last validation puts the job back as well
+        if self.flag.number:  # it came after the last step's sum
+            raise Stopped(self.flag.number, trainer.global_step)
+        # a time limit in the last validation requeues the job as well
+        kept = REQUEUE if "SLURM_JOB_ID" in os.environ else ()
         self.flag.raise_from_now(kept)
         self.flag.leave(but=kept)
 
@@ -135,7 +162,8 @@ def requeue() -> None:
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which Slurm ends it now
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which Slurm ends it now
     if global_rank() == 0:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
         if done.returncode:
@@ -143,8 +171,3 @@ def requeue() -> None:
             return
         log.info("job %s is back in the queue", job)
     time.sleep(KILL_WAIT)
-
-
-def restarted() -> bool:
-    """Whether this process is a later try of the same job: requeued by Slurm, or restarted by torchrun."""
-    return any(int(os.environ.get(name, 0) or 0) > 0 for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))

@@ -1,4 +1,4 @@
-"""A head of an earlier run that teaches this run's, and that they start from: head.teacher=FOLDER."""
+"""A head of an earlier run that teaches this run's heads, and that they start from: head.teacher=FOLDER."""
 
 from __future__ import annotations
 
@@ -10,43 +10,41 @@ import torch
 from bottleneck.backbone.model import Backbone, FullHead
 from bottleneck.core.errors import check
 from bottleneck.heads.bank import HeadKey
-from bottleneck.training.finished_run import Run, open_run
+from bottleneck.training.finished_run import FinishedRun, open_run
 
 
 class Teacher(NamedTuple):
     """The best head of the highest rank of a finished run, and that run."""
 
-    run: Run
+    run: FinishedRun
     row: dict[str, Any]
 
     @property
     def name(self) -> str:
-        """Which head it is, wherever its folder lies: its name and the hash of its file. What a run is resumed and compared by."""
+        """The head's name and the hash of its file: the same wherever its folder lies. Runs are resumed and compared by it."""
         return f"{HeadKey(self.row['rank'], self.row['lr'], self.row['seed']).name}:{self.run.hash(self.row)}"
 
     def check_shape(self, hidden_size: int, vocab_size: int) -> None:
-        """Raises UserError where this run's backbone is of another shape; before its weights are loaded."""
-        theirs = [self.run.curve["vocab_size"], self.run.curve["hidden_size"]]
-        check(
-            theirs == [vocab_size, hidden_size],
-            f"head.teacher={self.run.folder}: its heads are for a vocabulary and hidden size of {theirs}, this backbone's are {[vocab_size, hidden_size]}",
-        )
+        """Raises UserError where this run's backbone has another shape. Needs no weights."""
+        theirs, ours = [self.run.curve["vocab_size"], self.run.curve["hidden_size"]], [vocab_size, hidden_size]
+        about = f"its heads are for a vocabulary and hidden size of {theirs}, this backbone's are {ours}"
+        check(theirs == ours, f"head.teacher={self.run.folder}: {about}")
 
     @torch.no_grad()
     def head(self, backbone: Backbone) -> FullHead:
-        """W = A B as the backbone's own head would be held, in its dtype. Raises UserError where it was trained on another backbone."""
+        """W = A B on the device and in the dtype of the original head. Raises UserError where it is of another backbone."""
         theirs = self.run.curve["backbone_hash"]
         check(
             theirs == backbone.hash,
             f"head.teacher={self.run.folder}: its heads were trained on backbone {theirs}, this run's is {backbone.hash}",
         )
-        own = backbone.lm_head.weight
-        A, B = (t.to(own.device) for t in self.run.factors(self.row))
-        return FullHead((A @ B).to(own.dtype))
+        original = backbone.lm_head.weight
+        A, B = (t.to(original.device) for t in self.run.factors(self.row))
+        return FullHead((A @ B).to(original.dtype))
 
 
 def open_teacher(value: str) -> Optional[Teacher]:
-    """None where `value` is not a folder but own or trained. Raises UserError where the folder is not that of a finished run."""
+    """The teacher in a folder, or None where `value` is own or trained. Raises UserError where it is not a finished run's."""
     if value in ("own", "trained"):
         return None
     run = open_run(Path(value).expanduser())

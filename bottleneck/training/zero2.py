@@ -1,9 +1,9 @@
-"""The heads' optimizer spread over the processes by DeepSpeed's ZeRO stage 2: each holds its share of AdamW's moments.
+"""The heads' optimizer spread over the processes by DeepSpeed's ZeRO stage 2: each process holds a share of AdamW's moments.
 
-DeepSpeed lays a head's A and B end to end, as one parameter group, and gives every process an equal part of it. It reduces a
-part's gradient to its owner, which updates that part with the optimizer it was given, and gathers the heads again. That
-optimizer is `HeadAdamW`: divisors and flags are numbers of a whole group, so clipping, divergence and rates of a head are what
-they are under DDP. DeepSpeed's own clipping and overflow check look at all heads together and are off.
+DeepSpeed lays a head's A and B end to end, as one parameter group, and gives every process an equal part of it. It reduces the
+gradient of a part to its owner, which updates the part with the optimizer it was given, and gathers the heads again. That
+optimizer is `HeadAdamW`: divisors and flags belong to a whole group, so clipping, divergence and rates of a head are the same
+as under DDP. DeepSpeed's own clipping and overflow check look at all heads together and are off.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import Tensor
 from bottleneck.backbone.sharding import deepspeed
 from bottleneck.config.schema import OptimConfig
 from bottleneck.heads.bank import HeadBank
-from bottleneck.training.optim import HeadAdamW, build_optimizer
+from bottleneck.training.fused_adamw import HeadAdamW
+from bottleneck.training.optim import build_optimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BUCKET = 50_000_000  # elements that are reduced or gathered together
@@ -36,10 +37,10 @@ CONFIG = {
 
 
 class Zero2Strategy(DDPStrategy):
-    """Processes as under DDP; gradients are DeepSpeed's."""
+    """DDP's processes, with gradients reduced by DeepSpeed."""
 
     def configure_ddp(self) -> None:
-        """No wrapper that would reduce them a second time."""
+        """Use no wrapper: DDP's would reduce the gradients a second time."""
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         self.optimizers[0].backward(closure_loss)
@@ -47,10 +48,10 @@ class Zero2Strategy(DDPStrategy):
 
 
 class Zero2AdamW(torch.optim.Optimizer):
-    """To the outside an optimizer of whole heads, with the groups and the state of `HeadAdamW`: a run goes on from the
-    checkpoint of any other, whatever the number of processes and whether it was spread.
+    """An optimizer of whole heads to its callers, with the groups and the state of `HeadAdamW`.
 
-    DeepSpeed's engine is made at the first backward pass, when heads and state have the values to begin with.
+    So a run resumes from the checkpoint of any other, whatever its number of processes and its optimizer. DeepSpeed's engine is
+    built at the first backward pass, once heads and state have their initial values.
 
     Attributes: divisors: as `HeadAdamW`.
     """
@@ -64,7 +65,7 @@ class Zero2AdamW(torch.optim.Optimizer):
         self._whole: Optional[dict[int, Any]] = None
 
     def backward(self, loss: Tensor) -> None:
-        """Reduce every gradient to the process that holds its moments."""
+        """Reduce every gradient to the process that holds the parameter's moments."""
         if self.engine is None:
             self._begin()
         self.engine.backward(loss)
@@ -88,7 +89,7 @@ class Zero2AdamW(torch.optim.Optimizer):
         return result
 
     def consolidate_state_dict(self, to: int = 0) -> None:
-        """Bring the moments together on a process, in its CPU's memory; all processes call this. Lightning does, before it saves."""
+        """Gather the moments on one process, in CPU memory. Lightning calls this on all processes before it saves."""
         self._whole = {}
         for group, flat, shapes in self._groups() if self.engine is not None else ():
             state = self.inner.state[flat]
@@ -104,7 +105,7 @@ class Zero2AdamW(torch.optim.Optimizer):
             self._whole = self._restored
 
     def state_dict(self) -> dict[str, Any]:
-        """As `HeadAdamW.state_dict`. Moments are there on the process they were brought together on, once."""
+        """As `HeadAdamW.state_dict`. Holds moments once, on the process where they were gathered."""
         state, self._whole = self._whole or {}, None
         return {"state": state, "param_groups": super().state_dict()["param_groups"]}
 
@@ -113,7 +114,7 @@ class Zero2AdamW(torch.optim.Optimizer):
         self._restored = state_dict["state"]
 
     def _groups(self) -> list[tuple[list[int], Tensor, list[torch.Size]]]:
-        """Of each group: numbers of its parameters, this process's flat part of them, their shapes."""
+        """For each group: indices of its parameters, this process's flat part of them, their shapes."""
         out, first = [], 0
         for mine, theirs in zip(self.param_groups, self.inner.param_groups):
             shapes = [p.shape for p in mine["params"]]
@@ -139,19 +140,19 @@ class Zero2AdamW(torch.optim.Optimizer):
 
 
 class _GroupByGroup(HeadAdamW):
-    """`HeadAdamW` for DeepSpeed, which steps it one group at a time, with only that group in `param_groups`."""
+    """`HeadAdamW` for DeepSpeed, which steps one group at a time, with only that group in `param_groups`."""
 
     def __init__(self, bank: HeadBank, c: OptimConfig):
         plain = build_optimizer(bank, c)
         super().__init__(plain.param_groups, plain.flags)
         self.order = [g["name"] for g in self.param_groups]
 
-    def number(self, group: dict[str, Any]) -> int:
+    def group_index(self, group: dict[str, Any]) -> int:
         return self.order.index(group["name"])
 
 
 def _gather(part: Tensor, to: int) -> Optional[Tensor]:
-    """Equal parts of all processes, end to end, on the CPU of one; None on the others."""
+    """Gather equal parts of all processes end to end, on the CPU of process `to`. Returns None on the others."""
     parts = [torch.empty_like(part) for _ in range(dist.get_world_size())] if dist.get_rank() == to else None
     dist.gather(part, parts, to)
     return None if parts is None else torch.cat([p.cpu() for p in parts])

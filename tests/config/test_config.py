@@ -19,7 +19,7 @@ from bottleneck.config.declare import fits
 from bottleneck.config.reference import keys
 from bottleneck.config.schema import SCHEMA_KEYS, BackboneConfig
 from bottleneck.core.errors import UserError
-from bottleneck.training.checkpoint import check_same_run
+from bottleneck.training.resume import check_same_run
 from conftest import ROOT, composed, shell
 
 CONF = ROOT / "conf"

@@ -189,8 +189,8 @@ def test_long_work_before_the_first_step_says_how_far_it_is(monkeypatch, caplog)
     clock = iter(range(0, 1000, 4))  # seconds: each item takes four
     monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
     with caplog.at_level("INFO"):
-        assert list(progress.told("refining", range(2))) == [0, 1] and not caplog.messages
-        assert list(progress.told("refining", range(10))) == list(range(10))
+        assert list(progress.report_progress("refining", range(2))) == [0, 1] and not caplog.messages
+        assert list(progress.report_progress("refining", range(10))) == list(range(10))
     assert caplog.messages == [
         "refining: 2 of 10, 48 s left",
         "refining: 5 of 10, 24 s left",

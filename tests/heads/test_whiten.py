@@ -11,7 +11,7 @@ from bottleneck.config.schema import OptimConfig
 from bottleneck.core.errors import UserError
 from bottleneck.heads.bank import HeadBank, HeadKey
 from bottleneck.heads.closed_forms import roots
-from bottleneck.training.checkpoint import LAST
+from bottleneck.training.run_folder import LAST
 from bottleneck.training.optim import build_optimizer, clip_per_head
 from conftest import assert_same_heads, heads_of, shell
 

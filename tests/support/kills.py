@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from bottleneck.benchmark.killed import trains  # noqa: E402
 from bottleneck.benchmark.ours import family  # noqa: E402
-from bottleneck.training.checkpoint import LAST, PREVIOUS  # noqa: E402
+from bottleneck.training.run_folder import LAST, PREVIOUS  # noqa: E402
 
 
 def disturb(overrides: list[str], folder: Path, kills: int, seed: int, say=lambda words: None) -> int:

@@ -16,8 +16,10 @@ import pytest
 import torch
 
 from bottleneck.core.errors import LostPeers, UserError
-from bottleneck.training.checkpoint import LAST
-from bottleneck.training.processes import _explain, leave_at_once, threads
+from bottleneck.training.cluster import threads
+from bottleneck.training.elastic import explain
+from bottleneck.training.processes import leave_at_once
+from bottleneck.training.run_folder import LAST
 from bottleneck.training.signals import Flag
 from conftest import ROOT, assert_same_heads, command, heads_of, shell
 from support.kills import differences, disturb, family, trains
@@ -199,7 +201,8 @@ def test_threads_of_a_process(monkeypatch):
     assert threads(4) == 4 and threads(32) == 1
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "8")
     assert threads(4) == 4
-    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    for name, value in (("SLURM_STEP_ID", "0"), ("SLURM_PROCID", "0"), ("SLURM_STEP_NUM_TASKS", "4")):
+        monkeypatch.setenv(name, value)
     assert threads(4) == 8  # what the task was given, not to be shared once more
 
 
@@ -246,7 +249,7 @@ def test_torchrun_restarts_the_group_from_the_last_checkpoint(longer, whole, tmp
     os.kill(workers[-1], signal.SIGKILL)
     out, error = run.communicate(timeout=200)
     assert run.returncode == 0, error[-3000:]
-    assert "going on from" in out and differences(whole, tmp_path / "cut") == []
+    assert "resuming from" in out and differences(whole, tmp_path / "cut") == []
 
 
 def test_a_world_of_another_size_is_refused(toy, tmp_path):
@@ -305,7 +308,7 @@ def test_the_first_cause_is_told(exits, kind, words):
     """NCCL's watchdog aborts the processes that wait for one that is gone."""
     failures = {i: SimpleNamespace(exitcode=e, pid=10 + i, message="", timestamp=i) for i, e in enumerate(exits)}
     with pytest.raises(kind) as caught:
-        _explain(SimpleNamespace(failures=failures), 2, 2.5, Path("runs/one"))
+        explain(SimpleNamespace(failures=failures), 2, minutes=2.5, run_dir=Path("runs/one"))
     assert str(caught.value).startswith(words) and "\n" not in str(caught.value)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 
 import pytest
 
 from bottleneck.core.errors import Stopped, UserError
-from bottleneck.training.checkpoint import LAST, LOCK, PREVIOUS, wanted
+from bottleneck.training.resume import wanted_checkpoint as wanted
+from bottleneck.training.run_folder import LAST, LOCK, PREVIOUS
 from conftest import assert_same_heads, heads_of
 
 
@@ -23,7 +25,7 @@ def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(run, tmp_path, ca
     last.write_bytes(raw)
     with caplog.at_level("WARNING"):
         resumed = run("trainer.checkpoint_every=7", "ckpt_path=last", run_dir=tmp_path / "b")
-    assert "damaged" in caplog.text and "going on from the one before, previous.ckpt, step 14" in caplog.text
+    assert "damaged" in caplog.text and "resuming from previous.ckpt, step 14" in caplog.text
     assert resumed.curve == first.curve
     assert_same_heads(heads_of(tmp_path / "a"), heads_of(tmp_path / "b"))
     # the damaged one is set aside, and did not take the good one's place: the same once more
@@ -54,13 +56,30 @@ def test_a_finished_run_is_left_as_it_is(run, tmp_path):
 
 
 def test_a_finished_run_without_checkpoints_is_not_trained_again(run, tmp_path, monkeypatch):
-    """Requeued by Slurm, that is; asked for by hand, it is."""
+    """The same command finds it finished, requeued by Slurm or repeated by hand; run.json says that it is the same."""
     first = run("trainer.checkpoint_every=null")
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    again = run("trainer.checkpoint_every=null", "ckpt_path=last")
-    assert again.module is None and again.curve == first.curve
-    monkeypatch.delenv("SLURM_RESTART_COUNT")
-    assert run("trainer.checkpoint_every=null", "ckpt_path=last").module is not None
+    for restarts in ("1", "0"):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+        again = run("trainer.checkpoint_every=null", "ckpt_path=last")
+        assert again.module is None and again.curve == first.curve
+
+
+@pytest.mark.parametrize("kept", ["no checkpoints", "deleted checkpoints"])
+def test_a_finished_run_without_checkpoints_is_not_overwritten(run, tmp_path, kept):
+    """A command with other ranks replaced the curve, and `heads/` held the heads of both."""
+    every = ["trainer.checkpoint_every=null"] if kept == "no checkpoints" else []
+    run(*every)
+    shutil.rmtree(tmp_path / "run" / "checkpoints", ignore_errors=True)
+    files = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    with pytest.raises(UserError, match="holds a run already"):
+        run(*every, "ranks=[4]")
+    with pytest.raises(UserError, match="ranks=.4.: the run in .* has .2, 8, 32."):
+        run(*every, "ranks=[4]", "ckpt_path=last")
+    (tmp_path / "run" / "run.json").rename(tmp_path / "run.json")  # the folder of an earlier version
+    with pytest.raises(UserError, match="holds results of a run that left no checkpoint"):
+        run(*every, "ckpt_path=last")
+    (tmp_path / "run.json").rename(tmp_path / "run" / "run.json")
+    assert files == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
 
 
 def test_a_job_that_began_with_a_file_goes_on_from_its_own_checkpoint(tmp_path):
@@ -97,7 +116,7 @@ def test_a_time_limit_in_the_last_validation_puts_the_job_back(run, tmp_path, mo
 def test_one_run_in_a_folder(run, tmp_path, monkeypatch):
     from filelock import FileLock
 
-    monkeypatch.setattr("bottleneck.training.checkpoint.LOCK_SECONDS", 0.2)
+    monkeypatch.setattr("bottleneck.training.run_folder.LOCK_SECONDS", 0.2)
     (tmp_path / "run").mkdir()
     with FileLock(tmp_path / "run" / LOCK), pytest.raises(UserError, match="another run is at work there"):
         run()

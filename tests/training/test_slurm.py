@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bottleneck.training.checkpoint import LAST
+from bottleneck.training.run_folder import LAST
 from conftest import ROOT, assert_same_heads, heads_of
 from support import slurm_cluster
 
@@ -117,7 +117,7 @@ def test_a_job_goes_on_by_itself(slurm, whole, tmp_path, how):
         slurm.run("scontrol", "requeue", job)
     slurm.hurry(job)
     text = finished(slurm, job, folder, whole)
-    assert "going on from" in text
+    assert "resuming from" in text
     if how == "USR1":  # what Slurm sends ahead of a time limit
         assert f"job {job} is back in the queue" in text
 

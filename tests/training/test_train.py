@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from bottleneck.core.errors import UserError
 from bottleneck.results import curve
-from bottleneck.training.checkpoint import LAST
+from bottleneck.training.run_folder import LAST
 from conftest import ROOT, assert_same_heads, command, heads_of, shell
 
 

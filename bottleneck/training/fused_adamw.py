@@ -1,0 +1,47 @@
+"""AdamW with a gradient divisor and a skip flag for each parameter group, by a hook into torch's fused AdamW.
+
+torch's fused kernels take `grad_scale` and `found_inf`, made for loss scaling, once for all groups: `step` reads both from the
+optimizer. `_init_group` runs just before each group is updated, so it is where they are exchanged. This module works around
+that, and tests/training/test_private_hooks.py fails where torch changes it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class HeadAdamW(torch.optim.AdamW):
+    """PyTorch's fused AdamW, one parameter group per head.
+
+    Clipping costs no pass over the gradients, and a diverged head stays as it is without the host ever asking the device.
+
+    Args: flags: [groups], 1.0 where a group is skipped; read at every step.
+    Attributes: divisors: [groups], what gradients are divided by in the next step; from `optim.clip_per_head`.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], flags: Tensor, **options: Any):
+        super().__init__(groups, fused=True, **options)
+        self.flags, self.divisors = flags, torch.ones_like(flags)
+
+    def norms(self) -> Tensor:
+        """Norms of the groups' gradients, [groups]."""
+        return group_norms([g["params"] for g in self.param_groups])
+
+    def group_index(self, group: dict[str, Any]) -> int:
+        """The entry of flags and divisors that belongs to a group."""
+        return next(i for i, g in enumerate(self.param_groups) if g is group)
+
+    def _init_group(self, group: dict[str, Any], *args: Any) -> Any:
+        index = self.group_index(group)
+        self.found_inf, self.grad_scale = self.flags[index], self.divisors[index]
+        return super()._init_group(group, *args)
+
+
+@torch.no_grad()
+def group_norms(groups: list[list[Tensor]]) -> Tensor:
+    """Norms of the gradients of groups of parameters, [groups]. All groups have equally many parameters."""
+    parts = torch._foreach_norm([p.grad for group in groups for p in group])
+    return torch.linalg.vector_norm(torch.stack(parts).view(len(groups), -1), dim=1)

@@ -1,0 +1,24 @@
+"""Trained heads as safetensors files. Dims: R rank, D hidden size, V vocabulary."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors.torch import save
+
+from bottleneck.core.files import write_atomic
+from bottleneck.heads.bank import HeadBank
+
+
+def save_heads(bank: HeadBank, folder: Path, metadata: dict[str, str]) -> None:
+    """Write `<key>.safetensors` with tensors A [V, R] and B [R, D] for each head. Equal heads are equal files.
+
+    Raises: UserError on a full disk.
+    """
+    for key in bank.keys:
+        tensors = {name: t.cpu().contiguous() for name, t in zip("AB", bank.factors(key))}
+        about = metadata | {"rank": key.rank, "lr": key.lr, "seed": key.seed}
+        # one metadata entry: safetensors writes several in random order
+        content = save(tensors, metadata={"bottleneck": json.dumps(about, sort_keys=True)})
+        write_atomic(folder / f"{key.name}.safetensors", lambda part, content=content: part.write_bytes(content))

@@ -1,0 +1,93 @@
+"""What describes a run: one list, from which curve.json takes its recipe and W&B the facts of a head.
+
+The recipe is part of a curve's identity: heads of different recipes are on different lines. A setting that a run does not use is
+not in its recipe, and neither is a setting that did not exist in earlier versions and has its default.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Callable, Optional
+
+from bottleneck.config.schema import TrainConfig
+from bottleneck.core.environment import commit
+from bottleneck.heads.bank import HeadKey
+
+ALWAYS = object()  # no value of a setting
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting of a run.
+
+    Attributes:
+        value: from the checked config.
+        used: whether the run uses it; None: every run does.
+        silent: the value that the recipe leaves out.
+    """
+
+    name: str
+    value: Callable[[TrainConfig], Any]
+    used: Optional[Callable[[TrainConfig], bool]] = None
+    silent: Any = ALWAYS
+
+    def applies(self, c: TrainConfig) -> bool:
+        return self.used is None or self.used(c)
+
+
+def _taught(c: TrainConfig) -> bool:
+    return c.head.objective != "ce"
+
+
+SETTINGS = (
+    Setting("batch_size", lambda c: c.batch_size),
+    Setting("block_size", lambda c: c.data.block_size),
+    Setting("data_seed", lambda c: c.data.seed),
+    Setting("weight_decay", lambda c: c.optim.weight_decay),
+    Setting("betas", lambda c: list(c.optim.betas)),
+    Setting("eps", lambda c: c.optim.eps),
+    Setting("warmup", lambda c: c.optim.warmup),
+    Setting("lr_final", lambda c: c.optim.lr_final),
+    Setting("clip", lambda c: c.optim.clip),
+    Setting("calibration_tokens", lambda c: c.head.calibration_tokens),
+    Setting("dtype", lambda c: c.backbone.dtype),
+    Setting("passes", lambda c: c.head.passes, used=lambda c: c.head.init == "refined"),
+    Setting("epochs", lambda c: c.data.epochs, silent=1),
+    Setting("whiten", lambda c: c.head.whiten, silent=False),
+    Setting("lr_ratio", lambda c: c.optim.lr_ratio, silent=1),
+    Setting("objective", lambda c: c.head.objective, silent="ce"),
+    Setting("temperature", lambda c: c.head.temperature, used=_taught),
+    Setting("mix", lambda c: c.head.mix, used=lambda c: c.head.objective == "mixed"),
+    Setting("teacher", lambda c: c.head.teacher, used=_taught, silent="own"),
+)
+
+
+def recipe(c: TrainConfig, dtype: str) -> dict[str, Any]:
+    """The recipe in curve.json. Args: dtype: of the backbone as it was loaded, such as float32."""
+    found = {s.name: s.value(c) for s in SETTINGS if s.applies(c) and s.value(c) != s.silent}
+    return found | {"dtype": dtype}
+
+
+def head_facts(
+    c: TrainConfig, key: HeadKey, *, hidden_size: int, vocab_size: int, data: str, backbone: str
+) -> dict[str, Any]:
+    """Identifying facts of a head, the same whether it trains alone or beside others. None for settings that are not used.
+
+    Args: data, backbone: labels of the text and the backbone.
+    """
+    step_tokens = c.batch_size * c.data.block_size
+    return {
+        "rank": key.rank,
+        "parameters": key.rank * (vocab_size + hidden_size),
+        "lr": key.lr,
+        "seed": key.seed,
+        "init": c.head.init,
+        "backbone": backbone,
+        "revision": c.backbone.revision,
+        "hidden_size": hidden_size,
+        "vocab_size": vocab_size,
+        "data": data,
+        "tokens": c.tokens // step_tokens * step_tokens,
+        **{s.name: s.value(c) if s.applies(c) else None for s in SETTINGS},
+        "git_commit": commit(),
+    }

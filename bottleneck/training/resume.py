@@ -1,0 +1,289 @@
+"""Where a run starts: at step 0, from a checkpoint, or not at all since it is finished.
+
+Order of use: `find` before anything is loaded, `verify` once the bank of heads has been built.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from bottleneck.config.schema import TrainConfig
+from bottleneck.core.errors import UserError, check
+from bottleneck.core.run_file import read_run_file
+from bottleneck.heads.bank import HeadBank
+from bottleneck.results import curve
+from bottleneck.training.checkpoint import CHECKSUM, read_checkpoint
+from bottleneck.training.optim import trained_parameters
+from bottleneck.training.run_folder import LAST, PREVIOUS, has_checkpoint, has_results
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """Where a run starts.
+
+    Attributes:
+        path: the checkpoint to resume from, or None for step 0.
+        step: its optimizer step.
+        finished: content of curve.json where the run is finished already.
+    """
+
+    path: Optional[Path] = None
+    step: Optional[int] = None
+    finished: Optional[dict[str, Any]] = None
+
+
+def find(c: TrainConfig, stored: dict[str, Any], run_dir: Path, steps: int) -> StartingPoint:
+    """Decide where the run starts. Reads files, writes none.
+
+    Args:
+        stored: the checked config as checkpoints hold it.
+        steps: optimizer steps of the whole run.
+    Raises: UserError where a run would be overwritten, where the folder or file holds another run, where no checkpoint is whole.
+    """
+    wanted = wanted_checkpoint(c.ckpt_path, run_dir, restarted())
+    if wanted not in (None, "last"):
+        check(Path(wanted).is_file(), f"ckpt_path={wanted}: no such file; give last or a checkpoint file")
+    if wanted is None or (wanted != "last" and Path(wanted).resolve() != (run_dir / LAST).resolve()):
+        holds = has_checkpoint(run_dir) or has_results(run_dir)
+        hint = "give ckpt_path=last to resume it, or another folder"
+        check(not holds, f"hydra.run.dir={run_dir}: holds a run already; {hint}")
+    if wanted is None:
+        return StartingPoint()
+    if wanted != "last":
+        path = Path(wanted)
+        saved = read_checkpoint(path, mmap=True)
+        check_same_run(saved["bottleneck"]["config"], stored, path)
+        fault = step_fault(saved, steps)
+        check(fault is None, f"ckpt_path={path}: {fault}")
+        return StartingPoint(path, saved["global_step"])
+    if not has_checkpoint(run_dir):
+        done = _finished_without_checkpoint(stored, run_dir, tokens=steps * c.batch_size * c.data.block_size)
+        if done is None:
+            log.info("ckpt_path=last: no checkpoint in %s yet, starting at step 0", run_dir)
+        return StartingPoint(finished=done)
+    path, saved, fault = _newest(run_dir, stored, steps)
+    if fault is not None:
+        log.warning("%s; resuming from %s, step %d", fault, path.name, saved["global_step"])
+    done = curve.complete(run_dir) if saved["global_step"] >= steps else None
+    return StartingPoint(path, saved["global_step"], done)
+
+
+def verify(found: StartingPoint, stored: dict[str, Any], run_dir: Path, steps: int, *, bank: HeadBank) -> StartingPoint:
+    """Compare the checkpoint's content with the bank it is for; where it does not fit, the previous checkpoint is used.
+
+    Raises: UserError where no checkpoint fits.
+    """
+    if found.path is None:
+        return found
+    own = (run_dir / LAST).resolve(), (run_dir / PREVIOUS).resolve()
+    if found.path.resolve() not in own:
+        fault = content_fault(read_checkpoint(found.path, mmap=True), bank)
+        check(fault is None, f"ckpt_path={found.path}: {fault}")
+        return found
+    path, saved, unfit = _newest(run_dir, stored, steps, bank=bank)
+    if path != found.path:
+        log.warning("%s; resuming from %s, step %d", unfit, path.name, saved["global_step"])
+    return StartingPoint(path, saved["global_step"])
+
+
+def _newest(
+    run_dir: Path, stored: dict[str, Any], steps: int, *, bank: Optional[HeadBank] = None
+) -> tuple[Path, dict[str, Any], Optional[UserError]]:
+    """The newest checkpoint of the run that can be used, its content, and why a newer one cannot.
+
+    Raises: the newest one's UserError where there is none.
+    """
+    first: Optional[UserError] = None
+    for path in (run_dir / LAST, run_dir / PREVIOUS):
+        if not path.exists():
+            continue
+        try:
+            saved = read_checkpoint(path, mmap=True)
+            check_same_run(saved["bottleneck"]["config"], stored, path)
+            fault = step_fault(saved, steps) or (content_fault(saved, bank) if bank is not None else None)
+            check(fault is None, f"ckpt_path={path}: {fault}")
+            return path, saved, first
+        except UserError as error:
+            first = first or error
+    assert first is not None, "called only where there is a checkpoint"
+    raise first
+
+
+def restarted() -> bool:
+    """Whether this process is a later try of the same job: requeued by Slurm, or restarted by torchrun."""
+    return any(int(os.environ.get(name, 0) or 0) > 0 for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+
+
+def wanted_checkpoint(ckpt_path: Optional[str], run_dir: Path, restarted: bool) -> Optional[str]:
+    """`ckpt_path`, or `last` for a restarted job that has a checkpoint of its own by now."""
+    return "last" if restarted and (ckpt_path is None or has_checkpoint(run_dir)) else ckpt_path
+
+
+def set_damaged_aside(run_dir: Path, used: Path) -> None:
+    """Where a run resumes from previous.ckpt, rename the damaged last.ckpt beside it to last.ckpt.damaged.
+
+    Otherwise the next save would keep the damaged one as previous.ckpt, in place of the good one.
+    """
+    last = run_dir / LAST
+    if used == run_dir / PREVIOUS and last.exists():
+        last.replace(last.with_name(last.name + ".damaged"))
+
+
+def _finished_without_checkpoint(stored: dict[str, Any], run_dir: Path, tokens: int) -> Optional[dict[str, Any]]:
+    """The curve of a finished run that kept no checkpoint, or None where there are no results or not all of them."""
+    if not has_results(run_dir):
+        return None
+    earlier = read_run_file(run_dir)
+    done = curve.complete(run_dir)
+    if earlier is not None:
+        check_same_run(earlier, stored, run_dir)
+        return done
+    # the folder is of an earlier version: only a restarted job is known to be the same command
+    same = restarted() and (done is None or done["tokens"] == tokens)
+    check(same, f"hydra.run.dir={run_dir}: holds results of a run that left no checkpoint; give another folder")
+    return done
+
+
+# What may change between a run and its resumption: where things are, what they run on, and who watches. Hashes in the
+# checkpoint show whether weights and text are still the same.
+FREE = (
+    "trainer.",
+    "logger.",
+    "ckpt_path",
+    "data.cache_dir",
+    "data.files",
+    "data.validation_files",
+    "data.prepared",
+    "data.name",
+    "backbone.path",
+    "backbone.name",
+    "backbone.tokenizer",
+)
+
+
+def check_same_run(stored: dict[str, Any], current: dict[str, Any], path: Path) -> None:
+    """Raises UserError naming the first key whose value differs between the stored run and this one.
+
+    A key that did not exist when the run began has its default for that run.
+    """
+    a, b, defaults = map(_flat, (stored, current, dataclasses.asdict(TrainConfig())))
+    a = {key: defaults[key] for key in b if key in defaults} | a
+    for key in sorted(a.keys() | b.keys()):
+        if key.startswith(FREE):
+            continue
+        hint = "a run is resumed with the settings it began with"
+        check(a.get(key) == b.get(key), f"{key}={b.get(key)}: the run in {path} has {a.get(key)}; {hint}")
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: list(tree) if isinstance(tree, tuple) else tree}
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return out
+
+
+def step_fault(saved: dict[str, Any], steps: int) -> Optional[str]:
+    """What is wrong with a checkpoint's step, or None."""
+    step = saved["global_step"]
+    return None if 0 < step <= steps else f"its step is {step}, the run's steps are 1 to {steps}"
+
+
+PARTS = {
+    "state_dict": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "loops": dict,
+    "pytorch-lightning_version": str,
+    "epoch": int,
+}
+NOTES = {"backbone": str, "data": str, "heads": list, "initial": dict, "step_tokens": int}
+
+
+def content_fault(saved: dict[str, Any], bank: HeadBank) -> Optional[str]:
+    """The first thing in a checkpoint that does not fit the bank, or None: names, shapes, optimizer moments, finiteness.
+
+    Finiteness is asked of checkpoints without a checksum only, and not of heads that are marked as diverged. A checksum shows
+    that the content is what the run wrote, and a head may have diverged in the step before the checkpoint.
+    """
+    try:
+        fault = _outline_fault(saved, bank) or _moments_fault(saved, bank)
+        if fault is None and CHECKSUM not in saved["bottleneck"]:
+            fault = _finite_fault(saved, bank)
+    except (AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        fault = f"{type(error).__name__}: {error}"
+    return None if fault is None else f"does not fit this run: {fault}"
+
+
+def _outline_fault(saved: dict[str, Any], bank: HeadBank) -> Optional[str]:
+    """Parts, names of heads, names and shapes of tensors."""
+    for tree, kinds, where in ((saved, PARTS, ""), (saved["bottleneck"], NOTES, "bottleneck.")):
+        for name, kind in kinds.items():
+            if not isinstance(tree.get(name), kind):
+                return f"{where}{name} is missing or not a {kind.__name__}"
+    names = [key.name for key in bank.keys]
+    if saved["bottleneck"]["heads"] != names:
+        return f"its heads are {saved['bottleneck']['heads']}, the run's are {names}"
+    return _tensors_fault(saved["state_dict"], {f"bank.{n}": tensor for n, tensor in bank.state_dict().items()})
+
+
+def _tensors_fault(found: dict[str, Any], wanted: dict[str, Tensor]) -> Optional[str]:
+    missing, more = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    if missing or more:
+        return f"{missing[0]} is missing" if missing else f"{more[0]} is no part of this run"
+    for name, tensor in wanted.items():
+        shape = list(found[name].shape) if isinstance(found[name], Tensor) else None
+        if shape != list(tensor.shape):
+            return f"{name} is {shape}, the run's is {list(tensor.shape)}"
+    return None
+
+
+def _moments_fault(saved: dict[str, Any], bank: HeadBank) -> Optional[str]:
+    """Optimizer state: one entry per trained parameter, with two moments of its shape, after as many steps as the checkpoint."""
+    if len(saved["optimizer_states"]) != 1 or len(saved["lr_schedulers"]) != 1:
+        return "there is not one optimizer with one schedule"
+    optimizer = saved["optimizer_states"][0]
+    state = optimizer.get("state") if isinstance(optimizer, dict) else None
+    shapes = [list(p.shape) for key in bank.keys for p in trained_parameters(bank, key)]
+    if not isinstance(state, dict) or not optimizer.get("param_groups") or sorted(state) != list(range(len(shapes))):
+        return "the optimizer's moments are missing"
+    for index, shape in enumerate(shapes):
+        for name in ("exp_avg", "exp_avg_sq"):
+            moment = state[index].get(name)
+            if not isinstance(moment, Tensor) or list(moment.shape) != shape:
+                return f"the optimizer's {name} of parameter {index} is missing or not {shape}"
+        step = state[index].get("step")
+        if step is None or not math.isfinite(float(step)):
+            return f"the optimizer's step of parameter {index} is missing"
+    loops = saved["loops"].get("fit_loop", {})
+    progress = loops.get("epoch_loop.manual_optimization.optim_step_progress", {})
+    done = progress.get("total", {}).get("completed")
+    if done != saved["global_step"]:
+        return f"its loops have done {done} steps, it says {saved['global_step']}"
+    return None
+
+
+def _finite_fault(saved: dict[str, Any], bank: HeadBank) -> Optional[str]:
+    diverged = saved["state_dict"]["bank.diverged"].tolist()
+    state = saved["optimizer_states"][0]["state"]
+    index = 0
+    for key, lost in zip(bank.keys, diverged):
+        count = len(trained_parameters(bank, key))
+        moments = [state[i][n] for i in range(index, index + count) for n in ("exp_avg", "exp_avg_sq")]
+        index += count
+        weights = [t for name, t in saved["state_dict"].items() if f".{key.name}." in name]
+        if not lost and not all(bool(torch.isfinite(t).all()) for t in [*weights, *moments]):
+            return f"head {key.name} holds values that are not finite"
+    return None
