@@ -1,252 +1,170 @@
-"""The frozen backbone: a Transformers causal LM run without its head, and proof that its hidden states are the right ones.
+"""The frozen backbone: a Transformers causal LM run without its head, and proof that its hidden states are right.
 
-Dims: N sequences, T sequence length, D hidden size (width of what the head receives), V vocabulary of the head.
+Dims: N sequences, T sequence length, D hidden size (width of the head's input), V vocabulary of the head.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Optional, Union
 
 import torch
-import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from bottleneck.backbone.weights import hash_weights, layers_of, materialise, randoms, shape_hash, units
+from bottleneck.backbone import proof
+from bottleneck.backbone.head import FullHead, UnknownHeadError
+from bottleneck.backbone.load import (
+    DTYPES,
+    empty_model,
+    label,
+    load_config,
+    load_model,
+    load_shape,
+    load_tokenizer,
+    random_model,
+)
+from bottleneck.backbone.weights import check_numbers, hash_weights, layers_of, shape_hash
 from bottleneck.config.schema import BackboneConfig
 from bottleneck.core.errors import UserError, check
-from bottleneck.losses.products import matmul_f32
 
 log = logging.getLogger(__name__)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass
-class FullHead:
-    """The backbone's own head: logits = cap(scale · (h Wᵀ + b)), with cap(x) = c · tanh(x / c) where there is a cap c."""
-
-    W_VD: Tensor
-    bias_V: Optional[Tensor] = None
-    scale: float = 1.0
-    softcap: Optional[float] = None
-
-    @property
-    def plain(self) -> bool:
-        """True where the head is W alone, as in the paper."""
-        return self.bias_V is None and self.scale == 1.0 and self.softcap is None
-
-    def logits(self, h: Tensor) -> Tensor:
-        """Hidden states [..., D] to logits [..., V], in the dtype of W."""
-        return self._capped(F.linear(h.to(self.W_VD.dtype), self.W_VD, self.bias_V))
-
-    def float_logits(self, h_ND: Tensor) -> Tensor:
-        """Hidden states [N, D] to float32 logits [N, V]: of 16-bit weights the sums of products as they are, not rounded again.
-
-        Between 16 and 32 bfloat16 has steps of 0.125: rounded logits tie at the top, and the loss gains up to a hundredth of a nat.
-        """
-        z = matmul_f32(h_ND.to(self.W_VD.dtype), self.W_VD.T)
-        return self._capped(z if self.bias_V is None else z + self.bias_V.float())
-
-    def _capped(self, z: Tensor) -> Tensor:
-        if self.scale != 1.0:
-            z = z * self.scale
-        return z if self.softcap is None else torch.tanh(z / self.softcap) * self.softcap
-
-
-def label(cfg: BackboneConfig) -> str:
-    """The backbone's name in files and pictures."""
-    if cfg.name:
-        return cfg.name if not cfg.revision else f"{cfg.name}@{cfg.revision}"
-    last = Path(cfg.path).name or cfg.path
-    return last if not cfg.revision else f"{last}@{cfg.revision}"
-
-
-def _source(cfg: BackboneConfig) -> dict[str, Any]:
-    kwargs: dict[str, Any] = {"revision": cfg.revision, "trust_remote_code": cfg.trust_remote_code}
-    if cfg.gguf_file:
-        kwargs["gguf_file"] = cfg.gguf_file
-    return {k: v for k, v in kwargs.items() if v is not None}
-
-
-def _check_path(cfg: BackboneConfig) -> None:
-    """A path that looks local must exist: otherwise Transformers would search the Hub for it and report that."""
-    path = Path(cfg.path).expanduser()
-    local = path.is_absolute() or cfg.path.startswith((".", "~")) or cfg.path.count("/") > 1
-    check(not local or path.is_dir(), f"backbone.path={cfg.path}: no such folder")
-    if cfg.gguf_file and path.is_dir():
-        found = ", ".join(sorted(p.name for p in path.glob("*.gguf"))) or "none"
-        check(
-            (path / cfg.gguf_file).is_file(),
-            f"backbone.gguf_file={cfg.gguf_file}: not in {path}; GGUF files there: {found}",
-        )
-
-
-def _load(what: str, cfg: BackboneConfig, load):
-    try:
-        return load()
-    except UserError:
-        raise
-    except Exception as error:  # Transformers, safetensors and tokenizers raise many kinds for bad names and files
-        where = cfg.path + (f" (revision {cfg.revision})" if cfg.revision else "")
-        absent = "" if Path(cfg.path).expanduser().exists() else "no such folder here, and from the Hub: "
-        raise UserError(
-            f"backbone.path={where}: {absent}cannot load its {what}: {type(error).__name__}: {error}"
-        ) from error
-
-
-def load_tokenizer(cfg: BackboneConfig):
-    """The backbone's tokenizer. Raises UserError where there is none, or it has no end-of-text token."""
-    _check_path(cfg)
-    if cfg.tokenizer:
-        kwargs: dict[str, Any] = {"trust_remote_code": cfg.trust_remote_code}
-        tokenizer = _load("tokenizer", cfg, lambda: AutoTokenizer.from_pretrained(cfg.tokenizer, **kwargs))
-    else:
-        tokenizer = _load("tokenizer", cfg, lambda: AutoTokenizer.from_pretrained(cfg.path, **_source(cfg)))
-    # an empty tokenizer is what Transformers makes of a folder without tokenizer files
-    words = tokenizer("text in words", add_special_tokens=False)["input_ids"]
-    check(
-        len(set(words)) > 1,
-        f"backbone.tokenizer: the tokenizer of {cfg.tokenizer or cfg.path} turns words into nothing; are its files there?",
-    )
-    check(
-        tokenizer.eos_token_id is not None,
-        f"backbone {label(cfg)}: its tokenizer has no end-of-text token to join documents",
-    )
-    return tokenizer
-
-
-def load_shape(cfg: BackboneConfig) -> tuple[int, Optional[int], int]:
-    """Hidden size the head receives, context length (None: no limit) and vocabulary, from the config alone (no weights)."""
-    _check_path(cfg)
-    text = _load("config", cfg, lambda: AutoConfig.from_pretrained(cfg.path, **_source(cfg))).get_text_config()
-    # OPT-350m projects its hidden states to the width of the embeddings before the head
-    width = getattr(text, "word_embed_proj_dim", None) or text.hidden_size
-    context = getattr(text, "max_position_embeddings", None)
-    return width, context if context and context > 0 else None, text.vocab_size
-
-
-def _options(cfg: BackboneConfig, device_type: str) -> dict[str, Any]:
-    name = cfg.dtype if cfg.dtype != "auto" else ("bfloat16" if device_type == "cuda" else "float32")
-    attention = {"attn_implementation": cfg.attn_implementation} if cfg.attn_implementation else {}
-    return {"dtype": DTYPES[name], **attention}
-
-
-def empty_model(cfg: BackboneConfig, device_type: str = "cpu", tied: Optional[bool] = None) -> Any:
-    """The model that the config alone describes, in eval mode: parameters and buffers on the meta device, in nobody's memory.
-
-    Args: tied: whether head and embeddings are one parameter, where the weights know better than the config.
-    """
-    _check_path(cfg)
-
-    def build() -> Any:
-        shape = AutoConfig.from_pretrained(cfg.path, **_source(cfg))
-        if tied is not None:
-            shape.tie_word_embeddings = shape.get_text_config().tie_word_embeddings = tied
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                shape, trust_remote_code=cfg.trust_remote_code, **_options(cfg, device_type)
-            ).eval()
-
-    return _load("config", cfg, build)
-
-
-def random_model(cfg: BackboneConfig, device_type: str = "cpu") -> Any:
-    """`empty_model` with random weights in memory: see `randoms`."""
-    model = empty_model(cfg, device_type)
-    draw, memo = randoms(model, torch.device("cpu")), {}
-    for _, modules in units(model):
-        materialise(modules, draw, memo)
-    return model
-
-
-def load_model(cfg: BackboneConfig, device_type: str = "cpu") -> Any:
-    """The whole Transformers model with its own head, in eval mode.
-
-    Args:
-        device_type: "cuda" or "cpu": what dtype "auto" stands for (bfloat16 or float32).
-    Raises: UserError where it cannot be loaded, or the files lack weights.
-    """
-    if cfg.weights == "random":
-        return random_model(cfg, device_type)
-    _check_path(cfg)
-    kwargs = {**_source(cfg), **_options(cfg, device_type), "output_loading_info": True}
-    transformers.utils.logging.disable_progress_bar()
-    model, report = _load("weights", cfg, lambda: AutoModelForCausalLM.from_pretrained(cfg.path, **kwargs))
-    absent = sorted(map(str, report["missing_keys"])) + sorted(map(str, report["mismatched_keys"]))
-    check(not absent, f"backbone.path={cfg.path}: weights are missing or of another shape: {', '.join(absent[:5])}")
-    return model
+__all__ = [
+    "DTYPES",
+    "Backbone",
+    "FullHead",
+    "empty_model",
+    "label",
+    "load_config",
+    "load_model",
+    "load_shape",
+    "load_tokenizer",
+    "random_model",
+]
+SHORT = 64  # block length of the probe of causality where the caller does not know the run's
 
 
 class Backbone(nn.Module):
-    """Hidden states that the model's own head receives; frozen, always in eval mode, never in a checkpoint.
+    """Hidden states that the model's original head receives; frozen, always in eval mode, never in a checkpoint.
 
     Attributes:
-        head: the model's own `FullHead` (its tensors are the model's, not copies).
+        head: the original head, a `FullHead` (its tensors are the model's, not copies).
         family: Transformers' model type, for messages.
-        hash: identity of the weights, independent of the dtype they are loaded in; given, where no process holds them all.
+        hash: identity of the weights, independent of the dtype they are loaded in.
+        rewrites_weights: whether the family changes its weights in place when it runs (RWKV rescales them).
+
+    Args:
+        weights_hash: the identity, where no process holds all weights.
+        block_size: tokens in a sequence of the run, the length at which causality is checked.
+    Raises: UserError where the family has no linear head, does something unknown between it and the logits, cannot run
+        on token ids alone, looks at later tokens, or where a weight is not a usable number.
     """
 
-    def __init__(self, model: nn.Module, name: str, weights_hash: Optional[str] = None):
+    def __init__(
+        self, model: Any, name: str, weights_hash: Optional[str] = None, *, block_size: Optional[int] = None
+    ) -> None:
         super().__init__()
         self.name = name
-        self.family = model.config.model_type
-        lm_head = model.get_output_embeddings()
-        check(
-            lm_head is not None and hasattr(lm_head, "weight"),
-            f"backbone {name}: family {self.family} has no linear LM head",
-        )
-        self.body = getattr(model, model.base_model_prefix, None)
-        check(
-            self.body is not None and self.body is not model,
-            f"backbone {name}: family {self.family} has no body without its head",
-        )
-        self.lm_head = lm_head  # kept as a submodule, so that it moves along between devices
-        self.requires_grad_(False)
-        self.eval()
-        config = model.config.get_text_config()
-        self._scale = _logit_scale(config)
-        self._softcap = getattr(config, "final_logit_softcapping", None)
-        self._compiled_for: Optional[tuple[int, int]] = None
+        self.family: str = model.config.model_type
+        model.eval()
+        model.requires_grad_(False)
+        if weights_hash is None:
+            check_numbers(model, name)
         self.engine: Optional[tuple] = None  # what holds the parameters, where they are spread over processes
-        self._parity(model)
+        self._compiled_for: Optional[tuple[int, int]] = None
+        versions = [p._version for p in model.parameters()]
+        parts = self._take_apart(model)
+        wrong = proof.parity(self.head, parts.hidden, parts.logits)
+        check(
+            wrong is None,
+            f"backbone {name}: family {self.family} is not supported: its logits are not its hidden states times its "
+            f"head ({wrong}); it does something between the two that bottleneck does not know",
+        )
+        self._check_causal(block_size)
+        self.rewrites_weights = versions != [p._version for p in model.parameters()]
         self.hash = weights_hash or hash_weights(self)
 
     @classmethod
-    def load(cls, cfg: BackboneConfig, device: Union[torch.device, str] = "cpu") -> Backbone:
-        """Load weights from the Hub, a local folder or a GGUF file, and prove that the hidden states are right.
+    def load(
+        cls, cfg: BackboneConfig, device: Union[torch.device, str] = "cpu", *, block_size: Optional[int] = None
+    ) -> Backbone:
+        """Load weights from the Hub, a folder, a GGUF file or an adapter, and prove that the hidden states are right.
 
         Args:
-            device: where it goes, and the proof runs; decides what dtype "auto" stands for (bfloat16 on a GPU, else float32).
-        Raises: UserError where it cannot be loaded, or the family's logits are not its hidden states times its head.
+            device: where it goes, and the proof runs; decides the dtype "auto" stands for (bfloat16 on a GPU, else
+                float32).
+            block_size: see `Backbone`.
+        Raises: UserError where it cannot be loaded, and as `Backbone`.
         """
         model = load_model(cfg, torch.device(device).type).to(device)
-        return cls(model, label(cfg), shape_hash(model) if cfg.weights == "random" else None)
+        return cls(model, label(cfg), shape_hash(model) if cfg.weights == "random" else None, block_size=block_size)
+
+    def _take_apart(self, model: Any) -> proof.Parts:
+        """Find body and head of a model."""
+        try:
+            parts = proof.take_apart(model)
+        except UnknownHeadError as error:
+            raise UserError(f"backbone {self.name}: family {self.family} is not supported: {error}") from error
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a model that needs images, speech or a language has its own way to say so
+            raise UserError(
+                f"backbone {self.name}: family {self.family} does not run on token ids alone in "
+                f"{str(next(model.parameters()).dtype).removeprefix('torch.')}: "
+                f"{type(error).__name__}: {str(error)[:200]}"
+            ) from error
+        self.lm_head: Any = parts.linear  # a submodule, so that it moves along between devices
+        self.body: Any = parts.body
+        self._alone = parts.body is not model
+        self._map = parts.map
+        self._tokens = min(parts.map.V, proof.id_bound(model))
+        if parts.map.added_V is not None:
+            self.register_buffer("added_V", parts.map.added_V, persistent=False)
+        return parts
+
+    def _check_causal(self, block_size: Optional[int]) -> None:
+        block, device = block_size or SHORT, self.lm_head.weight.device
+        try:
+            moved = proof.leak(self, self._tokens, block, device)
+        except (IndexError, RuntimeError, ValueError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            check(
+                block_size is None,
+                f"data.block_size={block}: backbone {self.name} (family {self.family}) cannot read so many tokens: "
+                f"{type(error).__name__}: {str(error)[:200]}",
+            )
+            moved = proof.leak(self, self._tokens, proof.PROBE[1], device)
+        check(
+            moved is None,
+            f"backbone {self.name}: family {self.family} as configured is not causal: changing later tokens moves "
+            f"earlier hidden states by {moved or 0:.2g} of their length, so heads would see what they predict",
+        )
 
     @property
     def head(self) -> FullHead:
-        return FullHead(self.lm_head.weight, getattr(self.lm_head, "bias", None), self._scale, self._softcap)
+        """The original head."""
+        if self._map.added_V is not None:
+            self._map.added_V = self.get_buffer("added_V")  # which moves between devices
+        return self._map.of(self.lm_head)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights and the hidden states."""
+        """Of the head's weights and the hidden states."""
         return self.lm_head.weight.dtype
 
     @property
     def hidden_size(self) -> int:
+        """Width of the head's input."""
         return self.lm_head.weight.shape[1]
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the head, padding rows included."""
-        return self.lm_head.weight.shape[0]
+        """Columns of the logits: rows of the head, padding rows included unless the family cuts them off."""
+        return self._map.V
 
     def _apply(self, fn: Any, recurse: bool = True) -> Backbone:
-        """Where it is spread over processes it stays on its device: Lightning would bring it to the CPU after the fit."""
+        """A sharded backbone stays on its device: Lightning would bring it to the CPU after the fit."""
         return self if self.engine is not None else super()._apply(fn, recurse)
 
     def train(self, mode: bool = True) -> Backbone:
@@ -255,56 +173,23 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def forward(self, ids_NT: Tensor) -> Tensor:
-        """Token ids [N, T] to hidden states [N, T, D] after the final norm."""
+        """Token ids [N, T] to the head's input [N, T, D], in the head's dtype."""
         odd = self._compiled_for is not None and tuple(ids_NT.shape) != self._compiled_for
         with torch.compiler.set_stance("force_eager") if odd else contextlib.nullcontext():
-            return self.body(input_ids=ids_NT, use_cache=False).last_hidden_state
+            if self._alone:
+                hidden = self.body(input_ids=ids_NT, use_cache=False).last_hidden_state
+            else:
+                hidden = proof.through(self.body, self.lm_head, ids_NT)
+        return hidden.to(self.dtype)
 
     def compile_layers(self, shape: tuple[int, int]) -> bool:
-        """Compile the body's repeated layers for batches [N, T] of one shape; batches of other shapes run as they are.
+        """Compile the body's repeated layers for batches [N, T] of one shape; batches of other shapes run uncompiled.
 
         One layer is compiled for all, which takes seconds where compiling the whole body takes a minute.
-        Returns: False, and nothing is done, where the family does not name its layers.
+        Returns: False, without compiling, if the family does not name its layers.
         """
         layers = layers_of(self.body)
         for layer in layers:
             layer.compile(dynamic=False)
         self._compiled_for = shape if layers else None
         return bool(layers)
-
-    @torch.no_grad()
-    def _parity(self, model: nn.Module) -> None:
-        """hidden state x own head must equal the model's logits, on a probe batch (random ids, fixed seed)."""
-        was_training = model.training
-        model.eval()
-        embedding = model.get_input_embeddings()
-        size = min(
-            self.vocab_size, getattr(embedding, "num_embeddings", None) or embedding.weight.shape[0]
-        )  # ZeRO-3 hides the weight
-        device = self.lm_head.weight.device
-        ids = torch.randint(0, size, (2, 16), generator=torch.Generator().manual_seed(0)).to(device)
-        wanted = model(input_ids=ids, use_cache=False).logits.float()
-        got = self.head.logits(self(ids)).float()
-        model.train(was_training)
-        if got.shape == wanted.shape:
-            error = ((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)).item()
-            check(error == error, f"backbone {self.name}: its weights are not numbers: its logits hold NaN or infinity")
-            # both sides run the same product in the same dtype: what is allowed is another order of summation
-            if error < (1e-4 if self.lm_head.weight.dtype == torch.float32 else 6e-3):
-                return
-            detail = f"relative error {error:.2g}"
-        else:
-            detail = f"shapes {list(got.shape)} and {list(wanted.shape)}"
-        raise UserError(
-            f"backbone {self.name}: family {self.family} is not supported: its logits are not its last hidden states "
-            f"times its head ({detail}); it does something between the two that bottleneck does not know"
-        )
-
-
-def _logit_scale(config: Any) -> float:
-    """Cohere multiplies its logits by logit_scale, Granite divides them by logits_scaling."""
-    scale = getattr(config, "logit_scale", None)
-    if scale is not None:
-        return float(scale)
-    divisor = getattr(config, "logits_scaling", None)
-    return 1.0 if divisor is None else 1.0 / float(divisor)

@@ -1,12 +1,13 @@
 """A frozen backbone that one GPU cannot hold: spread over the processes of a run, gathered layer by layer when it runs.
 
-`fsdp` is PyTorch's FSDP2, `zero3` DeepSpeed's ZeRO stage 3. Both see parameters that never have a gradient, and neither knows
-of the heads, which stay whole on every process and are reduced by DDP. Process 0 reads the weights into its own memory (hub,
-folder or GGUF: what Transformers loads) and hands them out part by part, so a GPU never holds more than its share and one layer.
-`fsdp` is the one to begin with: it is part of PyTorch, compiles nothing, and gathers by layer where ZeRO-3 runs hooks of Python
-around every module. The backbone's own head stays whole on every process: the reference loss and the closed-form starts need all of it.
+`fsdp` is PyTorch's FSDP2, `zero3` DeepSpeed's ZeRO stage 3. Both see parameters that never have a gradient, and neither
+sees the heads, which stay whole on every process and are reduced by DDP. Process 0 reads the weights into its own
+memory (Hub, folder or GGUF: whatever Transformers loads) and broadcasts them part by part, so that a GPU never holds
+more than its share and one layer. Prefer `fsdp`: it is part of PyTorch, compiles nothing, and gathers by layer, whereas
+ZeRO-3 runs Python hooks around every module. The backbone's original head stays whole on every process: the reference
+loss and the closed-form starts need all of it.
 
-A forward pass is work of all processes together: each must call it equally often, see `even`.
+A forward pass is collective: every process must call it equally often, see `even`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import importlib.util
 import logging
 import os
 import warnings
-from typing import Any, Callable, Iterable, Iterator
+from typing import Any, Callable, Iterable, Iterator, Optional
 
 import torch
 import torch.distributed as dist
@@ -24,62 +25,76 @@ from pytorch_lightning.strategies import Strategy
 from torch import Tensor, nn
 
 from bottleneck.backbone.model import Backbone, empty_model, label, load_model
-from bottleneck.backbone.weights import hash_weights, layers_of, materialise, randoms, shape_hash, units, untie
+from bottleneck.backbone.weights import (
+    body_of,
+    check_numbers,
+    hash_weights,
+    layers_of,
+    materialise,
+    randoms,
+    shape_hash,
+    units,
+    untie,
+)
 from bottleneck.config.schema import BackboneConfig
 from bottleneck.core.errors import UserError, check
 
 log = logging.getLogger(__name__)
 IGNORE = -100  # target that does not count
-LOADING = datetime.timedelta(hours=6)  # the others wait for process 0, which may have to download first
+LOADING = datetime.timedelta(hours=6)  # the other processes wait for process 0, which may have to download first
 
 
 def connect(strategy: Strategy) -> None:
-    """Join the process group before Lightning does, which is when it fits: the backbone is loaded before that."""
+    """Join the process group before the backbone is loaded; Lightning itself joins only when it fits."""
     cluster = getattr(strategy, "cluster_environment", None)
     outside = cluster is not None and cluster.creates_processes_externally
     check(
         outside,
-        "trainer.shard: the processes must be there before the backbone is; start train.py itself, torchrun or srun",
+        "trainer.shard: all processes must start before the backbone is loaded; start train.py, torchrun or srun",
     )
     strategy.setup_environment()
 
 
 def deepspeed(device: torch.device) -> Any:
-    """The package, made ready for a device. Raises UserError where it is not installed."""
+    """The DeepSpeed package, prepared for a device. Raises UserError if it is not installed."""
     found = importlib.util.find_spec("deepspeed") is not None
     check(found, "trainer.shard: DeepSpeed is not installed: pip install -e '.[deepspeed]'")
     os.environ.setdefault("DS_ACCELERATOR", device.type)
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # which srun does not set
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # srun does not set it
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.* is deprecated.*")
     import deepspeed
     import deepspeed.ops
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
-    # none of its compiled parts is used: asked for a list, it would try a compiler, and on a CPU build its own sums for a minute
+    # None of its compiled parts is used. Without this entry it would probe for a compiler, and on a CPU build its own
+    # collectives for a minute.
     vars(deepspeed.ops).setdefault("__compatible_ops__", {})
     return deepspeed
 
 
-def load(cfg: BackboneConfig, mode: str, device: torch.device) -> Backbone:
-    """Load a backbone, spread over all processes, which call this together; and prove that its hidden states are right.
+def load(cfg: BackboneConfig, mode: str, device: torch.device, *, block_size: Optional[int] = None) -> Backbone:
+    """Load a backbone, spread over all processes (a collective call), and prove that its hidden states are right.
 
     Args:
         mode: "fsdp" or "zero3".
         device: of this process.
-    Raises: UserError in every process, as `Backbone.load`; and where a family does not say what its layers are.
+        block_size: see `Backbone`.
+    Raises: UserError in every process, as `Backbone.load`; and if a family does not name its layers.
     """
     model, identity = _announce(cfg, device)
     check(
-        bool(layers_of(_body(model))),
+        bool(layers_of(body_of(model))),
         f"backbone {label(cfg)}: family {model.config.model_type} does not name its layers, it cannot be sharded",
     )
     dtypes = sorted({str(p.dtype) for p in model.parameters()})
     check(
         len(dtypes) == 1,
-        f"backbone {label(cfg)}: its weights are {' and '.join(dtypes)}, which cannot be sharded; give backbone.dtype=float32",
+        f"backbone {label(cfg)}: its weights are {' and '.join(dtypes)}, which cannot be sharded; "
+        "give backbone.dtype=float32",
     )
+    make: Callable[[nn.Parameter], Tensor]
     make = randoms(model, device) if cfg.weights == "random" else lambda old: _everywhere(old, device)
-    elements = sum(p.numel() for p in _body(model).parameters())
+    elements = sum(p.numel() for p in body_of(model).parameters())
     untie(model)  # the head stays whole, the embeddings do not
     shard, finish = (_fsdp if mode == "fsdp" else _zero3)(device, next(model.parameters()).dtype, elements)
     for unit, modules in units(model):
@@ -88,20 +103,25 @@ def load(cfg: BackboneConfig, mode: str, device: torch.device) -> Backbone:
             shard(unit)
     for module in model.modules():
         module._buffers.update({name: b.to(device) for name, b in module._buffers.items() if b is not None})
-    engine = finish(_body(model))
-    backbone = Backbone(model, label(cfg), identity)
-    backbone.engine = (engine,)  # DeepSpeed's hooks live as long as it does; in a tuple, or it would become a submodule
+    engine = finish(body_of(model))
+    backbone = Backbone(model, label(cfg), identity, block_size=block_size)
+    check(
+        backbone.body is not model,
+        f"backbone {label(cfg)}: family {backbone.family} has no body that runs without its head, it cannot be sharded",
+    )
+    # DeepSpeed's hooks live as long as its engine; the tuple keeps the engine from becoming a submodule
+    backbone.engine = (engine,)
     log.info("%s: spread by %s, %.1f%% of its body in each process", label(cfg), mode, 100 * held(backbone) / elements)
     return backbone
 
 
 def held(backbone: Backbone) -> int:
-    """How many elements of the body's parameters this process keeps between forward passes."""
+    """Elements of the body's parameters that this process keeps between forward passes."""
     return sum(_local(p).numel() for p in backbone.body.parameters())
 
 
-def even(validation: Callable[[int, int], Iterable], width: int = 2) -> Callable[[int, int], Iterable]:
-    """Validation batches with as many on every process: where one has fewer, it takes part with tokens that do not count.
+def even(validation: Callable[[int, int], Any], width: int = 2) -> Callable[[int, int], Iterable]:
+    """Equally many validation batches on every process: a process with fewer adds batches of tokens that do not count.
 
     Args: validation: (process, processes) -> batches with a length, of which process 0 has the most.
     """
@@ -115,18 +135,15 @@ def even(validation: Callable[[int, int], Iterable], width: int = 2) -> Callable
     return batches
 
 
-def _body(model: Any) -> nn.Module:
-    return getattr(model, model.base_model_prefix)
-
-
 def _local(p: Tensor) -> Tensor:
     return p.to_local() if hasattr(p, "to_local") else getattr(p, "ds_tensor", p)
 
 
 def _announce(cfg: BackboneConfig, device: torch.device) -> tuple[Any, str]:
-    """Process 0 loads the model; the others get its outline, with parameters on the meta device. Also the weights' hash."""
+    """The model, and the hash of its weights. Process 0 loads it; the others get its outline, on the meta device."""
     group = dist.new_group(backend="gloo", timeout=LOADING)
-    model, about = None, {}
+    model: Any = None
+    about: dict[str, Any] = {}
     if dist.get_rank() == 0:
         try:
             model, about = _whole(cfg, device.type)
@@ -152,15 +169,16 @@ def _announce(cfg: BackboneConfig, device: torch.device) -> tuple[Any, str]:
 
 
 def _whole(cfg: BackboneConfig, device_type: str) -> tuple[Any, dict[str, Any]]:
-    """The model and what the other processes must know of it."""
+    """The model and what the other processes must know about it."""
     if cfg.weights == "random":
         model = empty_model(cfg, device_type)
-        randoms(model, torch.device("cpu"))  # its buffers
+        randoms(model, torch.device("cpu"))  # fills the buffers
         identity = shape_hash(model)
     else:
         model = load_model(cfg, device_type)
-        # as the backbone names them: heads trained on the whole backbone go on with the spread one
-        identity = hash_weights(nn.ModuleDict({"body": _body(model), "lm_head": model.get_output_embeddings()}))
+        check_numbers(model, label(cfg))
+        # under the names of `Backbone`: heads trained on the whole backbone can resume on the sharded one
+        identity = hash_weights(nn.ModuleDict({"body": body_of(model), "lm_head": model.get_output_embeddings()}))
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     return model, {
         "tied": tied,
@@ -175,7 +193,7 @@ def _outline(model: nn.Module) -> list[tuple[str, torch.Size, torch.dtype]]:
 
 
 def _everywhere(old: Tensor, device: torch.device) -> Tensor:
-    """Process 0's values, on every process; its own copy of them is let go."""
+    """Process 0's values, on every process; process 0 frees its own copy."""
     if old.is_meta:
         new = torch.empty(old.shape, dtype=old.dtype, device=device)
     else:
@@ -193,7 +211,7 @@ def _fsdp(device: torch.device, dtype: torch.dtype, elements: int) -> Engine:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    # without a backward pass the root has no reason to keep its parameters whole, which is what it does unasked
+    # by default the root keeps its parameters whole for a backward pass, of which there is none
     return lambda part: fully_shard(part, mesh=mesh, reshard_after_forward=True), lambda body: None
 
 
@@ -201,7 +219,7 @@ def _zero3(device: torch.device, dtype: torch.dtype, elements: int) -> Engine:
     ds = deepspeed(device)
     zero = {
         "stage": 3,
-        "memory_efficient_linear": False,  # is for backward passes, and replaces torch's own function for everybody
+        "memory_efficient_linear": False,  # is for backward passes, and replaces torch's own function globally
         "stage3_param_persistence_threshold": min(100_000, elements // 1000),  # norms and biases stay whole
     }
     half = {torch.bfloat16: {"bf16": {"enabled": True}}, torch.float16: {"fp16": {"enabled": True}}}.get(dtype, {})

@@ -1,4 +1,4 @@
-"""A Transformers model taken apart: its layers, its parameters put in place one part at a time, and the identity of its weights."""
+"""A Transformers model taken apart: its layers, its parameters one part at a time, and the identity of its weights."""
 
 from __future__ import annotations
 
@@ -9,21 +9,31 @@ from typing import Any, Callable, Optional
 import torch
 from torch import Tensor, nn
 
+from bottleneck.core.errors import UserError
+
+LARGEST = 1e8  # no trained weight comes near it; one beyond it overflows in the next product or norm
+
+
+def body_of(model: Any) -> nn.Module:
+    """The part that Transformers calls the base model; the model itself where it has none under its own name."""
+    body = getattr(model, model.base_model_prefix, None)
+    return body if isinstance(body, nn.Module) else model
+
 
 def layers_of(body: nn.Module) -> list[nn.Module]:
-    """The repeated layers of a body, as its family names them; none where it does not."""
+    """The repeated layers of a body, as its family names them; empty if it does not."""
     names = set(getattr(body, "_no_split_modules", None) or ())
     return [m for m in body.modules() if type(m).__name__ in names]
 
 
 def units(model: Any) -> list[tuple[nn.Module, list[nn.Module]]]:
-    """A model in parts that are handled one after the other: each layer, the rest of the body, the rest of the model (its head).
+    """A model in parts that are handled one after the other: each layer, the rest of the body, the rest of the model.
 
     Returns: each part's outermost module, and the modules whose parameters belong to it.
     """
-    body = getattr(model, model.base_model_prefix)
     out: list[tuple[nn.Module, list[nn.Module]]] = []
     seen: set[nn.Module] = set()
+    body = body_of(model)
     for part in [*layers_of(body), body, model]:
         modules = [m for m in part.modules() if m not in seen]
         if modules:
@@ -35,7 +45,7 @@ def units(model: Any) -> list[tuple[nn.Module, list[nn.Module]]]:
 def materialise(
     modules: list[nn.Module], make: Callable[[nn.Parameter], Tensor], memo: Optional[dict[int, Any]] = None
 ) -> None:
-    """Put frozen parameters with the values `make(old)` in the place of those that modules own.
+    """Replace the parameters that `modules` own by frozen ones with the values `make(old)`.
 
     Args: memo: of earlier calls, where parts share parameters.
     """
@@ -44,15 +54,13 @@ def materialise(
         for name, old in module._parameters.items():
             if old is not None:
                 if id(old) not in memo:
-                    memo[id(old)] = (
-                        nn.Parameter(make(old), requires_grad=False),
-                        old,
-                    )  # old stays alive: its id is a key
+                    # the old parameter stays alive beside the new one: its id is the key
+                    memo[id(old)] = (nn.Parameter(make(old), requires_grad=False), old)
                 module._parameters[name] = memo[id(old)][0]
 
 
 def untie(model: Any) -> None:
-    """Give the head a weight of its own, where it shares the embeddings'."""
+    """Give the head a weight of its own if it shares the embeddings'."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head.weight is embedding.weight:
         head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
@@ -60,10 +68,12 @@ def untie(model: Any) -> None:
 
 
 def randoms(model: Any, device: torch.device) -> Callable[[nn.Parameter], Tensor]:
-    """Random values for the parameters of an `empty_model`, the same whatever the order they are asked for in; its buffers get
-    the values they should have. Scales are 1, biases 0, matrices as wide as the family starts them."""
+    """Random values for the parameters of an `empty_model`, whatever the order in which they are asked for.
+
+    The model's buffers get their proper values. Scales are 1, biases 0, matrices as wide as the family starts them.
+    """
     for name, p in model.named_parameters():
-        p.drawn_as = name
+        vars(p)["drawn_as"] = name  # an attribute, so that `untie` can hand it to the head's copy
     width = getattr(model.config.get_text_config(), "initializer_range", None) or 0.02
     with torch.no_grad():
         for module in model.modules():
@@ -73,17 +83,34 @@ def randoms(model: Any, device: torch.device) -> Callable[[nn.Parameter], Tensor
                 model._init_weights(module)
 
     def draw(old: nn.Parameter) -> Tensor:
+        name = vars(old)["drawn_as"]
         if old.ndim < 2:
-            return torch.full(old.shape, float(not old.drawn_as.endswith("bias")), dtype=old.dtype, device=device)
-        g = torch.Generator(device).manual_seed(zlib.crc32(old.drawn_as.encode()))
+            return torch.full(old.shape, float(not name.endswith("bias")), dtype=old.dtype, device=device)
+        g = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
         return torch.empty(old.shape, dtype=old.dtype, device=device).normal_(0, width, generator=g)
 
     return draw
 
 
+def check_numbers(model: nn.Module, name: str) -> None:
+    """Raise UserError if a weight is NaN, infinite or beyond `LARGEST`: its file was damaged or badly converted."""
+    for key, p in model.named_parameters():
+        if p.is_meta or not p.is_floating_point() or p.element_size() < 2 or not p.numel():
+            continue
+        low, high = (float(v) for v in torch.aminmax(p.detach()))
+        if low > -LARGEST and high < LARGEST:  # false for NaN
+            continue
+        bad = ~(p.detach().float().abs() < LARGEST)
+        where = bad.nonzero()[0].tolist()
+        value = p.detach()[tuple(where)].item()
+        raise UserError(
+            f"backbone {name}: {int(bad.sum())} of the weights {key} are not usable numbers, the first is {value:.3g} "
+            f"at {where}; its file is damaged"
+        )
+
+
 def hash_weights(backbone: nn.Module) -> str:
-    """Identity of the weights: names, shapes, and every value rounded to bfloat16, so that it is the same whatever dtype
-    they are loaded in."""
+    """Identity of the weights: names, shapes, and values rounded to bfloat16, so that the dtype does not matter."""
     digest = hashlib.sha256()
     for name, p in sorted(backbone.named_parameters()):
         digest.update(f"{name}{list(p.shape)}".encode())
@@ -93,6 +120,6 @@ def hash_weights(backbone: nn.Module) -> str:
 
 
 def shape_hash(model: nn.Module) -> str:
-    """Identity of random weights: all models of one shape are one."""
+    """Identity of random weights: the same for all models of one shape."""
     names = sorted(f"{name}{list(p.shape)}" for name, p in model.named_parameters())
     return hashlib.sha256("\n".join(["random", *names]).encode()).hexdigest()[:16]

@@ -106,9 +106,20 @@ def test_parity_names_the_family(dtype):
     model = model_of("llama").to(dtype)
     Backbone(model, "unchanged")
     plain = model.forward
-    model.forward = lambda **kw: (out := plain(**kw), setattr(out, "logits", out.logits * 1.01), out)[-1]
-    with pytest.raises(UserError, match="family llama is not supported"):
-        Backbone(model, "changed")
+
+    def changed(change):
+        model.forward = lambda **kw: (out := plain(**kw), setattr(out, "logits", change(out.logits)), out)[-1]
+        return Backbone(model, "changed")
+
+    # what is a scale, cap, bias or cut is measured, under whatever name the family keeps it
+    assert abs(changed(lambda z: z * 1.01).head.scale - 1.01) < 1e-3
+    assert abs(changed(lambda z: 7.5 * torch.tanh(z / 7.5)).head.softcap - 7.5) < 1e-2
+    assert changed(lambda z: z[..., :100]).vocab_size == 100
+    bias = torch.linspace(-1, 1, 128, dtype=dtype)
+    torch.testing.assert_close(changed(lambda z: z + bias).head.bias_V, bias)
+    for change in (lambda z: z + 0.01 * z.abs(), lambda z: z.log_softmax(-1), lambda z: z * torch.arange(1, 129)):
+        with pytest.raises(UserError, match="family llama is not supported"):
+            changed(change)
 
 
 def test_shape_is_known_without_weights(tmp_path):

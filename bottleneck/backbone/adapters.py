@@ -1,0 +1,42 @@
+"""PEFT adapters: merged into the weights, so that a backbone with one is an ordinary model everywhere else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from bottleneck.core.errors import check
+
+
+@torch.no_grad()
+def merge(model: Any, name: str) -> None:
+    """Merge the adapters that Transformers has put into `model` and put the plain layers back in place.
+
+    Raises: UserError where there is an adapter of a kind that cannot be merged (prompt tuning, for one).
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    found = 0
+    for path, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()  # type: ignore[operator]  # nn.Module's __getattr__ hides the method's type
+            _put(model, path, module.get_base_layer())
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            saved = getattr(module, "modules_to_save", None)
+            check(saved is not None, f"backbone {name}: its adapter trains single tokens, which cannot be merged")
+            assert saved is not None
+            _put(model, path, saved[module.active_adapters[0]])
+        else:
+            continue
+        found += 1
+    check(bool(found), f"backbone {name}: its adapter changes no layer; only adapters that can be merged are supported")
+    model._hf_peft_config_loaded = False
+    vars(model).pop("peft_config", None)
+
+
+def _put(model: nn.Module, path: str, layer: nn.Module) -> None:
+    parent, _, last = path.rpartition(".")
+    setattr(model.get_submodule(parent), last, layer)

@@ -1,0 +1,255 @@
+"""Configs, tokenizers and weights of a backbone, from the Hub, a local folder, a GGUF file or a PEFT adapter."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import logging
+from pathlib import Path
+from typing import Any, Callable, Iterator, Optional, TypeVar
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from bottleneck.backbone.weights import materialise, randoms, units
+from bottleneck.config.schema import BackboneConfig
+from bottleneck.core.errors import UserError, check
+
+T = TypeVar("T")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ADAPTER = "adapter_config.json"  # what PEFT writes beside an adapter's weights
+# Names under which families keep the longest sequence they can read
+LIMITS = (
+    "max_position_embeddings",
+    "max_target_positions",
+    "n_positions",
+    "max_seq_len",
+    "max_sequence_length",
+    "n_ctx",
+    "context_length",
+)
+LONGEST_MESSAGE = 300  # characters of a library's message that an error line repeats
+
+
+def label(cfg: BackboneConfig) -> str:
+    """The backbone's name in files and pictures."""
+    if cfg.name:
+        return cfg.name if not cfg.revision else f"{cfg.name}@{cfg.revision}"
+    last = Path(cfg.path).name or cfg.path
+    return last if not cfg.revision else f"{last}@{cfg.revision}"
+
+
+def _source(cfg: BackboneConfig) -> dict[str, Any]:
+    kwargs: dict[str, Any] = {"revision": cfg.revision, "trust_remote_code": cfg.trust_remote_code}
+    if cfg.gguf_file:
+        kwargs["gguf_file"] = cfg.gguf_file
+    return {k: v for k, v in kwargs.items() if v is not None}
+
+
+def _check_path(cfg: BackboneConfig) -> None:
+    """A path that looks local must exist: otherwise Transformers searches the Hub for it and reports that."""
+    path = Path(cfg.path).expanduser()
+    local = path.is_absolute() or cfg.path.startswith((".", "~")) or cfg.path.count("/") > 1
+    check(not local or path.is_dir(), f"backbone.path={cfg.path}: no such folder")
+    if cfg.gguf_file and path.is_dir():
+        found = ", ".join(sorted(p.name for p in path.glob("*.gguf"))) or "none"
+        check(
+            (path / cfg.gguf_file).is_file(),
+            f"backbone.gguf_file={cfg.gguf_file}: not in {path}; GGUF files there: {found}",
+        )
+    installed = importlib.util.find_spec("peft") is not None
+    check(
+        installed or not (path / ADAPTER).is_file(),
+        f"backbone.path={cfg.path}: holds a PEFT adapter ({ADAPTER}), which PEFT must apply: pip install -e '.[peft]'",
+    )
+
+
+def _base(cfg: BackboneConfig) -> BackboneConfig:
+    """The config of the model below an adapter where `path` holds the adapter alone; else `cfg`."""
+    folder = Path(cfg.path).expanduser()
+    if not (folder / ADAPTER).is_file() or (folder / "config.json").is_file():
+        return cfg
+    try:
+        base = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"backbone.path={cfg.path}: {ADAPTER} does not name its base model: {error}") from error
+    out = dataclasses.replace(cfg, path=str(base), revision=None)
+    _check_path(out)
+    return out
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Transformers prints tables of missing weights and progress bars; what matters of them is raised as one line."""
+    before = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity(logging.CRITICAL)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(before)
+
+
+def _load(what: str, cfg: BackboneConfig, load: Callable[[], T]) -> T:
+    """`load()`, with what Transformers, safetensors and tokenizers raise as one line that names the key at fault."""
+    try:
+        with _silent():
+            return load()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{_fault(what, cfg, error)}") from error
+
+
+def _fault(what: str, cfg: BackboneConfig, error: Exception) -> str:
+    text = " ".join(str(error).split())
+    where = cfg.path + (f" (revision {cfg.revision})" if cfg.revision else "")
+    if "Unrecognized configuration class" in text:
+        return f"backbone.path={where}: is not a causal language model; Transformers has no LM head for {_family(cfg)}"
+    if len(text) > LONGEST_MESSAGE:
+        text = text[:LONGEST_MESSAGE].rsplit(" ", 1)[0] + " …"
+    if what == "tokenizer" and cfg.tokenizer:
+        return f"backbone.tokenizer={cfg.tokenizer}: cannot load it: {type(error).__name__}: {text}"
+    if cfg.attn_implementation and ("attn_implementation" in text or cfg.attn_implementation in text):
+        return f"backbone.attn_implementation={cfg.attn_implementation}: {type(error).__name__}: {text}"
+    absent = "" if Path(cfg.path).expanduser().exists() else "no such folder here, and from the Hub: "
+    return f"backbone.path={where}: {absent}cannot load its {what}: {type(error).__name__}: {text}"
+
+
+def _family(cfg: BackboneConfig) -> str:
+    with contextlib.suppress(Exception):
+        return f"model_type {AutoConfig.from_pretrained(cfg.path, **_source(cfg)).model_type}"
+    return "its model_type"
+
+
+def load_tokenizer(cfg: BackboneConfig) -> Any:
+    """The backbone's tokenizer. Raises UserError where there is none, or it has no end-of-text token."""
+    _check_path(cfg)
+    if cfg.tokenizer:
+        kwargs: dict[str, Any] = {"trust_remote_code": cfg.trust_remote_code}
+        tokenizer = _load("tokenizer", cfg, lambda: AutoTokenizer.from_pretrained(cfg.tokenizer, **kwargs))
+    else:
+        base = _base(cfg)
+        tokenizer = _load("tokenizer", base, lambda: AutoTokenizer.from_pretrained(base.path, **_source(base)))
+    # Transformers makes an empty tokenizer from a folder without tokenizer files
+    words = tokenizer("text in words", add_special_tokens=False)["input_ids"]
+    check(
+        len(set(words)) > 1,
+        f"backbone.tokenizer: the tokenizer of {cfg.tokenizer or cfg.path} turns words into nothing; "
+        "are its files there?",
+    )
+    check(
+        tokenizer.eos_token_id is not None,
+        f"backbone {label(cfg)}: its tokenizer has no end-of-text token to join documents",
+    )
+    return tokenizer
+
+
+def load_config(cfg: BackboneConfig) -> Any:
+    """The Transformers config. Raises UserError where there is none, or its quantization is unknown to Transformers."""
+    _check_path(cfg)
+    base = _base(cfg)
+    config = _load("config", base, lambda: AutoConfig.from_pretrained(base.path, **_source(base)))
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is not None:
+        from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+        asked = quantized if isinstance(quantized, dict) else quantized.to_dict()
+        method = asked.get("quant_method")
+        known = method in AUTO_QUANTIZATION_CONFIG_MAPPING or asked.get("load_in_4bit") or asked.get("load_in_8bit")
+        check(
+            bool(known),
+            f"backbone.path={cfg.path}: its quantization_config has quant_method={method}, which Transformers "
+            f"{transformers.__version__} does not know and would ignore",
+        )
+    return config
+
+
+def load_shape(cfg: BackboneConfig) -> tuple[int, Optional[int], int]:
+    """Width of the head's input, context length (None: no limit) and vocabulary, from the config alone (no weights).
+
+    Raises: UserError where the config is not that of a causal LM with one linear head.
+    """
+    config = load_config(cfg)
+    text = config.get_text_config(decoder=True)
+    limits = [v for v in (getattr(text, name, None) for name in LIMITS) if isinstance(v, int) and v > 0]
+    model = empty_model(cfg)
+    weight = getattr(model.get_output_embeddings(), "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
+        raise UserError(f"backbone {label(cfg)}: family {config.model_type} has no linear LM head")
+    rows = len(weight)
+    # a family may cut the rows that pad its head off the logits; a model on the meta device shows how many are left
+    with contextlib.suppress(Exception), torch.no_grad(), _silent():
+        rows = model(input_ids=torch.zeros(1, 4, dtype=torch.long, device="meta"), use_cache=False).logits.shape[-1]
+    return weight.shape[1], min(limits) if limits else None, rows
+
+
+def _options(cfg: BackboneConfig, device_type: str) -> dict[str, Any]:
+    name = cfg.dtype if cfg.dtype != "auto" else ("bfloat16" if device_type == "cuda" else "float32")
+    attention = {"attn_implementation": cfg.attn_implementation} if cfg.attn_implementation else {}
+    return {"dtype": DTYPES[name], **attention}
+
+
+def empty_model(cfg: BackboneConfig, device_type: str = "cpu", tied: Optional[bool] = None) -> Any:
+    """The model that the config describes, in eval mode, with parameters and buffers on the meta device (no memory).
+
+    Args: tied: whether head and embeddings are one parameter, where the weights know better than the config.
+    """
+    config = load_config(cfg)
+
+    def build() -> Any:
+        if tied is not None:
+            config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = tied
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config, trust_remote_code=cfg.trust_remote_code, **_options(cfg, device_type)
+            ).eval()
+
+    return _load("config", cfg, build)
+
+
+def random_model(cfg: BackboneConfig, device_type: str = "cpu") -> Any:
+    """`empty_model` with random weights in memory: see `randoms`."""
+    model = empty_model(cfg, device_type)
+    draw = randoms(model, torch.device("cpu"))
+    memo: dict[int, Any] = {}
+    for _, modules in units(model):
+        materialise(modules, draw, memo)
+    return model
+
+
+def load_model(cfg: BackboneConfig, device_type: str = "cpu") -> Any:
+    """The whole Transformers model with its original head, in eval mode; a PEFT adapter is merged into the weights.
+
+    Args: device_type: "cuda" or "cpu": decides the dtype that "auto" stands for (bfloat16 or float32).
+    Raises: UserError where it cannot be loaded, the files lack weights, or a weight is not a usable number.
+    """
+    if cfg.weights == "random":
+        return random_model(cfg, device_type)
+    load_config(cfg)  # refuses what Transformers would pass over in silence
+    options = _options(cfg, device_type)
+    adapted = (Path(cfg.path).expanduser() / ADAPTER).is_file()
+    dtype = options["dtype"]
+    if adapted:
+        options["dtype"] = torch.float32  # so that the merged weights do not depend on the dtype but for one rounding
+    source = {**_source(cfg), **options, "output_loading_info": True}
+    path = str(Path(cfg.path).expanduser()) if adapted else cfg.path
+    load: Callable[[], Any] = lambda: AutoModelForCausalLM.from_pretrained(path, **source)
+    model, report = _load("weights", cfg, load)
+    absent = sorted(map(str, report["missing_keys"])) + sorted(map(str, report["mismatched_keys"]))
+    adapter = [name for name in absent if "lora_" in name] if adapted else []
+    absent = [name for name in absent if name not in adapter]
+    more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
+    check(
+        not absent,
+        f"backbone.path={cfg.path}: weights are missing or of another shape: {', '.join(absent[:5])}{more}",
+    )
+    if adapted:
+        from bottleneck.backbone.adapters import merge
+
+        merge(model, label(cfg))
+        model.to(dtype)
+    return model

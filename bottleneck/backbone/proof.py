@@ -1,0 +1,164 @@
+"""Proof, when a backbone is loaded, that its hidden states and head give its logits and that it reads left to right.
+
+Both checks run the model as training does: in its dtype, on its device, without a cache or a mask.
+Dims: N sequences, T sequence length, D hidden size, V vocabulary of the head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Callable, Optional
+
+import torch
+from torch import Tensor, nn
+
+from bottleneck.backbone.head import FullHead, HeadMap, find_head, head_input, measure, numbers_of, snapped
+from bottleneck.backbone.weights import body_of
+
+PROBE = (2, 16)  # sequences and tokens of the probe of logits
+# Largest error of logits relative to the largest logit: both sides run the same product in the same dtype, so what
+# differs is the order of summation, and in 16 bits the rounding of a cap
+LOGIT_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
+LOGIT_TOLERANCE_16 = 8e-3
+# Largest movement of an earlier hidden state relative to its length
+MOVE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
+MOVE_TOLERANCE_16 = 2e-2
+
+
+def probe_ids(tokens: int, shape: tuple[int, int], device: torch.device) -> Tensor:
+    """Random token ids, the same in every process and run."""
+    return torch.randint(0, tokens, shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+@dataclass
+class Parts:
+    """A causal LM taken apart.
+
+    Attributes:
+        linear, map: its head, and how logits follow from the head's product.
+        body: what makes the head's input: the base model where it does so alone, else the whole model, stopped at its
+            head (BERT-like decoders have a transform between the two).
+        hidden [N, T, D], logits [N, T, V]: the head's input and the logits of the probe.
+    """
+
+    linear: nn.Module
+    map: HeadMap
+    body: nn.Module
+    hidden: Tensor
+    logits: Tensor
+
+
+@torch.no_grad()
+def take_apart(model: Any) -> Parts:
+    """Find and measure the head of a causal LM, on a probe of 2 × 16 random tokens.
+
+    Raises: UnknownHeadError where it has no linear head, or does something unknown to its product. Whatever the model
+        itself raises where it does not run on token ids alone.
+    """
+    ids = probe_ids(id_bound(model), PROBE, _device(model))
+
+    def run() -> Tensor:
+        return model(input_ids=ids, use_cache=False).logits
+
+    linear, hidden, logits = find_head(model, run)
+    found = measure(run, linear, model.config)
+    body = body_of(model)
+    alone = None if body is model else _last_hidden(body, ids)
+    if alone is not None and alone.shape == hidden.shape:
+        alone = alone.to(hidden.dtype)
+        if relative_error(alone, hidden) < 1e-6:
+            return Parts(linear, found, body, alone, logits)
+        # a family may divide its hidden states by a number, which is as good as a scale of the logits (MiniCPM)
+        factor = float((alone.double() * hidden.double()).sum() / alone.double().square().sum().clamp(min=1e-30))
+        near = 1e-5 if hidden.dtype == torch.float32 else 4e-3
+        if found.of(linear).bias_V is None and factor and relative_error(alone * factor, hidden) < 2 * near:
+            found.scale = snapped(factor * found.scale, numbers_of(model.config), near)
+            return Parts(linear, found, body, alone, logits)
+    return Parts(linear, found, model, hidden, logits)
+
+
+def _last_hidden(body: nn.Module, ids_NT: Tensor) -> Optional[Tensor]:
+    try:
+        return body(input_ids=ids_NT, use_cache=False).last_hidden_state
+    except (AttributeError, TypeError, ValueError):
+        return None
+
+
+def _device(model: Any) -> torch.device:
+    head = model.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    return weight.device if isinstance(weight, Tensor) else next(model.parameters()).device
+
+
+def id_bound(model: Any) -> int:
+    """Ids of the probe are below this: rows of the embeddings, or of the head if it has fewer."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    # ZeRO-3 hides the weight of the embedding
+    rows = getattr(embedding, "num_embeddings", None) or len(embedding.weight)
+    weight = getattr(head, "weight", None)
+    return min(rows, len(weight)) if isinstance(weight, Tensor) and weight.ndim == 2 else rows
+
+
+def through(model: Any, linear: nn.Module, ids_NT: Tensor) -> Tensor:
+    """The head's input from the whole model's forward pass, which ends there."""
+    return head_input(lambda: model(input_ids=ids_NT, use_cache=False), linear)
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    """Largest difference relative to the largest number; NaN where either holds one."""
+    got, wanted = got.float(), wanted.float()
+    return ((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)).item()
+
+
+def parity(head: FullHead, hidden: Tensor, logits: Tensor) -> Optional[str]:
+    """None if hidden states × head are the logits; else what is wrong."""
+    got = head.logits(hidden)
+    if got.shape != logits.shape:
+        return f"shapes {list(got.shape)} and {list(logits.shape)}"
+    # some families cap in float32 and some in the weights' dtype: either is the same head
+    wide = head.float_logits(hidden.flatten(0, 1)).view(logits.shape)
+    error = min(relative_error(got, logits), relative_error(wide, logits))
+    return None if error < LOGIT_TOLERANCE.get(head.W_VD.dtype, LOGIT_TOLERANCE_16) else f"relative error {error:.2g}"
+
+
+@torch.no_grad()
+def leak(run: Callable[[Tensor], Tensor], tokens: int, block: int, device: torch.device) -> Optional[float]:
+    """How far earlier hidden states move when later tokens change; None if they stay where they are, to rounding.
+
+    Two sequences of `block` tokens are read, and read again with their second halves changed: to other random tokens,
+    and to one token repeated, as padded last blocks of a run end. Where the first halves move at all (a mixture of
+    experts sums other batches in another order), the movement is compared with that of a sequence whose neighbour in
+    the batch changes, which is rounding alone.
+
+    Args:
+        run: ids [2, block] to hidden states [2, block, D].
+        tokens: ids are below this.
+    """
+    if block < 2 or tokens < 2:
+        return None
+    half = block // 2
+    first = probe_ids(tokens, (2, block), device)
+    changed = first.clone()
+    changed[0, half:] = (changed[0, half:] + 1 + probe_ids(tokens - 1, (1, block - half), device)[0]) % tokens
+    changed[1, half:] = changed[1, 0]
+    before = run(first)
+    moved = _movement(run(changed)[:, :half], before[:, :half])
+    if not bool(moved.any()):
+        return None
+    tolerance = MOVE_TOLERANCE.get(before.dtype, MOVE_TOLERANCE_16)
+    beside = first.clone()
+    beside[1] = changed[0]
+    noise = _movement(run(beside)[:1], before[:1])
+    worst = float(moved.max())
+    if float(noise.max()) > 0:
+        return worst if float(moved.mean()) > 4 * float(noise.mean()) + tolerance / 10 else None
+    # no rounding to blame: a leak moves far, or moves many positions
+    many = float((moved > tolerance / 100).float().mean()) > 0.25
+    return worst if many or worst > tolerance else None
+
+
+def _movement(now: Tensor, before: Tensor) -> Tensor:
+    """Length of the difference of hidden states [N, T, D], relative to that length: [N, T] float32; NaN counts as 1."""
+    now, before = now.float(), before.float()
+    moved = (now - before).norm(dim=-1) / before.norm(dim=-1).clamp(min=1e-12)
+    return moved.nan_to_num(nan=1.0, posinf=1.0)

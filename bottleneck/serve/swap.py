@@ -1,0 +1,108 @@
+"""Put another head on a Transformers model, so that its logits are h Wᵀ and stay so when it is saved and loaded.
+
+Dims: D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import Any, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from bottleneck.backbone import proof
+from bottleneck.backbone.head import UnknownHeadError
+from bottleneck.backbone.model import Backbone
+from bottleneck.core.errors import UserError, check
+
+log = logging.getLogger(__name__)
+SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")  # where families keep a factor of the logits
+NO_CAP = 2.0**20  # c · tanh(x / c) is x to 1e-9 for every logit: for families whose config must have a cap
+
+
+@torch.no_grad()
+def set_head(model: Any, W_VD: Tensor) -> None:
+    """Make `model` predict through W alone: logits = h Wᵀ. Its original head is lost; the input embeddings stay.
+
+    The head is untied from the embeddings; its bias becomes zero; a soft cap (Gemma 2) goes, a scale (Cohere, Granite)
+    becomes 1, in the config, so that this also holds for the saved model, and in the model where it has copied them. A
+    scale that cannot be set is divided out of W. `prove` shows that nothing is left.
+
+    Args: W_VD: rows that the family cuts off the logits are left out.
+    Raises: UserError where the dtype cannot hold W, or the family cannot have a head of its own.
+    """
+    lm_head = model.get_output_embeddings()
+    family = model.config.model_type
+    check(isinstance(getattr(lm_head, "weight", None), Tensor), f"head: family {family} has no linear LM head")
+    W = W_VD.to(device=lm_head.weight.device, dtype=lm_head.weight.dtype)
+    check(
+        bool(W.isfinite().all()),
+        f"head: has values that {str(W.dtype).removeprefix('torch.')} cannot hold; use a wider dtype",
+    )
+    padded = W.new_zeros(lm_head.weight.shape)
+    padded[: len(W)] = W
+    lm_head.weight = nn.Parameter(padded, requires_grad=False)  # a new one: the old may be the embeddings'
+    if getattr(lm_head, "bias", None) is not None:
+        lm_head.bias.zero_()
+    for config in _configs(model):
+        _set(config, "tie_word_embeddings", False)
+    for holder in [model, *_configs(model)]:
+        for name in SCALES:
+            if isinstance(getattr(holder, name, None), (int, float)):
+                _set(holder, name, 1.0)
+        for name in _caps(holder):
+            _set(holder, name, None) or _set(holder, name, NO_CAP)
+    with contextlib.suppress(AttributeError):
+        model.tie_weights()  # nothing is tied any more: updates the model's own record
+    kept = torch.equal(model.get_output_embeddings().weight[: len(W)], W)
+    check(
+        kept,
+        f"head: family {family} ties its head to its embeddings whatever its config says; it cannot have another head",
+    )
+    lm_head.weight.div_(_scale(model, family))
+
+
+def _scale(model: Any, family: str) -> float:
+    """What still multiplies h Wᵀ; 1 where there is a cap, which `prove` refuses."""
+    try:
+        left = proof.take_apart(model.eval()).map
+    except UnknownHeadError as error:
+        raise UserError(f"head: family {family} is not supported: {error}") from error
+    return left.scale if left.softcap is None or left.softcap >= NO_CAP else 1.0
+
+
+def _configs(model: Any) -> list[Any]:
+    text = model.config.get_text_config()
+    return [model.config] if text is model.config else [model.config, text]
+
+
+def _caps(holder: Any) -> Iterator[str]:
+    """Names under which a config or model keeps a soft cap of its logits (caps of attention scores are none)."""
+    names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    for name in dict.fromkeys((*names, *(n for n in vars(holder) if "cap" in n and "logit" in n and "attn" not in n))):
+        if isinstance(getattr(holder, name, None), (int, float)):
+            yield name
+
+
+def _set(holder: Any, name: str, value: Any) -> bool:
+    """Whether an attribute could be set: configs check types, and some attributes are properties."""
+    try:
+        setattr(holder, name, value)
+    except Exception:  # huggingface_hub's dataclasses raise their own kinds
+        return False
+    return getattr(holder, name) == value
+
+
+def prove(model: Any, name: str) -> Backbone:
+    """The model of `set_head` as a `Backbone` whose logits are h Wᵀ. Raises UserError if they are not."""
+    backbone = Backbone(model, name)
+    head = backbone.head
+    no_bias = head.bias_V is None or not head.bias_V.any()
+    no_cap = head.softcap is None or head.softcap >= NO_CAP
+    check(
+        no_bias and no_cap,
+        f"backbone {name}: family {backbone.family} keeps a bias or cap on its logits, which a trained head has not",
+    )
+    return backbone
