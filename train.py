@@ -308,9 +308,9 @@ def _train(cfg: DictConfig, run_dir: Path, at_end: contextlib.ExitStack) -> Resu
     sharded = t.shard in ("fsdp", "zero3")
     if sharded:
         sharding.connect(trainer.strategy)
-        backbone = sharding.load(c.backbone, t.shard, trainer.strategy.root_device)
+        backbone = sharding.load(c.backbone, t.shard, trainer.strategy.root_device, block_size=c.data.block_size)
     else:
-        backbone = Backbone.load(c.backbone, trainer.strategy.root_device)
+        backbone = Backbone.load(c.backbone, trainer.strategy.root_device, block_size=c.data.block_size)
     shape = (backbone.vocab_size, backbone.hidden_size)
     check(
         shape == (vocab_size, hidden_size),

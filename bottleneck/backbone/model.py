@@ -113,8 +113,10 @@ class Backbone(nn.Module):
                 f"{str(next(model.parameters()).dtype).removeprefix('torch.')}: "
                 f"{type(error).__name__}: {str(error)[:200]}"
             ) from error
-        self.lm_head: Any = parts.linear  # a submodule, so that it moves along between devices
+        # Both are submodules, so that they move along between devices. The body comes first: the hash names the weight
+        # of a tied head after the embeddings.
         self.body: Any = parts.body
+        self.lm_head: Any = parts.linear
         self._alone = parts.body is not model
         self._map = parts.map
         self._tokens = min(parts.map.V, proof.id_bound(model))

