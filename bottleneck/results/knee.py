@@ -1,7 +1,7 @@
 """The knee of a curve: the smallest rank that is good enough.
 
-A rank is within x % when the validation loss there exceeds the backbone's own head's by at most x % of it. Between two
-ranks that were trained, loss is taken to be linear in log2 r.
+A rank is within x % when its validation loss exceeds the original head's by at most x % of that. Between two trained
+ranks, the loss is taken to be linear in log2 r.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from statistics import mean
 from typing import Any, Optional
+
+from bottleneck.results.schema import series
 
 PERCENT = (1, 5, 10)
 
@@ -23,22 +25,22 @@ def crossing(points: list[tuple[int, float]], target: float) -> Optional[float]:
         if l1 > target:
             found = None
         elif found is None:
-            # below the smallest rank nothing is known: it is the answer itself
+            # nothing is known below the smallest rank, so it is the answer itself
             share = 1.0 if r0 == 0 else (l0 - target) / (l0 - l1)
             found = float(r1) if r0 == 0 else 2 ** (math.log2(r0) + share * (math.log2(r1) - math.log2(r0)))
     return found
 
 
 def knees(c: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of a curve's heads, for each start and each of PERCENT: {init, percent, rank, low, high, mean, seeds, reached}.
+    """Rows {init, percent, rank, low, high, mean, seeds, reached} for each start of a curve and each of PERCENT.
 
-    `rank` is that of the best heads; null: no trained rank is good enough. Where there are several seeds, `reached` of them have a
-    good enough rank among the ranks that all seeds trained, and `low`, `high`, `mean` are over those.
+    `rank` is that of the best heads, None where no trained rank is good enough. With several seeds, `reached` of them
+    have a good enough rank among the ranks that all seeds trained, and `low`, `high`, `mean` are over those.
     """
     out = []
     own = c["reference"]["loss"]
-    for init in sorted({h["init"] for h in c["heads"]}):
-        heads = [h for h in c["heads"] if h["init"] == init and h["status"] == "ok" and h["loss"] is not None]
+    for name in sorted({series(h) for h in c["heads"]}):
+        heads = [h for h in c["heads"] if series(h) == name and h["status"] == "ok" and h["loss"] is not None]
         ranks = sorted({h["rank"] for h in heads})
         seeds = sorted({h["seed"] for h in heads})
         lines = {
@@ -56,7 +58,7 @@ def knees(c: dict[str, Any]) -> list[dict[str, Any]]:
             found = [x for x in each if x is not None]
             spread = found if len(each) > 1 else []
             row = {
-                "init": init,
+                "init": name,
                 "percent": percent,
                 "rank": crossing(best, target),
                 "low": min(spread, default=None),
@@ -69,24 +71,28 @@ def knees(c: dict[str, Any]) -> list[dict[str, Any]]:
     return out
 
 
-def told(c: dict[str, Any]) -> list[str]:
-    """A line for each start: the ranks within 1, 5, 10 % of the own head's loss."""
+def knee_lines(c: dict[str, Any]) -> list[str]:
+    """A line for each start: the ranks within 1, 5, 10 % of the original head's loss."""
     lines = []
     several = len({k["init"] for k in c["knee"]}) > 1
     for init in dict.fromkeys(k["init"] for k in c["knee"]):
-        parts = []
-        for k in (k for k in c["knee"] if k["init"] == init):
-            of = "" if k["reached"] == k["seeds"] else f"{k['reached']} of "
-            spread = (
-                f" ({k['low']:.0f}–{k['high']:.0f} over {of}{k['seeds']} seeds)"
-                if k["low"] is not None
-                else f" ({of}{k['seeds']} seeds)"
-                if of and k["seeds"] > 1
-                else ""
-            )
-            parts.append(
-                f"{k['percent']} %: "
-                + ("none of these ranks" if k["rank"] is None else f"rank {k['rank']:.0f}{spread}")
-            )
-        lines.append(f"within x % of the own head's loss{f', {init}' if several else ''}: " + "; ".join(parts))
+        parts = [f"{k['percent']} %: {_words(k)}" for k in c["knee"] if k["init"] == init]
+        start = f", {init}" if several else ""
+        lines.append(f"within x % of the original head's loss{start}: {'; '.join(parts)}")
     return lines
+
+
+def _words(k: dict[str, Any]) -> str:
+    """One knee: its rank, its confidence interval and its spread over seeds."""
+    if k["rank"] is None:
+        return "none of these ranks"
+    notes = []
+    low, high = k.get("interval") or (None, None)
+    if low is not None:
+        notes.append(f"95 %: {low:.0f}–{high:.0f}" if high is not None else f"95 %: {low:.0f} or more")
+    of = "" if k["reached"] == k["seeds"] else f"{k['reached']} of "
+    if k["low"] is not None:
+        notes.append(f"{k['low']:.0f}–{k['high']:.0f} over {of}{k['seeds']} seeds")
+    elif of and k["seeds"] > 1:
+        notes.append(f"{of}{k['seeds']} seeds")
+    return f"rank {k['rank']:.0f}" + (f" ({', '.join(notes)})" if notes else "")

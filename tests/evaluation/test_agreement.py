@@ -17,7 +17,7 @@ from bottleneck.heads.bank import HeadBank, HeadKey
 from bottleneck.losses.distill import Objective, steps
 from bottleneck.losses.linear import targets, weights
 from bottleneck.losses.products import matmul_f32
-from bottleneck.results.knee import crossing, knees, told
+from bottleneck.results.knee import crossing, knee_lines, knees
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -257,7 +257,7 @@ def test_the_knee_of_a_known_curve():
         ten["low"] == ten["rank"] < ten["high"]
         and crossing([(r, 2 + 1.5 / r) for r in (2, 4, 8, 16, 32)], 2.2) == ten["high"]
     )
-    (line,) = told(c)
+    (line,) = knee_lines(c)
     assert "1 %: none of these ranks; 5 %: rank" in line and "over 2 seeds" in line
 
 
@@ -266,7 +266,7 @@ def test_the_knee_tells_of_seeds_that_do_not_reach_it():
     c = curve_of(lucky | {(r, 1): 3.0 for r in (2, 4, 8, 16, 32)}, 2.0)
     *_, ten = c["knee"] = knees(c)
     assert (ten["seeds"], ten["reached"]) == (2, 1) and ten["low"] == ten["high"] == ten["mean"] == ten["rank"]
-    assert "over 1 of 2 seeds)" in told(c)[0] and "1 %: none of these ranks" in told(c)[0]
+    assert "over 1 of 2 seeds)" in knee_lines(c)[0] and "1 %: none of these ranks" in knee_lines(c)[0]
     # a rank that one seed has alone is left out of the spread, not the spread
     wide = curve_of(lucky | {(r, 1): 2 + 1.5 / r for r in (2, 4, 8, 16, 32, 64)}, 2.0)
     *_, ten = knees(wide)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from bottleneck.core.errors import UserError
 from bottleneck.results import curve
 from bottleneck.results import page as report
 
@@ -45,13 +46,13 @@ def chromium() -> str:
 
 
 def head(rank: int, seed: int, loss: float, **more) -> dict:
-    bands = [{"band": n, "tokens": 10, "loss": loss + i} for i, n in enumerate(("1–10", "11–"))]
+    bands = [{"band": n, "tokens": 10, "loss": loss + i - 0.5} for i, n in enumerate(("1–10", "11–"))]
     return {
         "rank": rank,
         "lr": 0.01,
         "seed": seed,
         "init": "fisher",
-        "parameters": 1000 * rank,
+        "parameters": 164 * rank,
         "loss": loss,
         "perplexity": 2.718281828**loss,
         "bits_per_byte": loss / 3,
@@ -73,9 +74,9 @@ def make(folder: Path, name: str, shift: float) -> Path:
     heads = [head(r, s, 2.1 + shift + 3 / r + 0.01 * s) for r in (4, 16, 64) for s in (0, 1)]
     reference = {
         "loss": 2.1,
-        "perplexity": 8.17,
+        "perplexity": 2.718281828**2.1,
         "bits_per_byte": 0.7,
-        "bands": [{"band": "1–10", "tokens": 10, "loss": 2.0}, {"band": "11–", "tokens": 10, "loss": 2.5}],
+        "bands": [{"band": "1–10", "tokens": 10, "loss": 1.6}, {"band": "11–", "tokens": 10, "loss": 2.6}],
     }
     c = {
         "schema": 1,
@@ -86,7 +87,7 @@ def make(folder: Path, name: str, shift: float) -> Path:
         "tokens": 4096,
         "data": "text",
         "data_hash": "d" + name[:2],
-        "validation_tokens": 100,
+        "validation_tokens": 20,
         "recipe": {"batch_size": 4},
         "reference": reference,
         "heads": heads,
@@ -120,8 +121,10 @@ def test_the_page_is_drawn(page, tmp_path):
     assert (
         body.count('class="main-svg"') >= 5 and body.count("js-line") >= 8
     )  # five charts, two curves and more in them
-    assert len(re.findall(r"<tr", body)) == 1 + 12 + 1 + 2 + 6  # twelve heads; two own heads and six best ones by band
-    assert "large: within x % of the own head's loss" in body and "over 2 seeds" in body
+    assert (
+        len(re.findall(r"<tr", body)) == 1 + 12 + 1 + 2 + 6
+    )  # twelve heads; two original heads and six best ones by band
+    assert "large: within x % of the original head's loss" in body and "over 2 seeds" in body
     assert (
         "<img src=x" not in body and "small&lt;img src=x onerror=alert(1)&gt;" in body
     )  # names are text, whatever they hold
@@ -191,14 +194,55 @@ def test_bad_input_is_one_line(page, tmp_path, capsys, monkeypatch, argv, words)
     assert words in line and not list(tmp_path.iterdir())
 
 
-def test_every_jobs_overrides_are_told(tmp_path):
-    """Of a multirun: the first job's config, and what each job changed."""
-    for name in ("0", "1"):
-        make(tmp_path / "sweep" / name, "small", 0.0)
-        (tmp_path / "sweep" / name / ".hydra" / "overrides.yaml").write_text(f"- ranks={name}\n- seed=1\n")
-    (_, config), (title, overrides) = report.configurations([tmp_path / "sweep"])
-    assert (
-        "tokens: 1234" in config
-        and title == "sweep: overrides of its 2 jobs"
-        and overrides == "0: ranks=0 seed=1\n1: ranks=1 seed=1\n"
-    )
+def test_the_config_shown_is_the_runs_own(tmp_path):
+    """run.json is written once by the run; `.hydra/config.yaml` may be of a later command that was refused."""
+    for name, ranks in (("0", [4]), ("1", [8])):
+        folder = make(tmp_path / "sweep" / name, "small", 0.0)
+        config = {"tokens": 4096, "head": {"init": "fisher"}, "ranks": ranks}
+        (folder / "run.json").write_text(json.dumps({"config": config}))
+    (_, config), (title, jobs) = report.configurations([tmp_path / "sweep"])
+    assert "tokens: 4096" in config and "1234" not in config
+    assert title == "sweep: differences between its 2 jobs" and jobs == "0: ranks=[4]\n1: ranks=[8]\n"
+
+
+def test_the_config_of_an_earlier_versions_run(tmp_path):
+    """Runs without run.json show what Hydra stored, and say so; what cannot be read is one line."""
+    folder = make(tmp_path / "run", "small", 0.0)
+    ((title, config),) = report.configurations([folder])
+    assert "tokens: 1234" in config and title == "run: configuration (as Hydra stored it)"
+    for junk in (b"\xff\x00: [", b"- a list", b"a: ${nowhere", b"3"):
+        (folder / ".hydra" / "config.yaml").write_bytes(junk)
+        with pytest.raises(UserError, match="not a config"):
+            report.configurations([folder])
+    for text in ("{", "[]", '{"config": 3}', "{}"):
+        (folder / "run.json").write_text(text)
+        with pytest.raises(UserError, match="run.json: not a config"):
+            report.configurations([folder])
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory) -> Path:
+    """A page of curves whose names, starts, bands and text are HTML that Plotly would obey."""
+    base = tmp_path_factory.mktemp("hostile")
+    runs = []
+    for i in range(2):
+        runs.append(make(base / str(i), f'<a href="https://example.org">mine</a> {i}', 0.1 * i))
+        c = json.loads((runs[-1] / "curve.json").read_text())
+        for row in (c["reference"], *c["heads"]):
+            for band in row["bands"]:
+                band["band"] = f"<a href='javascript:1'>{band['band']}</a>"
+        c["backbone_hash"] = str(i)
+        c["data"] = "<a href='https://example.org'>text</a>&amp;"
+        (runs[-1] / "curve.json").write_text(json.dumps(c))
+    assert report.main([*map(str, runs), "--out", str(base / "page.html")]) == 0
+    return base / "page.html"
+
+
+def test_names_are_never_links(hostile, tmp_path):
+    """Plotly reads a subset of HTML in every text it draws: a backbone named `<a href=…>` was a live link in the legend."""
+    dom = browse(hostile, tmp_path, "--dump-dom")
+    body = re.sub(r"<script>.*?</script>", "", dom, flags=re.S)
+    assert not re.search(r"<a\b", body)
+    legend = re.search(r'class="legendtext"[^>]*>([^<]*)', body)
+    assert legend and legend.group(1).startswith("&lt;a href=")  # drawn letter by letter
+    assert "&amp;amp;" in body

@@ -49,12 +49,16 @@ def _resaved(change, about=None):
 
 def _diverge(content):
     for h in content["heads"]:
-        h.update(status="diverged", loss=None, best=False) if h["rank"] == 8 else None
+        h.update(status="diverged", loss=None, perplexity=None, bits_per_byte=None, best=False) if h[
+            "rank"
+        ] == 8 else None
 
 
 def _one_rate_diverged(content):
     for h in content["heads"]:
-        h.update(status="diverged", loss=None, best=False) if h["rank"] == 8 and h["lr"] == 0.01 else None
+        h.update(status="diverged", loss=None, perplexity=None, bits_per_byte=None, best=False) if h["rank"] == 8 and h[
+            "lr"
+        ] == 0.01 else None
 
 
 BAD = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -22,10 +23,10 @@ def row(rank: int, loss: float = 2.0, **changes) -> dict:
         "lr": 0.1,
         "seed": 0,
         "init": "fisher",
-        "parameters": 1,
+        "parameters": 1,  # `finished` knows the shape
         "loss": loss,
-        "perplexity": 2.0,
-        "bits_per_byte": 1.0,
+        "perplexity": math.exp(loss),
+        "bits_per_byte": loss / 2,
         "initial_loss": 3.0,
         "status": "ok",
         "best": False,
@@ -35,7 +36,8 @@ def row(rank: int, loss: float = 2.0, **changes) -> dict:
 
 def finished(folder: Path, backbone: str, V: int, D: int, digest: str, rows: list[dict], **source) -> Path:
     """A run's folder with random heads, as a run without checkpoints leaves it."""
-    numbers = {"loss": 2.0, "perplexity": 2.0, "bits_per_byte": 1.0}
+    numbers = {"loss": 2.0, "perplexity": math.exp(2.0), "bits_per_byte": 1.0}
+    rows = [h | {"parameters": h["rank"] * (V + D)} for h in rows]
     content = curve.finish(
         {
             "schema": curve.SCHEMA,

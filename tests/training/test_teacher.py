@@ -85,7 +85,9 @@ def test_what_does_not_fit_is_refused(run, earlier, toy_backbone, tmp_path):
         run(*distill, f"head.teacher={earlier}", f"backbone.path={tmp_path / 'other'}", run_dir=tmp_path / "refused")
     narrow = json.loads((earlier / "curve.json").read_text())
     assert open_run(earlier).ranks == [4, 32]
-    narrow["hidden_size"] = 16
+    narrow["hidden_size"] = 48
+    for h in narrow["heads"]:
+        h["parameters"] = h["rank"] * (narrow["vocab_size"] + 48)
     (earlier / "curve.json").write_text(json.dumps(narrow))
-    with pytest.raises(UserError, match=r"vocabulary and hidden size of \[320, 16\], this backbone's are \[320, 32\]"):
+    with pytest.raises(UserError, match=r"vocabulary and hidden size of \[320, 48\], this backbone's are \[320, 32\]"):
         run(*distill, f"head.teacher={earlier}", run_dir=tmp_path / "refused")

@@ -1,0 +1,46 @@
+"""Names of the lines of a picture, and text that Matplotlib draws as it stands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bottleneck.core.extensions import STARTS
+from bottleneck.results.schema import series
+
+
+def as_text(name: Any) -> str:
+    """A name that Matplotlib draws as it stands: it reads what lies between two dollars as mathematics."""
+    return str(name).replace("$", r"\$")
+
+
+def closed_form(init: str) -> bool:
+    """Whether a start is a closed form, so that its loss before training says something about the rank."""
+    return init in STARTS and STARTS[init].closed_form
+
+
+def labels(curves: list[dict[str, Any]]) -> list[str]:
+    """Names of curves: the backbone, and whatever else distinguishes them."""
+    parts = [[c["backbone"]] for c in curves]
+    starts = [tuple(sorted({series(h) for h in c.get("heads", ())})) for c in curves]
+    if len(set(starts)) > 1:
+        for part, names in zip(parts, starts):
+            part += names if len(names) == 1 else []  # several starts are lines of their own
+    for key in ("data", "tokens"):
+        if len({c[key] for c in curves}) > 1:
+            for part, c in zip(parts, curves):
+                part.append(_count(c[key]) if key == "tokens" else str(c[key]))
+    for key in sorted({k for c in curves for k in c["recipe"]}):
+        if len({str(c["recipe"].get(key)) for c in curves}) > 1:
+            for part, c in zip(parts, curves):
+                # a temperature of 1 is the usual one
+                if key in c["recipe"] and (key, c["recipe"][key]) != ("temperature", 1.0):
+                    part.append(f"{key} {c['recipe'][key]}")
+    for key in ("backbone_hash", "data_hash"):  # one name for different weights or text
+        for part, c in zip(parts, curves):
+            if sum(p == part for p in parts) > 1:
+                part.append(str(c[key])[:6])
+    return [", ".join(part) for part in parts]
+
+
+def _count(tokens: int) -> str:
+    return f"{tokens / 1e6:.4g}M tokens" if tokens >= 1e6 else f"{tokens:,} tokens"

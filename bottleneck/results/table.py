@@ -1,0 +1,102 @@
+"""The table of a curve on the terminal, and what a reader should know about it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.measure import Measurement
+from rich.table import Table
+
+from bottleneck.results.knee import knee_lines
+from bottleneck.results.labels import labels
+from bottleneck.results.metric_names import Column, columns
+from bottleneck.results.schema import series
+
+
+def show(curves: list[dict[str, Any]], console: Console) -> None:
+    """Print the best head of every rank beside the original head, the knees, and hints about rates."""
+    for c, label in zip(curves, labels(curves)):
+        table = _table(c, label, [m for m in columns(curves) if m.table])
+        # in its full width also where the terminal is narrower: a number that is cut off is another number
+        measured = Measurement.get(console, console.options.update(max_width=1000), table)
+        console.width = max(console.width, measured.maximum)
+        console.print(table)
+        for line in [*(knee_lines(c) if "knee" in c else ()), *_rates_at_the_end(c["heads"])]:
+            console.print(line, highlight=False, soft_wrap=True)
+        lost = [f"rank {h['rank']} lr {h['lr']:.3g} seed {h['seed']}" for h in c["heads"] if h["status"] != "ok"]
+        if lost:
+            advice = "; every head did: give lower rates (optim.lr)" if len(lost) == len(c["heads"]) else ""
+            console.print(f"diverged: {', '.join(lost)}{advice}")
+
+
+def _table(c: dict[str, Any], label: str, shown: list[Column]) -> Table:
+    """Args: label: name of the curve among those that are shown, see `labels.labels`."""
+    seeds = len({h["seed"] for h in c["heads"]})
+    starts = sorted({series(h) for h in c["heads"]})
+    # the title names the backbone and the tokens anyway
+    apart = [w for w in label.removeprefix(c["backbone"]).split(", ") if w and not w.endswith(" tokens")]
+    more = "".join(f", {w}" for w in apart) + (f", the best of {seeds} seeds" if seeds > 1 else "")
+    table = Table(
+        title=escape(f"{c['backbone']} on {c['data']}, {c['tokens']:,} training tokens{more}"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+        pad_edge=False,
+    )
+    for column in ("rank", "lr", "loss", "perplexity", "start", *(escape(m.title) for m in shown)):
+        table.add_column(column, justify="right", no_wrap=True)
+    if len(starts) > 1:
+        table.add_column("init")
+    if seeds > 1:
+        table.add_column(f"all {seeds} seeds", justify="right", no_wrap=True)
+    for h in (h for h in c["heads"] if h["best"]):
+        cells = [str(h["rank"]), f"{h['lr']:.3g}", *_numbers(h), _cell(h["initial_loss"], ".4f")]
+        cells += [_cell(h.get(m.name), m.form) for m in shown]
+        cells += [escape(series(h))] if len(starts) > 1 else []
+        table.add_row(*cells, *([_spread(c["heads"], h)] if seeds > 1 else []))
+    table.add_row("original head", "", *_numbers(c["reference"]), style="bold")
+    return table
+
+
+def _spread(heads: list[dict[str, Any]], best: dict[str, Any]) -> str:
+    """The perplexities of a rank's seeds, each at its best rate: lowest and highest."""
+    found: dict[int, float] = {}
+    for h in heads:
+        if (series(h), h["rank"], h["status"]) == (series(best), best["rank"], "ok") and h["perplexity"] is not None:
+            found[h["seed"]] = min(h["perplexity"], found.get(h["seed"], math.inf))
+    return f"{_perplexity(min(found.values()))}–{_perplexity(max(found.values()))}" if found else "–"
+
+
+def _rates_at_the_end(heads: list[dict[str, Any]]) -> list[str]:
+    """A line where the best of several rates is the lowest or the highest of them: a better one may lie beyond."""
+    out = []
+    for which, pick, advice in (("lowest", min, "lower"), ("highest", max, "higher")):
+        ranks = []
+        for h in (h for h in heads if h["best"]):
+            rates = {o["lr"] for o in heads if (series(o), o["rank"]) == (series(h), h["rank"])}
+            if len(rates) > 2 and h["lr"] == pick(rates):
+                ranks.append(str(h["rank"]))
+        if ranks:
+            out.append(f"the {which} rate tried is the best at rank {', '.join(ranks)}: try {advice} ones")
+    return out
+
+
+def _numbers(row: dict[str, Any]) -> list[str]:
+    return [_cell(row["loss"], ".4f"), _perplexity(row["perplexity"])]
+
+
+def _perplexity(value: Any) -> str:
+    return _cell(value, ",.2f" if value is None or value < 1e5 else ".3g")
+
+
+def _cell(value: Any, form: str) -> str:
+    """A number in a format, short where it is large, and without a sign where it rounds to zero."""
+    if value is None:
+        return "–"
+    large = form == ".4f" and abs(value) >= 1e3
+    shown = format(value, (",.0f" if abs(value) < 1e6 else ".3g") if large else form)
+    return shown.removeprefix("-") if set(shown) <= set("-0.") else shown
