@@ -401,6 +401,7 @@ def main(cfg: DictConfig) -> None:
             cfg.ckpt_path != "last" or given,
             "ckpt_path=last: goes on in hydra.run.dir, which is a new folder unless it is given; give hydra.run.dir=FOLDER",
         )
+        cli.keep_hydra_files(cfg)
         spread(cfg, Path(run.runtime.output_dir))
 
     cli.job(work)
@@ -414,4 +415,4 @@ def spread(cfg: DictConfig, run_dir: Path) -> None:
 
 if __name__ == "__main__":
     config.register()
-    sys.exit(cli.one_line_errors(main))
+    sys.exit(cli.one_line_errors(cli.hydra_command(main)))

@@ -22,6 +22,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from bottleneck.cli import one_line_errors as cli
+from bottleneck.cli.hydra_messages import explain
 from bottleneck.core.errors import UserError
 from bottleneck.core.paths import CONF
 from bottleneck.studies.config import check_study, register, unknown_key
@@ -32,7 +33,7 @@ RESUME = "the same command with the same hydra.run.dir goes on where it stopped"
 
 
 def study(cfg: DictConfig, folder: Path) -> dict[str, Any]:
-    """Run one study into `folder`. Returns: the content of its NAME.json. Raises: UserError for what the user can mend."""
+    """Run one study into `folder`; returns the content of NAME.json. Raises UserError for what the user can mend."""
     for name in ("pytorch_lightning", "httpx", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub").propagate = False
@@ -45,7 +46,11 @@ def study(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="study")
 def main(cfg: DictConfig) -> None:
-    cli.job(lambda: study(cfg, Path(HydraConfig.get().runtime.output_dir)))
+    def work() -> None:
+        cli.keep_hydra_files(cfg)
+        study(cfg, Path(HydraConfig.get().runtime.output_dir))
+
+    cli.job(work)
 
 
 def _own_words() -> None:
@@ -54,9 +59,9 @@ def _own_words() -> None:
         print(listing())
         return
     try:
-        main()
+        cli.hydra_command(main)()
     except (HydraException, OmegaConfBaseException) as error:
-        line = cli.explain(error)
+        line = explain(error)
         if ": unknown key" in line:
             chosen = [word.removeprefix("study=") for word in sys.argv if word.startswith("study=")]
             raise UserError(unknown_key(line.split(":")[0], chosen[0] if chosen else None)) from error

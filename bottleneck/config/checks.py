@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any, Optional
 
@@ -12,6 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from bottleneck.config.declare import freeze
 from bottleneck.config.schema import BY_START, SCHEMA_KEYS, TrainConfig, unknown_key
+from bottleneck.core import plugins
 from bottleneck.core.errors import check
 
 INITS = ("fisher", "refined", "svd", "scaled", "normal")
@@ -81,6 +83,9 @@ def check_config(cfg: DictConfig) -> TrainConfig:
     check(not missing, f"{', '.join(missing)}: no value; give {missing[0] if missing else ''}=… on the command line")
     c: Any = OmegaConf.to_object(cfg)  # a TrainNode: mutable, so that values can be brought into form
 
+    c.plugin = [str(Path(str(p)).expanduser().absolute()) for p in as_list(c.plugin)]
+    plugins.load(c.plugin)  # in a worker or a cluster job they are not there yet; what they declare is looked up below
+    _check_metric(c.optimized_metric)
     if c.ranks != "auto":
         check(not isinstance(c.ranks, str), f"ranks={c.ranks!r}: must be a rank, a list of ranks, or auto")
         c.ranks = _unique("ranks", [as_count("ranks", r) for r in as_list(c.ranks)])
@@ -96,6 +101,12 @@ def check_config(cfg: DictConfig) -> TrainConfig:
     checked = freeze(TrainConfig, c)
     _check_trainer(checked)
     return checked
+
+
+def _check_metric(given: str) -> None:
+    name, at, rank = given.partition("@")
+    fits = bool(re.fullmatch(r"[a-z][a-z0-9_]*", name)) and (not at or (rank.isdecimal() and int(rank) > 0))
+    check(fits, f"optimized_metric={given}: must be a number of curve.json, such as loss, or loss@64 for one rank")
 
 
 def _check_data(d: Any) -> None:

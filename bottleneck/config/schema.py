@@ -225,6 +225,11 @@ class TrainConfig:
     tokens: int = key(196_608, "Training budget in tokens.", read=Any)
     batch_size: int = key(16, "Sequences in one optimizer step, over all processes.")
     ckpt_path: Optional[str] = key(None, "Resume: last, or a checkpoint file.")
+    optimized_metric: str = key(
+        "loss",
+        "Number of curve.json that a run returns to a Hydra sweeper: its best head's, or a rank's, as in loss@64.",
+    )
+    plugin: list[str] = key([], "Python file, or folder, with extensions; or a list of them. Loaded first.", read=Any)
 
 
 TrainNode = composable(TrainConfig)

@@ -34,6 +34,8 @@ def load(paths: list[str]) -> None:
 
 def _import(file: Path, given: str) -> ModuleType:
     name = f"bottleneck_plugin_{file.stem}"
+    while name in sys.modules:  # another plugin's file of the same name
+        name += "_"
     spec = importlib.util.spec_from_file_location(name, file)
     check(spec is not None and spec.loader is not None, f"plugin={given}: {file} cannot be imported")
     assert spec is not None and spec.loader is not None

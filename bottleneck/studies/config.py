@@ -149,6 +149,7 @@ class StudyConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     tokens: Any = 50_000  # validation tokens that are measured on, the same for every checkpoint
     study: Any = None  # keys of the study that study=NAME chose
+    plugin: Any = field(default_factory=list)  # files or folders with extensions, loaded first
 
 
 StudyNode = composable(StudyConfig)

@@ -13,7 +13,7 @@ from typing import Literal
 import pytest
 from omegaconf import OmegaConf
 
-from bottleneck.cli import one_line_errors as cli
+from bottleneck.cli.hydra_messages import explain
 from bottleneck.config.checks import RANK_LADDER, check_config, check_shapes, total_steps
 from bottleneck.config.declare import fits
 from bottleneck.config.reference import keys
@@ -169,7 +169,7 @@ def test_composition_errors_become_one_line(override, words):
     """The same errors that the command prints, from the exceptions themselves."""
     with pytest.raises(Exception) as caught:
         check_config(composed([override]))
-    line = cli.explain(caught.value)
+    line = explain(caught.value)
     assert words in line and "\n" not in line, line
 
 
@@ -236,8 +236,6 @@ def test_a_checked_config_does_not_change_and_holds_values_of_its_declared_types
 
 def test_a_missing_launcher_says_how_to_install_it():
     from hydra.errors import MissingConfigException
-
-    from bottleneck.cli.one_line_errors import explain
 
     line = explain(
         MissingConfigException(

@@ -34,7 +34,7 @@ from conftest import ROOT
 def test_a_defect_in_one_job_leaves_the_others(monkeypatch, capsys, launcher, mode, goes_on):
     """As a UserError does, with its trace; on a cluster, or alone, it is raised as it was."""
     run = SimpleNamespace(
-        runtime=SimpleNamespace(output_dir="out"),
+        runtime=SimpleNamespace(output_dir="out", cwd="."),
         job=SimpleNamespace(num=1, override_dirname="ranks=8", get=lambda *_: 1),
         mode=mode,
         launcher={"_target_": launcher},
