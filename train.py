@@ -282,6 +282,7 @@ def _train(cfg: DictConfig, run_dir: Path, at_end: contextlib.ExitStack) -> Resu
         c.head.loss_impl,
         t.micro_batch_size * c.data.block_size,
         c.head.whiten or c.optim.lr_ratio != 1,
+        c.head.loss_memory,
     )
     if c.head.teacher == "trained":
         _ = bank.teacher  # there is one

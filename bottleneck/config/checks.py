@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 import re
 from pathlib import Path
 from typing import Any, Optional
@@ -15,10 +14,10 @@ from bottleneck.config.declare import freeze
 from bottleneck.config.schema import BY_START, SCHEMA_KEYS, TrainConfig, unknown_key
 from bottleneck.core import plugins
 from bottleneck.core.errors import check
+from bottleneck.core.extensions import LOSSES
 
 INITS = ("fisher", "refined", "svd", "scaled", "normal")
 OBJECTIVES = ("ce", "distill", "mixed")
-IMPLS = ("auto", "reference", "chunked", "fused")
 LR_REF = {"fisher": 2e-3, "refined": 4e-4, "svd": 8e-3, "scaled": 8e-3, "normal": 8e-3}
 GAMMA = {"fisher": 0.8, "refined": 0.8, "svd": 0.6, "scaled": 0.6, "normal": 0.6}
 # `ranks: auto`: powers of two, then the paper's half steps, up to and including the hidden size.
@@ -146,7 +145,9 @@ def _check_source(d: Any) -> None:
 
 def _check_head(h: Any) -> None:
     _one_of("head.init", h.init, INITS)
-    _one_of("head.loss_impl", h.loss_impl, IMPLS)
+    _one_of("head.loss_impl", h.loss_impl, ("auto", *LOSSES.names()))
+    if h.loss_memory != "auto":
+        h.loss_memory = as_count("head.loss_memory", h.loss_memory)
     _one_of("head.objective", h.objective, OBJECTIVES)
     h.calibration_tokens = as_count("head.calibration_tokens", h.calibration_tokens)
     h.passes = as_count("head.passes", h.passes)
@@ -271,11 +272,14 @@ COMPILE_FROM = 20_000_000  # tokens from which compiling a backbone's layers pay
 
 
 def check_device(c: TrainConfig, device_type: str) -> None:
-    """What needs a GPU is refused without one."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    usable = c.head.loss_impl != "fused" or device_type == "cuda" or interpreted
-    allowed = "allowed here are auto, chunked, reference"
-    check(usable, f"head.loss_impl=fused: needs a CUDA GPU, this run is on {device_type}; {allowed}")
+    """Refuse an implementation of the loss that cannot run on the device."""
+    impl = c.head.loss_impl
+    refusal = None if impl == "auto" else LOSSES[impl].refuses(device_type, None)
+    allowed = ", ".join(["auto", *(loss.name for loss in LOSSES if loss.refuses(device_type, None) is None)])
+    check(
+        refusal is None,
+        f"head.loss_impl={impl}: {refusal}; this run is on {device_type}, allowed here are {allowed}",
+    )
 
 
 def compiles(c: TrainConfig, device_type: str) -> bool:

@@ -132,6 +132,13 @@ class HeadConfig:
         "auto",
         "Implementation of the loss: auto (the fastest here), fused (Triton, GPU), chunked (any device), reference "
         "(full logits, for checks).",
+        registry="LOSSES",
+    )
+    loss_memory: str | int = key(
+        "auto",
+        "GPU: bytes that a head step may hold beyond inputs and gradients at high ranks. auto: 1/32 of the card's "
+        "memory (2.5 GiB of 80), less where little is free. Stored with the run, since it decides the last bits.",
+        read=Any,
     )
 
 

@@ -80,11 +80,22 @@ class Objective:
 
 @dataclass(frozen=True)
 class Loss:
-    """An implementation of the cross-entropy of a low-rank head: `head.loss_impl=NAME`."""
+    """An implementation of the cross-entropy of a low-rank head: `head.loss_impl=NAME`.
+
+    Attributes:
+        step: (z [N, R'], A [V, R'], y [N], dA [V, R] or None, scale, memory) -> loss [N] and d loss / d z [N, R'], see
+            `losses.linear.logit_step`.
+        padded_rank: R' for a rank R; the columns beyond R are zeros.
+        most_tokens: tokens of one call for a padded rank; more are split.
+        refuses: (device type, dtype or None where it is not known yet) -> why it cannot run there, or None.
+    """
 
     name: str
     summary: str
     step: Callable[..., Any]
+    padded_rank: Callable[[int], int] = lambda rank: rank
+    most_tokens: Callable[[int], int] = lambda rank: 2**31
+    refuses: Callable[[str, Any], Optional[str]] = lambda device, dtype: None
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,7 @@ class HeadBank(nn.Module):
     Args:
         loss_impl: see `losses.linear_cross_entropy`; "auto" picks for each rank.
         tokens: tokens of one micro-batch, which "auto" picks by.
+        loss_memory: see `losses.memory`; auto or bytes.
         coordinates: B is trained in other coordinates, from `use_coordinates`, see `head.whiten` and `optim.lr_ratio`.
 
     Attributes:
@@ -79,6 +80,7 @@ class HeadBank(nn.Module):
         loss_impl: str = "auto",
         tokens: int = 4096,
         coordinates: bool = False,
+        loss_memory: str | int = "auto",
     ):
         super().__init__()
         names = [k.name for k in keys]
@@ -88,6 +90,8 @@ class HeadBank(nn.Module):
                 f"ranks, rates and seeds: the head {', '.join(sorted(doubled))} is there twice (rates count to 6 digits)"
             )
         self.keys, self.loss_impl, self.tokens = keys, loss_impl, tokens
+        self.loss_memory = loss_memory
+        self.memory: Optional[int] = None  # bytes of a head step once they are decided
         self.objective: Optional[distill.Objective] = None
         self.heads = nn.ModuleDict({k.name: LowRankHead(vocab_size, k.rank, hidden_size) for k in keys})
         self.register_buffer("diverged", torch.zeros(len(keys)))
@@ -131,7 +135,7 @@ class HeadBank(nn.Module):
 
     def cast(self, dtype: torch.dtype) -> list[Weights]:
         """All heads as the products read them, for `accumulate` and `losses`; good until the parameters change."""
-        return [weights(*self.factors(key), dtype, self.impl(key, dtype)) for key in self.keys]
+        return [weights(*self.factors(key), dtype, self.impl(key, dtype), self.memory) for key in self.keys]
 
     def zero_gradients(self) -> None:
         """Gradients of zeros, in place where there are some: `accumulate` adds to them."""

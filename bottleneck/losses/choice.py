@@ -1,6 +1,6 @@
-"""Which implementation of the loss is the fastest here: read off a small table of measurements.
+"""Choose the implementation of the loss: `auto` takes the fastest in a table of measurements.
 
-`measured.csv` is written by `python -m bottleneck.benchmark heads --write-table`; its rows are medians of forward and backward.
+`python -m bottleneck.benchmark heads --write-table` writes `measured.csv`: medians of forward and backward.
 """
 
 from __future__ import annotations
@@ -8,24 +8,35 @@ from __future__ import annotations
 import csv
 import functools
 import importlib
-import importlib.util
 import math
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
-IMPLS = ("auto", "reference", "chunked", "fused")
+from bottleneck.core.extensions import LOSSES
+
 TABLE = Path(__file__).with_name("measured.csv")
 
 
 def fused() -> ModuleType:
-    """The Triton implementation; imported when it is asked for, since Triton is not everywhere."""
+    """Return the Triton implementation, imported on first use since Triton is not everywhere."""
     return importlib.import_module("bottleneck.losses.fused")
 
 
+def loss_names() -> tuple[str, ...]:
+    """Values of `head.loss_impl`: auto, and the declared implementations."""
+    return ("auto", *LOSSES.names())
+
+
+def usable(device: str, dtype: torch.dtype | None = None) -> list[str]:
+    """Names of the implementations that run on a device of this type."""
+    return [loss.name for loss in LOSSES if loss.refuses(device, dtype) is None]
+
+
 @functools.cache
-def table(path: Path = TABLE) -> list[dict]:
+def table(path: Path = TABLE) -> list[dict[str, Any]]:
     """Rows of measurements: device (cpu, cuda), dtype, tokens, vocab, rank, impl, ms."""
     with open(path, newline="") as f:
         rows = list(csv.DictReader(f))
@@ -34,23 +45,21 @@ def table(path: Path = TABLE) -> list[dict]:
 
 @functools.cache
 def choose(device: torch.device, dtype: torch.dtype, tokens: int, vocab: int, rank: int) -> str:
-    """The fastest implementation at the measured point nearest to this one (in octaves of tokens, vocabulary and rank).
+    """Return the fastest implementation at the nearest measured point, in octaves of tokens, vocabulary and rank.
 
-    A function of the shapes alone, so that a head gets the same one alone and in company. Devices other than CPUs and CUDA
-    GPUs, and GPUs without Triton, run the chunked loss.
+    The choice depends on shapes alone, so a head gets the same implementation alone and in company. Devices without
+    measurements, and GPUs without Triton, run the chunked loss.
     """
-    kind = device.type
-    if kind == "cuda" and importlib.util.find_spec("triton") is None:
-        return "chunked"
     known = "bfloat16" if dtype.itemsize == 2 else str(dtype).removeprefix("torch.")
-    rows = [r for r in table() if r["device"] == kind and r["dtype"] == known]
-    if not rows:
-        return "chunked"
+    rows = [r for r in table() if r["device"] == device.type and r["dtype"] == known]
 
-    def distance(row: dict) -> float:
+    def distance(row: dict[str, Any]) -> float:
         return sum(
             abs(math.log2(row[k] / max(1, v))) for k, v in (("tokens", tokens), ("vocab", vocab), ("rank", rank))
         )
 
+    if not rows:
+        return "chunked"
     nearest = min(map(distance, rows))
-    return min((r for r in rows if distance(r) == nearest), key=lambda r: r["ms"])["impl"]
+    fastest = min((r for r in rows if distance(r) == nearest), key=lambda r: r["ms"])["impl"]
+    return fastest if LOSSES[fastest].refuses(device.type, dtype) is None else "chunked"

@@ -1,17 +1,19 @@
 """Triton kernels of the fused loss: logits of one tile at a time, never in memory.
 
-With z = h Bᵀ [N, R], softmax p and lse its normaliser, cross-entropy needs two passes over the N x V logits, each tile made
-afresh from z and A (Milakov & Gimelshein 2018 for the running softmax; Dao et al. 2022 for its use in a matrix product):
+With z = h Bᵀ [N, R], softmax p and lse its normaliser, cross-entropy needs two passes over the N x V logits. Each tile
+is computed twice from z and A (Milakov & Gimelshein 2018 for the running softmax; Dao et al. 2022 for its use in a
+matrix product):
 
     scan    along V, for a block of tokens:      lse,  Σ_{v≠y} p_v a_v        (attention with A as keys and as values)
     merge   for each token, over parts of V:     loss = lse − z·a_y,  dz = Σ_v p_v a_v − a_y
     spread  along N, for a block of entries:     dA_v = Σ_n (p_nv − [y_n = v]) z_n
 
-The target's own term is left out of the sum that `scan` rounds and is added by `merge` in float32 as (p_y − 1) a_y, which is
-exact where the head is nearly certain. Products run in the dtype of z and A, everything else in float32. No atomics: equal
-inputs give equal bits. Logarithms are of base 2 inside, since exp2 is what the hardware has.
+The target's own term is left out of the sum that `scan` rounds; `merge` adds it in float32 as (p_y − 1) a_y, which is
+exact where the head is nearly certain. Products run in the dtype of z and A, everything else in float32. No atomics:
+equal inputs give equal bits. Logarithms are of base 2 inside, since exp2 is what the hardware has.
 
-Dims: N tokens, R rank padded with zeros to a power of two from 16, V vocabulary, S parts of V, BN and BV rows of a tile.
+Dims: N tokens, R rank padded with zeros to a power of two from 16, V vocabulary, S parts of V, BN and BV rows of a
+tile.
 """
 
 from __future__ import annotations
@@ -92,7 +94,7 @@ def scan(
     GRAD: tl.constexpr,
     PRECISE: tl.constexpr,
 ):
-    """Running maximum m [S, N], Σ exp(s − m) l [S, N] and, with GRAD, Σ_{v≠y} exp(s − m) a_v acc [S, N, R] of one part of V."""
+    """One part of V: running maximum m [S, N], l = Σ exp(s − m) [S, N] and, with GRAD, acc = Σ_{v≠y} exp(s − m) a_v."""
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     split = tl.program_id(1)
     ranks = tl.arange(0, R)
@@ -143,7 +145,7 @@ def merge(
     z = tl.load(z_ptr + at, mask=inside[:, None], other=0.0).to(tl.float32)
     known = counts & (y < V)
     a = tl.load(A_ptr + y[:, None].to(tl.int64) * R + ranks[None, :], mask=known[:, None], other=0.0).to(tl.float32)
-    # a target beyond the vocabulary reads nothing and makes its loss NaN
+    # a target outside the vocabulary reads nothing and makes its loss NaN
     own = tl.where(counts & (y >= V), float("nan"), tl.sum(z * a, 1))
     top = tl.full([BN], float("-inf"), tl.float32)
     for s in tl.static_range(S):
@@ -152,7 +154,7 @@ def merge(
     for s in tl.static_range(S):
         share = tl.exp2((tl.load(m_ptr + s * N + rows, mask=inside, other=0.0) - top) * LOG2E)
         l += share * tl.load(l_ptr + s * N + rows, mask=inside, other=1.0)
-    # own against the largest first: both may be large and near each other
+    # subtract the largest logit first: both may be large and near each other
     tl.store(loss_ptr + rows, tl.where(counts, (top - own) + tl.log2(l) * LN2, 0.0), mask=inside)
     if GRAD:
         tl.store(lse_ptr + rows, tl.where(counts, top * LOG2E + tl.log2(l), float("inf")), mask=inside)
@@ -182,7 +184,7 @@ def spread(
     ADD: tl.constexpr,
     PRECISE: tl.constexpr,
 ):
-    """dA [V, width] = (or, with ADD, +=) scale · Σ_n (p_nv − [y_n = v]) z_n for a block of entries; width ≤ R columns."""
+    """dA [V, width] = (with ADD +=) scale · Σ_n (p_nv − [y_n = v]) z_n for a block of entries; width ≤ R columns."""
     cols = tl.program_id(0) * BV + tl.arange(0, BV)
     ranks = tl.arange(0, R)
     a = tl.load(A_ptr + cols[:, None].to(tl.int64) * R + ranks[None, :], mask=cols[:, None] < V, other=0.0)
@@ -205,9 +207,9 @@ def spread(
 
 @triton.jit
 def soften(logits_ptr, y_ptr, loss_ptr, V, stride, BLOCK: tl.constexpr, GRAD: tl.constexpr):
-    """One row of logits [n, V]: its loss and, with GRAD, p − onehot(y) in its place (zero where the token does not count).
+    """One row of logits [n, V]: its loss and, with GRAD, p − onehot(y) in its place (0 where the token does not count).
 
-    The row is read twice: it is to stay in the level-2 cache until the second time, and not longer.
+    The row is read twice: it should stay in the level-2 cache until the second time, and no longer.
     """
     row = tl.program_id(0)
     at = logits_ptr + row.to(tl.int64) * stride
@@ -273,7 +275,9 @@ def teach(logits_ptr, p_ptr, least_ptr, V, stride, heat, BLOCK: tl.constexpr):
 def follow(
     logits_ptr, p_ptr, least_ptr, y_ptr, loss_ptr, V, stride, mix, temperature, BLOCK: tl.constexpr, HOT: tl.constexpr
 ):
-    """One row of a head's logits [n, V]: its loss beside p [n, V] of `teach`, see `losses.distill`, and d loss / d logits in its place.
+    """One row of a head's logits [n, V]: its loss given p [n, V] of `teach`, and d loss / d logits in its place.
+
+    See `losses.distill`.
 
     HOT: the temperature is not 1. Zeros where the token does not count.
     """

@@ -18,6 +18,7 @@ from bottleneck.core.extensions import metrics
 from bottleneck.evaluation.agreement import compare
 from bottleneck.evaluation.sums import derived, validate
 from bottleneck.heads.bank import HeadBank
+from bottleneck.losses import memory
 from bottleneck.training.optim import build_optimizer, clip_per_head, schedule
 from bottleneck.training.signals import Flag
 from bottleneck.training.timing import StepTimer
@@ -119,6 +120,10 @@ class HeadSweep(pl.LightningModule):
                 f"checkpoints: processes resume from different steps ({', '.join(map(str, steps))}); start again",
             )
 
+        if self.bank.memory is None:
+            self.bank.memory = memory.decide(self.device, self.bank.loss_memory)
+        if self.device.type == "cuda":
+            log.info("memory of a head step: up to %d MiB (head.loss_memory)", self.bank.memory >> 20)
         chosen: dict[str, set[int]] = {}
         for key in self.bank.keys:
             chosen.setdefault(self.bank.impl(key, self.backbone.dtype), set()).add(key.rank)
@@ -262,6 +267,7 @@ class HeadSweep(pl.LightningModule):
             "heads": [key.name for key in self.bank.keys],
             "initial": self.initial,
             "step_tokens": self.step_tokens,
+            "loss_memory": self.bank.memory,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -276,6 +282,7 @@ class HeadSweep(pl.LightningModule):
             "ckpt_path: its heads were trained on other text than data.files has now",
         )
         self.initial, self.step_tokens = mine["initial"], mine["step_tokens"]  # `resume.verify` has seen both
+        self.bank.memory = mine.get("loss_memory", memory.BEFORE)
 
 
 class ValidateEvery(pl.Callback):

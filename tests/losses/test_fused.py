@@ -1,10 +1,11 @@
-"""The Triton kernels (in Triton's interpreter where there is no GPU), the choice of an implementation, and the bank's use of both."""
+"""The Triton kernels (in Triton's interpreter without a GPU), the choice of an implementation, and the bank."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+import bottleneck.losses.exponentials as exponentials
 import bottleneck.losses.fused as fused_module
 import bottleneck.losses.linear as linear
 from bottleneck.heads.bank import HeadBank, HeadKey
@@ -45,7 +46,7 @@ def test_every_tiling_gives_the_same_loss_and_gradients(tile, N, R, V):
 
 
 def test_a_nearly_certain_head_keeps_its_small_gradients():
-    """p_y − 1 is taken in float32 from the target's own logit: in 16 bits it would be rounded away where p_y is near 1."""
+    """p_y − 1 is computed in float32 from the target's logit: 16 bits would round it away where p_y is near 1."""
     g = torch.Generator().manual_seed(0)
     A = torch.nn.functional.normalize(torch.randn(300, 32, generator=g), dim=1).to(DEVICE).half()
     y = torch.arange(100, device=DEVICE).int()
@@ -56,9 +57,37 @@ def test_a_nearly_certain_head_keeps_its_small_gradients():
     assert (loss - want_loss).norm() < 2e-3 * want_loss.norm() and (dz - want_dz).norm() < 2e-3 * want_dz.norm()
 
 
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize("N, R, V, scale, hot", [(40, 48, 257, 1, 30), (5, 32, 31, 0.1, 0), (34, 48, 200, 30, 0)])
+def test_exponentials_give_the_loss_and_gradients_of_float64(N, R, V, scale, hot, tma):
+    """Ragged tiles, chunks, a target that many tokens share, and logits so large that every block is repaired."""
+    z, A, y = problem(N, R, V, scale=scale)
+    y[1:hot] = 7
+    z, A = (z.bfloat16(), A.bfloat16()) if DEVICE == "cuda" else (z, A)
+    want = exact(z.float(), A.float(), y)
+    dA = torch.full(A.shape, 7.0, device=DEVICE)
+    loss, dz = exponentials.step(z.clone(), A, y, dA, 0.5, rows=32, tma=tma)
+    bound = 2e-3 if DEVICE == "cuda" else 5e-6
+    for got, wanted in zip((loss, dz, (dA - 7) / 0.5), want):
+        assert (got.double() - wanted).norm() <= bound * wanted.norm()
+
+
+def test_only_rows_beyond_the_offset_are_repaired():
+    """One row of a block has a logit far above its sample; all blocks but that one keep their exponentials."""
+    V, R = 400, 16
+    z, A = torch.ones(70, R, device=DEVICE), torch.zeros(V, R, device=DEVICE)
+    A[V - 1, 0] = 20.0  # not in the sample of 256 of 400 entries
+    z[66, 0] = 20.0
+    y = torch.zeros(70, device=DEVICE).int()
+    loss, dz = exponentials.step(z.clone(), A, y, torch.zeros_like(A), 1.0, rows=70, tma=False)
+    want, want_dz, _ = exact(z, A, y)
+    assert want[66] == pytest.approx(400.0) and torch.allclose(loss.double(), want, rtol=1e-5)
+    assert torch.allclose(dz.double(), want_dz, atol=1e-5)
+
+
 @pytest.mark.parametrize("rank", [FLASH_RANK + 16, 16])
 def test_a_loss_alone_keeps_its_logits_in_float32(rank):
-    """A validation of 16-bit heads is that of the same numbers in float32, at any rank; logits of 16 bits would be off by 1e-3."""
+    """The validation of 16-bit heads equals that of the same numbers in float32; 16-bit logits would be off by 1e-3."""
     z, A, y = problem(40, rank, 300)
     z, A = z.bfloat16(), (A / 2).bfloat16()
     want = exact(z.float(), A.float(), y)[0]
@@ -74,7 +103,7 @@ def test_many_tokens_are_taken_in_parts(rank, monkeypatch):
     w = weights(A, B / 6, torch.float32, "fused")
     found = []
     for most in (1000, 16):
-        monkeypatch.setattr(fused_module, "most_tokens", lambda rank: most)
+        monkeypatch.setattr(fused_module, "most_tokens", lambda rank, most=most: most)
         dA, dB = torch.zeros_like(A), torch.zeros_like(B)
         found.append((step(h, w, y, dA, dB), dA, dB))
 
@@ -86,7 +115,7 @@ def test_many_tokens_are_taken_in_parts(rank, monkeypatch):
     x, a, b = (t.clone().requires_grad_() for t in (h, A, B / 6))
     lengths = []
     plain = linear.logit_step
-    monkeypatch.setattr(linear, "logit_step", lambda z, *more: lengths.append(len(z)) or plain(z, *more))
+    monkeypatch.setattr(linear, "logit_step", lambda z, *a, **k: lengths.append(len(z)) or plain(z, *a, **k))
     linear_cross_entropy(x, a, b, y.long(), impl="fused", reduction="sum", ignore_index=-1).backward()
     assert lengths == [16, 16, 16, 2] and same(a.grad, found[0][1]) and same(b.grad, found[0][2])
 
@@ -115,13 +144,16 @@ def test_chunks_stay_under_their_memory_and_are_whole_tiles():
         (8192, 50304, 512),
         (100, 256_000, 600),
         (8192, 1000, 300),
-        (8192, 256_000, 512),
+        (8192, 262_144, 512),
         (8192, 151_936, 512),
         (8192, 128_256, 2048),
     ):
-        rows = chunk_rows(N, V, R, 2)
-        assert rows == N or rows % 128 == 0
-        assert rows * V * 2 + N * R * 2 <= 256 << 20 or rows == N
+        for memory in (256 << 20, 1 << 30, 5 << 29):
+            size = exponentials.row_bytes(V, R)
+            rows = chunk_rows(N, size, memory)
+            assert rows == N or rows % 128 == 0
+            assert rows * size <= memory or (rows == N and N < 128)
+    assert chunk_rows(8192, 1 << 30, 1) == 128  # a tile at least
 
 
 def test_a_target_beyond_the_vocabulary_is_loud_and_reads_nothing():
@@ -170,7 +202,7 @@ def test_a_bank_accumulates_the_bits_of_each_head_alone(impl):
 
 
 def test_choice_follows_the_table(tmp_path, monkeypatch):
-    """The fastest implementation at the nearest measured point; any device without measurements runs the chunked loss."""
+    """The fastest implementation at the nearest measured point; devices without measurements run the chunked loss."""
     path = tmp_path / "t.csv"
     rows = [
         "cuda,bfloat16,8192,50000,64,fused,1",
@@ -192,7 +224,7 @@ def test_choice_follows_the_table(tmp_path, monkeypatch):
 
 def test_the_table_in_the_repository_is_whole():
     rows = choice.table()
-    assert {r["impl"] for r in rows} <= set(choice.IMPLS) - {"auto"} and all(r["ms"] > 0 for r in rows)
+    assert {r["impl"] for r in rows} <= set(choice.loss_names()) - {"auto"} and all(r["ms"] > 0 for r in rows)
     assert choose(torch.device("cpu"), torch.float32, 4096, 8192, 64) == "chunked"
     assert choose(torch.device("cuda"), torch.bfloat16, 16384, 50304, 16) == "fused"
 
