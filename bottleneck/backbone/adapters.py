@@ -33,8 +33,10 @@ def merge(model: Any, name: str) -> None:
             continue
         found += 1
     check(bool(found), f"backbone {name}: its adapter changes no layer; only adapters that can be merged are supported")
+    # What Transformers remembers of the adapter would make `save_pretrained` write it, under PEFT's names
     model._hf_peft_config_loaded = False
-    vars(model).pop("peft_config", None)
+    for name_of_memory in ("peft_config", "_weight_conversions"):
+        vars(model).pop(name_of_memory, None)
 
 
 def _put(model: nn.Module, path: str, layer: nn.Module) -> None:

@@ -109,6 +109,11 @@ def _fault(what: str, cfg: BackboneConfig, error: Exception) -> str:
     where = cfg.path + (f" (revision {cfg.revision})" if cfg.revision else "")
     if "Unrecognized configuration class" in text:
         return f"backbone.path={where}: is not a causal language model; Transformers has no LM head for {_family(cfg)}"
+    if "trust_remote_code" in text and not cfg.trust_remote_code:
+        return (
+            f"backbone.path={where}: its {what} needs Python code from its repository, which runs only if you trust it: "
+            "backbone.trust_remote_code=true (export: --trust-remote-code)"
+        )
     if len(text) > LONGEST_MESSAGE:
         text = text[:LONGEST_MESSAGE].rsplit(" ", 1)[0] + " …"
     if what == "tokenizer" and cfg.tokenizer:

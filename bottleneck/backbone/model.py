@@ -108,10 +108,10 @@ class Backbone(nn.Module):
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a model that needs images, speech or a language has its own way to say so
+            dtypes = " and ".join(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()}))
             raise UserError(
-                f"backbone {self.name}: family {self.family} does not run on token ids alone in "
-                f"{str(next(model.parameters()).dtype).removeprefix('torch.')}: "
-                f"{type(error).__name__}: {str(error)[:200]}"
+                f"backbone {self.name}: family {self.family} does not run on token ids alone, with weights in "
+                f"{dtypes}: {type(error).__name__}: {str(error)[:200]}"
             ) from error
         # Both are submodules, so that they move along between devices. The body comes first: the hash names the weight
         # of a tied head after the embeddings.

@@ -23,18 +23,31 @@ NO_CAP = 2.0**20  # c · tanh(x / c) is x to 1e-9 for every logit: for families 
 
 
 @torch.no_grad()
-def set_head(model: Any, W_VD: Tensor) -> None:
+def set_head(model: Any, W_VD: Tensor) -> float:
     """Make `model` predict through W alone: logits = h Wᵀ. Its original head is lost; the input embeddings stay.
 
-    The head is untied from the embeddings; its bias becomes zero; a soft cap (Gemma 2) goes, a scale (Cohere, Granite)
-    becomes 1, in the config, so that this also holds for the saved model, and in the model where it has copied them. A
-    scale that cannot be set is divided out of W. `prove` shows that nothing is left.
+    A scale of the logits that no config can set to 1 is divided out of W. `prove` shows that nothing is left.
 
     Args: W_VD: rows that the family cuts off the logits are left out.
-    Raises: UserError where the dtype cannot hold W, or the family cannot have a head of its own.
+    Returns: what W was divided by.
+    Raises: UserError as `replace_head`, or if the family does something unknown to its logits.
     """
-    lm_head = model.get_output_embeddings()
-    family = model.config.model_type
+    replace_head(model, W_VD)
+    scale = _scale(model, model.config.model_type)
+    model.get_output_embeddings().weight.div_(scale)
+    return scale
+
+
+@torch.no_grad()
+def replace_head(model: Any, W_VD: Tensor) -> None:
+    """Put W in the place of the head's weight and remove what else the config does to logits; nothing is run.
+
+    The head is untied from the embeddings; its bias becomes zero; a soft cap (Gemma 2) goes, a scale (Cohere, Granite)
+    becomes 1, in the config, so that this also holds for the saved model, and in modules that have copied them.
+
+    Raises: UserError if the dtype cannot hold W, or the family cannot have a head of its own.
+    """
+    lm_head, family = model.get_output_embeddings(), model.config.model_type
     check(isinstance(getattr(lm_head, "weight", None), Tensor), f"head: family {family} has no linear LM head")
     W = W_VD.to(device=lm_head.weight.device, dtype=lm_head.weight.dtype)
     check(
@@ -46,22 +59,22 @@ def set_head(model: Any, W_VD: Tensor) -> None:
     lm_head.weight = nn.Parameter(padded, requires_grad=False)  # a new one: the old may be the embeddings'
     if getattr(lm_head, "bias", None) is not None:
         lm_head.bias.zero_()
-    for config in _configs(model):
+    for config in configs_of(model):
         _set(config, "tie_word_embeddings", False)
-    for holder in [model, *_configs(model)]:
+    for holder in [*model.modules(), *configs_of(model)]:
         for name in SCALES:
             if isinstance(getattr(holder, name, None), (int, float)):
                 _set(holder, name, 1.0)
         for name in _caps(holder):
-            _set(holder, name, None) or _set(holder, name, NO_CAP)
+            if not _set(holder, name, None):
+                _set(holder, name, NO_CAP)
     with contextlib.suppress(AttributeError):
-        model.tie_weights()  # nothing is tied any more: updates the model's own record
+        model.tie_weights()  # updates the model's own record of what is tied
     kept = torch.equal(model.get_output_embeddings().weight[: len(W)], W)
     check(
         kept,
         f"head: family {family} ties its head to its embeddings whatever its config says; it cannot have another head",
     )
-    lm_head.weight.div_(_scale(model, family))
 
 
 def _scale(model: Any, family: str) -> float:
@@ -73,7 +86,8 @@ def _scale(model: Any, family: str) -> float:
     return left.scale if left.softcap is None or left.softcap >= NO_CAP else 1.0
 
 
-def _configs(model: Any) -> list[Any]:
+def configs_of(model: Any) -> list[Any]:
+    """A model's config, and the one of its text part if that is another."""
     text = model.config.get_text_config()
     return [model.config] if text is model.config else [model.config, text]
 

@@ -1,4 +1,4 @@
-"""Exported heads: the logits are the trained head's, in every family, through plain Transformers; bad input is one line."""
+"""Exported heads: through plain Transformers, the logits are those of the trained head, in every family."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bottleneck.backbone.model import Backbone, load_model
+from bottleneck.backbone.tiny_configs import tiny_config
 from bottleneck.config.checks import check_config
 from bottleneck.config.schema import BackboneConfig
+from bottleneck.core.errors import UserError
 from bottleneck.serve import export
 from conftest import VOCAB, composed
-from support.finished import best, finished, heads_loss, row, swept  # noqa: F401
+from support.finished import best, finished, heads_loss, row
+from support.finished import swept as swept  # a fixture
 
 PADDED = VOCAB + 16  # heads are often longer than the tokenizer
 SHAPE = dict(
@@ -48,7 +51,7 @@ FAMILIES = {
 
 @pytest.mark.parametrize("rank", [2, 32])
 def test_exported_head_has_the_curves_loss(swept, rank, tmp_path):
-    """Through plain Transformers, on the validation blocks: the loss of the best rate, and of the other one when it is asked for."""
+    """On the validation blocks: the loss of the best rate, and of the other one if --lr names it."""
     rows = sorted((h for h in swept.curve["heads"] if h["rank"] == rank), key=lambda h: h["loss"])
     batches = list(swept.trainer.datamodule.validation_batches())
     for wanted, extra in ((rows[0], []), (rows[1], ["--lr", str(rows[1]["lr"])])):
@@ -86,7 +89,7 @@ def test_generates(swept, toy_backbone, tmp_path):
 
 
 def test_full_rank_svd_is_the_backbone(run, toy_backbone, tmp_path):
-    """At r = d the SVD of the own head is the own head."""
+    """At r = d the SVD of the original head is the original head."""
     result = run("head=svd", "ranks=[32]", "optim.lr=1e-12", "tokens=1024")
     to = export.export(export.open_run(result.run_dir), best(result.curve, 32), tmp_path / "e")
     ids = torch.randint(0, VOCAB, (4, 32), generator=torch.Generator().manual_seed(3))
@@ -113,11 +116,12 @@ def test_factored(swept, toy_backbone, tmp_path):
         about["head"]["loss"] == best(swept.curve, 8)["loss"] and about["run"]["data_hash"] == swept.curve["data_hash"]
     )
     assert len(AutoTokenizer.from_pretrained(to)) == VOCAB
+    assert json.loads((to / "bottleneck.json").read_text()) == about  # config.json is where earlier readers look
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family, toy_backbone, tmp_path):
-    """Tied, biased, capped, scaled, padded: the exported model's logits are h (A B)^T, and its embeddings the backbone's."""
+    """Tied, biased, capped, scaled, padded: the exported logits are h (A B)ᵀ, the embeddings the backbone's."""
     torch.manual_seed(0)
     source, to = tmp_path / "source", tmp_path / "out"
     model = AutoModelForCausalLM.from_config(FAMILIES[family]()).eval()
@@ -137,7 +141,7 @@ def test_families(family, toy_backbone, tmp_path):
         got = exported(input_ids=ids).logits
     assert got.shape == want.shape and (got - want).abs().max() < 1e-5 * want.abs().max()
     assert torch.equal(exported.get_input_embeddings().weight, model.get_input_embeddings().weight)
-    # the same in memory, as heads are swapped for scoring
+    # the same in memory, as heads are exchanged for scoring
     export.set_head(model, tensors["A"] @ tensors["B"])
     assert (export.prove(model, family).head.logits(backbone(ids)) - want).abs().max() < 1e-5 * want.abs().max()
     assert exported.generate(ids[:1], max_new_tokens=3, do_sample=False).shape[1] <= 23
@@ -155,14 +159,103 @@ def test_a_model_that_does_not_come_back_as_saved_is_refused(swept, tmp_path, mo
     assert "family gpt_neox cannot be exported" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-def test_a_family_that_keeps_its_scale_is_refused(toy_backbone):
-    """What `set_head` cannot neutralise is named, not exported."""
+def test_a_family_that_changes_its_logits_is_refused():
+    """A map of the logits that `set_head` cannot remove is named, not exported."""
     model = AutoModelForCausalLM.from_config(T.LlamaConfig(**SHAPE, **IDS)).eval()
     plain = model.forward
     model.forward = lambda **kw: (out := plain(**kw), setattr(out, "logits", out.logits + out.logits.abs()), out)[-1]
+    with pytest.raises(UserError, match="family llama is not supported"):
+        export.set_head(model, torch.randn(PADDED, 32))
+    model.forward = lambda **kw: (out := plain(**kw), setattr(out, "logits", 9 * torch.tanh(out.logits / 9)), out)[-1]
     export.set_head(model, torch.randn(PADDED, 32))
-    with pytest.raises(export.UserError, match="family llama is not supported"):
+    with pytest.raises(UserError, match="family llama keeps a bias or cap"):
         export.prove(model, "x")
+
+
+HARD = {
+    "gemma3n_text": "its cap may not be None",
+    "minicpm3": "its scale is a property, and divides the hidden states",
+    "zamba2": "its layers share weights",
+    "bert-generation": "its head's bias is kept twice",
+    "rwkv": "it rescales its weights when it runs",
+    "inkling_text": "it cuts rows of its head off the logits",
+    "falcon_h1": "its scale has another name",
+    "bert": "a transform stands between its body and its head",
+}
+
+
+@pytest.mark.parametrize("family", HARD)
+def test_families_that_resist(family, toy_backbone, tmp_path, capsys):
+    """By the command: the exported logits are h (A B)ᵀ."""
+    torch.manual_seed(0)
+    source, to = tmp_path / "source", tmp_path / "out"
+    AutoModelForCausalLM.from_config(tiny_config(family)).save_pretrained(source)
+    AutoTokenizer.from_pretrained(toy_backbone).save_pretrained(source)
+    backbone = Backbone.load(BackboneConfig(path=str(source)))
+    V, D = backbone.vocab_size, backbone.hidden_size
+    folder = finished(tmp_path / "run", str(source), V, D, backbone.hash, [row(4)])
+    assert export.main([str(folder), "--rank", "4", "--to", str(to)]) == 0, capsys.readouterr().err
+    tensors = load_file(export.open_run(folder).file(row(4)))
+    ids = torch.randint(0, V, (2, 20), generator=torch.Generator().manual_seed(1))
+    want = backbone(ids) @ (tensors["A"] @ tensors["B"]).T
+    with torch.no_grad():
+        got = AutoModelForCausalLM.from_pretrained(to).eval()(input_ids=ids, use_cache=False).logits
+    assert got.shape == want.shape and (got - want).abs().max() < 1e-5 * want.abs().max()
+
+
+CODE = """
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class MineConfig(LlamaConfig):
+    model_type = "mine"
+
+class MineForCausalLM(LlamaForCausalLM):
+    config_class = MineConfig
+"""
+
+
+def test_a_model_with_code_of_its_own(toy_backbone, tmp_path, capsys):
+    """Its code runs only if --trust-remote-code asks for it; the exported folder brings the code along."""
+    source, to = tmp_path / "source", tmp_path / "out"
+    model = AutoModelForCausalLM.from_config(T.LlamaConfig(**SHAPE, **IDS))
+    model.save_pretrained(source)
+    AutoTokenizer.from_pretrained(toy_backbone).save_pretrained(source)
+    (source / "mine.py").write_text(CODE)
+    config = json.loads((source / "config.json").read_text())
+    auto = {"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.MineForCausalLM"}
+    config |= {"model_type": "mine", "architectures": ["MineForCausalLM"], "auto_map": auto}
+    (source / "config.json").write_text(json.dumps(config))
+    digest = Backbone(model, "x").hash
+    folder = finished(tmp_path / "run", str(source), PADDED, 32, digest, [row(4)], trust_remote_code=True)
+    given = [str(folder), "--rank", "4", "--to", str(to)]
+    assert export.main(given) == 2 and "trust" in capsys.readouterr().err and not to.exists()
+    assert export.main([*given, "--trust-remote-code"]) == 0
+    tensors = load_file(export.open_run(folder).file(row(4)))
+    ids = torch.arange(40).view(2, 20)
+    again = AutoModelForCausalLM.from_pretrained(to, trust_remote_code=True).eval()
+    with torch.no_grad():
+        want = model.eval().model(ids).last_hidden_state @ (tensors["A"] @ tensors["B"]).T
+        assert (again(ids).logits - want).abs().max() < 1e-5 * want.abs().max()
+
+
+def test_an_adapter_is_merged(toy_backbone, tmp_path):
+    """The export of a backbone with a PEFT adapter is a plain model."""
+    peft = pytest.importorskip("peft")
+    source, to = tmp_path / "adapter", tmp_path / "out"
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, target_modules=["query_key_value"], init_lora_weights=False)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(toy_backbone), config)
+    model.save_pretrained(source)
+    backbone = Backbone.load(BackboneConfig(path=str(source)))
+    folder = finished(tmp_path / "run", str(source), VOCAB, 32, backbone.hash, [row(4)])
+    assert export.main([str(folder), "--rank", "4", "--to", str(to)]) == 0
+    tensors = load_file(export.open_run(folder).file(row(4)))
+    ids = torch.arange(40).view(2, 20)
+    want = backbone(ids) @ (tensors["A"] @ tensors["B"]).T
+    with torch.no_grad():
+        got = AutoModelForCausalLM.from_pretrained(to).eval()(ids).logits
+    assert (got - want).abs().max() < 1e-5 * want.abs().max() and not list(to.glob("adapter*"))
 
 
 @pytest.mark.slow

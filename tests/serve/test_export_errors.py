@@ -1,4 +1,4 @@
-"""What cannot be exported: one line, exit code 2, nothing left behind."""
+"""Bad input of export: one line, exit code 2, nothing left behind."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bottleneck.backbone.model import Backbone, load_model
 from bottleneck.config.schema import BackboneConfig
+from bottleneck.core.run_file import RUN_FILE
 from bottleneck.serve import export
 from conftest import VOCAB
-from support.finished import finished, row, swept  # noqa: F401
+from support.finished import finished, row
+from support.finished import swept as swept  # a fixture
 
 
 def _rewrite(change):
@@ -47,6 +49,11 @@ def _resaved(change, about=None):
     return _heads(make)
 
 
+def _without_run_file(folder: Path) -> None:
+    """As earlier versions left their folders."""
+    (folder / RUN_FILE).unlink()
+
+
 def _diverge(content):
     for h in content["heads"]:
         h.update(status="diverged", loss=None, perplexity=None, bits_per_byte=None, best=False) if h[
@@ -65,7 +72,7 @@ BAD = {
     "one rate": (
         _rewrite(_one_rate_diverged),
         ["--lr", "0.01"],
-        r"rank 8, lr 0.01: diverged .* ranks that did not: .*8 \(lr 0.001\)",
+        r"rank 8, lr 0.01: diverged .* ranks that did not diverge: .*8 \(lr 0.001\)",
     ),
     "no folder": (lambda f: shutil.rmtree(f), [], "no such folder"),
     "no curve": (lambda f: (f / "curve.json").unlink(), [], "no curve.json there; give the folder of a finished run"),
@@ -76,7 +83,11 @@ BAD = {
     "seed": (lambda f: None, ["--seed", "4"], "--seed 4: rank 8 .* it has seed 0"),
     "word": (lambda f: None, ["--rank", "many"], "argument --rank: invalid int value"),
     "form": (lambda f: None, ["--form", "thin"], "argument --form: invalid choice"),
-    "diverged": (_rewrite(_diverge), [], r"rank 8: diverged .* ranks that did not: 2 \(lr 0.001\), 2 \(lr 0.01\), 32"),
+    "diverged": (
+        _rewrite(_diverge),
+        [],
+        r"rank 8: diverged .* ranks that did not diverge: 2 \(lr 0.001\), 2 \(lr 0.01\), 32",
+    ),
     "head missing": (_heads(Path.unlink), [], "r8_lr.*safetensors: no such file"),
     "head junk": (_heads(lambda p: p.write_bytes(b"junk")), [], "damaged or not a head file"),
     "head cut": (_heads(lambda p: p.write_bytes(p.read_bytes()[:-100])), [], "damaged or not a head file"),
@@ -88,14 +99,14 @@ BAD = {
         "A and B are .319, 8. and .8, 32., curve.json says",
     ),
     "checkpoint": (
-        lambda f: (f / "checkpoints" / "last.ckpt").write_bytes(b"junk"),
+        lambda f: (_without_run_file(f), (f / "checkpoints" / "last.ckpt").write_bytes(b"junk")),
         [],
         "last.ckpt: damaged or not a checkpoint",
     ),
     "no config": (
-        lambda f: shutil.rmtree(f / "checkpoints"),
+        lambda f: (_without_run_file(f), shutil.rmtree(f / "checkpoints")),
         [],
-        "neither checkpoints/last.ckpt nor .hydra/config.yaml",
+        "checkpoints/last.ckpt nor .hydra/config.yaml is there to say where the backbone is",
     ),
     "moved": (lambda f: None, ["--backbone", "/no/such/folder"], "no such folder"),
     "changed": (
@@ -104,8 +115,8 @@ BAD = {
         "its weights are .* were trained on .* it has changed",
     ),
     "changed factored": (_rewrite(lambda c: None), ["--backbone", "OTHER", "--form", "factored"], "it has changed"),
-    "full target": (lambda f: None, ["--to", "FULL"], "is there and not empty"),
-    "file target": (lambda f: None, ["--to", "FULL/x"], "is there and not empty"),
+    "full target": (lambda f: None, ["--to", "FULL"], "exists and is not empty"),
+    "file target": (lambda f: None, ["--to", "FULL/x"], "exists and is not empty"),
     "target in a file": (lambda f: None, ["--to", "FULL/x/y"], "cannot be written"),
 }
 
@@ -138,7 +149,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, swept, toy_backbone, tmp
 
 @pytest.mark.parametrize("form", export.FORMS)
 def test_full_disk(form, swept, tmp_path, capsys):
-    """A limit on the size of a file stands for it; the system's message is told."""
+    """A limit on the size of files stands for a full disk; the system's message is repeated."""
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, old[1]))
     try:
@@ -161,7 +172,7 @@ def test_values_that_a_dtype_cannot_hold(toy_backbone, tmp_path, capsys):
             == 2
         )
         assert "wider" in capsys.readouterr().err and not (tmp_path / "e").exists()
-    for dtype in ("float16", "bfloat16"):  # what they can hold is written
+    for dtype in ("float16", "bfloat16"):  # values within range are written
         to = tmp_path / dtype
         tensors["A"][0, 0] = 1.0
         save_file(tensors, path, metadata={"bottleneck": json.dumps({"backbone_hash": digest})})
@@ -182,8 +193,8 @@ def test_a_multiruns_folder_names_a_job(swept, tmp_path, capsys):
     assert "of a multirun give one job's folder, such as" in capsys.readouterr().err
 
 
-def test_what_a_killed_export_left_goes_and_a_living_ones_stays(swept, tmp_path):
-    """Parts are named after the folder and the process that writes them."""
+def test_parts_of_killed_exports_are_removed(swept, tmp_path):
+    """Partial folders are named after their target and process; those of running processes stay."""
     dead, alive, other = (
         tmp_path / name for name in (".head.999999999.part", f".head.{os.getppid()}.part", ".head.v2.999999999.part")
     )

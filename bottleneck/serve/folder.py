@@ -1,0 +1,112 @@
+"""Model folders: written under another name and renamed when they are complete; read back and compared."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Iterator, Optional, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from bottleneck.backbone.model import DTYPES, Backbone, load_model
+from bottleneck.config.schema import BackboneConfig
+from bottleneck.core.errors import UserError, check
+from bottleneck.core.files import leftovers
+from bottleneck.serve.swap import prove
+
+
+@contextlib.contextmanager
+def new_folder(to: Path) -> Iterator[Path]:
+    """A folder to write into; it becomes `to` when the block ends, and is removed if the block fails.
+
+    Raises: UserError if `to` exists and is not empty, or cannot be written.
+    """
+    part = to.with_name(f".{to.name}.{os.getpid()}.part")
+    made = [p for p in to.parents if not p.exists()]
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        for beside in leftovers(to):
+            shutil.rmtree(beside, ignore_errors=True)
+        part.mkdir()
+        yield part
+        for path in part.rglob("*"):
+            if path.is_file():
+                path.chmod(part.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
+                with open(path, "rb+") as f:
+                    os.fsync(f.fileno())
+        os.replace(part, to)
+    except (OSError, SafetensorError) as error:  # a full disk is either
+        raise UserError(f"--to {to}: cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        for folder in made if not to.exists() else ():
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def save_model(model: Any, folder: Path) -> None:
+    """`save_pretrained`; weights that are still shared are written under each of their names.
+
+    Untying the head in the config also unties what else a family ties (Zamba's shared layers): loaded again, every name
+    must be there.
+    """
+    state = model.state_dict()
+    storages = [t.data_ptr() for t in state.values() if t.numel()]
+    shared = len(set(storages)) < len(storages)
+    try:
+        model.save_pretrained(folder, **({"state_dict": {k: t.clone() for k, t in state.items()}} if shared else {}))
+    except (OSError, SafetensorError):
+        raise
+    except Exception as error:
+        raise UserError(
+            f"backbone: family {model.config.model_type} cannot be exported: Transformers does not save it: "
+            f"{type(error).__name__}: {str(error)[:200]}"
+        ) from error
+
+
+def read_back(folder: Path, backbone: Backbone, dtype: str, attention: Optional[str], code: bool) -> Backbone:
+    """The model in a folder that was just written, proved to predict through its head alone.
+
+    Args: backbone: which it was made from, for messages. attention: implementation. code: run the folder's own code.
+    Raises: UserError that names the family, not the folder.
+    """
+    cfg = BackboneConfig(
+        path=str(folder), dtype=cast(Any, dtype), attn_implementation=attention, trust_remote_code=code
+    )
+    try:
+        return prove(load_model(cfg), backbone.name)
+    except UserError as error:
+        text = str(error).replace(f"backbone.path={folder}: ", "").replace(str(folder), "the new folder")
+        raise UserError(
+            f"backbone {backbone.name}: family {backbone.family} cannot be exported: loaded again, it differs: {text}"
+        ) from error
+
+
+def check_same(again: Backbone, W_VD: Tensor, hidden: Tensor, ids_NT: Tensor, dtype: str) -> None:
+    """Raise UserError unless a model that was read back has the head W and the hidden states of before."""
+    error = (again(ids_NT).float() - hidden).abs().max() / hidden.abs().max()
+    head = again.head
+    W = W_VD.to(DTYPES[dtype])
+    rounding = 0.0 if head.scale == 1 else {"float32": 1e-6, "float16": 2e-3, "bfloat16": 1.6e-2}[dtype]
+    off = (head.W_VD.float() * head.scale - W.float()).abs()
+    same = bool((off <= rounding * W.float().abs()).all()) and float(error) < (1e-4 if dtype == "float32" else 2e-2)
+    check(
+        same,
+        f"backbone {again.name}: family {again.family} cannot be exported: Transformers does not load it again as it "
+        "was saved",
+    )
+
+
+def probe(model: Any) -> Tensor:
+    """Token ids [2, 16] to compare models on."""
+    g = torch.Generator().manual_seed(1)
+    return torch.randint(0, len(model.get_input_embeddings().weight), (2, 16), generator=g)
