@@ -111,7 +111,7 @@ def _fault(what: str, cfg: BackboneConfig, error: Exception) -> str:
         return f"backbone.path={where}: is not a causal language model; Transformers has no LM head for {_family(cfg)}"
     if "trust_remote_code" in text and not cfg.trust_remote_code:
         return (
-            f"backbone.path={where}: its {what} needs Python code from its repository, which runs only if you trust it: "
+            f"backbone.path={where}: its {what} needs Python code of its repository, which runs only if trusted: "
             "backbone.trust_remote_code=true (export: --trust-remote-code)"
         )
     if len(text) > LONGEST_MESSAGE:
