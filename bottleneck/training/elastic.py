@@ -203,7 +203,11 @@ class _ParentWatch:
 
     def _check_parent(self) -> None:
         if os.getppid() != self.agent:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            for _ in range(20):  # the other workers remove it too, and may just have written into it
+                shutil.rmtree(self.folder, ignore_errors=True)
+                if not self.folder.exists():
+                    break
+                time.sleep(0.05)
             os._exit(1)
 
 
