@@ -357,8 +357,8 @@ def _train(cfg: DictConfig, run_dir: Path, at_end: contextlib.ExitStack) -> Resu
         t.log_every,
         flag,
         zero2.Zero2AdamW if t.shard == "zero2" else build_optimizer,
+        resume_step=start.step,
     )
-    module.resume_step = start.step
     if trainer.is_global_zero:
         write_run_file(run_dir, stored, environment(trainer.strategy.root_device))
     try:

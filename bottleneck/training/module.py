@@ -50,13 +50,13 @@ class HeadSweep(pl.LightningModule):
         text_bytes: size of the validation text.
         flag: carries a signal to the other processes.
         build: makes the optimizer.
+        resume_step: step of the checkpoint that this process resumes from.
 
     Attributes:
         details: comparison of the final heads with the original head, from `agreement.compare`.
         initial, final: validation losses {head name: nats} at step 0 and after the last step.
         reference: validation loss of the original head, nats.
         validation_tokens: number of tokens that these losses are means over.
-        resume_step: step of the checkpoint that this process resumes from.
     """
 
     def __init__(
@@ -75,6 +75,7 @@ class HeadSweep(pl.LightningModule):
         log_every: int = 10,
         flag: Optional[Flag] = None,
         build: Callable[[HeadBank, OptimConfig], Any] = build_optimizer,
+        resume_step: Optional[int] = None,
     ):
         super().__init__()
         self.automatic_optimization = False  # a step is several forward passes and one reduction of gradients
@@ -94,7 +95,7 @@ class HeadSweep(pl.LightningModule):
         self.reference: Optional[float] = None
         self.validation_tokens = 0
         self.step_tokens, self.timer = 0, StepTimer()
-        self.resume_step: Optional[int] = None
+        self.resume_step = resume_step
         self._clock: Optional[tuple[float, int]] = None  # of the last logged row: time, step
 
     def configure_optimizers(self) -> Any:

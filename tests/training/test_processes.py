@@ -182,20 +182,6 @@ def test_a_full_disk_during_a_checkpoint(longer, whole, tmp_path):
     assert differences(whole, folder) == []
 
 
-def test_lightning_leaves_signals_to_us(run):
-    """Its question to all processes before every step is still where it is taken away."""
-    from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
-    from pytorch_lightning.trainer.connectors.signal_connector import _SignalConnector
-
-    assert hasattr(_TrainingEpochLoop, "_broadcast_sigterm_tensor") and hasattr(
-        _SignalConnector, "register_signal_handlers"
-    )
-    trainer = run().trainer
-    assert "_broadcast_sigterm_tensor" in vars(trainer.fit_loop.epoch_loop) and "register_signal_handlers" in vars(
-        trainer._signal_connector
-    )
-
-
 def test_threads_of_a_process(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
     assert threads(4) == 4 and threads(32) == 1

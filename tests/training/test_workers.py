@@ -21,7 +21,11 @@ def start(folder: Path, *wrapper: str) -> subprocess.Popen:
     env |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'support'}"}
     script = str(ROOT / "tests" / "support" / "two_workers.py")
     return subprocess.Popen(
-        [*wrapper, sys.executable, script, str(folder)], env=env, stderr=subprocess.PIPE, text=True, start_new_session=True
+        [*wrapper, sys.executable, script, str(folder)],
+        env=env,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
 
 
