@@ -25,8 +25,8 @@ from bottleneck.cli import one_line_errors as cli
 from bottleneck.cli.hydra_messages import explain
 from bottleneck.core.errors import UserError
 from bottleneck.core.paths import CONF
-from bottleneck.studies.config import check_study, register, unknown_key
-from bottleneck.studies.paper import listing
+from bottleneck.studies.shared.config import check_study, register, unknown_key
+from bottleneck.studies.shared.figures import listing
 
 log = logging.getLogger("bottleneck")
 RESUME = "the same command with the same hydra.run.dir goes on where it stopped"

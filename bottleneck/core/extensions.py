@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Optional
 
 from bottleneck.core.registry import Registry
@@ -150,12 +151,29 @@ class Metric:
     order: int = 100
 
 
+def _accept(keys: Any) -> None:
+    """The check of a study whose keys need none."""
+
+
 @dataclass(frozen=True)
 class Study:
-    """A study of trained heads or of a backbone: `study=NAME`."""
+    """A study of backbones, of trained heads, or of other studies' results: `study=NAME`.
+
+    Attributes:
+        figure: what it reproduces: a figure of Godey et al. 2024, or the arXiv number of a later paper.
+        schema: frozen dataclass of its keys `study.*`, derived from `studies.shared.config.StudyKeys`.
+        run: (StudyConfig, output folder) -> content of NAME.json, which it has written together with NAME.csv and NAME.png.
+        check: (composed keys) -> None: converts values in place and raises UserError for impossible ones.
+        commands: entries of `experiment=paper`, see `studies.shared.figures.Figure`.
+    """
 
     name: str
     summary: str
+    figure: str
+    schema: type
+    run: Callable[[Any, Path], dict[str, Any]]
+    check: Callable[[Any], None] = _accept
+    commands: tuple[Any, ...] = ()
 
 
 STARTS: Registry[Start] = Registry("head.init", "start", "bottleneck.heads.starts")

@@ -1,34 +1,19 @@
-"""Fig. 4 and 5: the singular values of the head along training, alone and seen through the hidden states.
-
-Dims: D hidden size, V vocabulary.
-"""
+"""Fig. 4 and 5: the singular values of the head along training, of W alone and seen through the hidden states, W Σ^½."""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Optional
+from typing import Any, BinaryIO
 
-import torch
-from torch import Tensor
-
-from bottleneck.backbone.model import load_tokenizer
-from bottleneck.core.errors import UserError, check
+from bottleneck.config.declare import key
+from bottleneck.core.extensions import STUDIES, Study
 from bottleneck.results.picture import as_text
-from bottleneck.studies.config import Spectrum, StudyConfig
-from bottleneck.studies.output import Parts, Steps, canvas, save, shades, step_bar, write
-from bottleneck.studies.series import (
-    Checkpoint,
-    Head,
-    check_same_shapes,
-    checkpoints,
-    device_of,
-    load_head,
-    say_memory,
-    visit,
-)
-from bottleneck.studies.singular import ROWS, padding, singular_values, square_root, summary, triangle
-from bottleneck.studies.text import StudyText, entries_of, study_text
+from bottleneck.studies.shared.config import CheckpointKeys, StudyConfig, check_checkpoints
+from bottleneck.studies.shared.figures import SMALL, STUDY, Figure, pythia, visit_hours
+from bottleneck.studies.shared.output import write
+from bottleneck.studies.shared.pictures import canvas, save, shades, step_bar
 
 log = logging.getLogger(__name__)
 METRICS = (
@@ -48,151 +33,63 @@ LOWEST = 1e-4  # of the largest singular value: where a panel ends
 MATRICES = {"head": "W", "weighted": "W Σ^½"}
 
 
-@torch.no_grad()
-def covariance(backbone: Any, text: StudyText, micro_batch: int, steps: Steps) -> Tensor:
-    """Σ = E[h hᵀ] [D, D], float64, over the text's inputs."""
-    device = backbone.lm_head.weight.device
-    total = torch.zeros(backbone.hidden_size, backbone.hidden_size, dtype=torch.float64, device=device)
-    count = done = 0
-    for inputs, targets in text.batches(micro_batch):
-        h = backbone(inputs.to(device))[targets.to(device) >= 0].double()  # only where something is predicted
-        total.addmm_(h.T, h)
-        count += len(h)
-        done += len(inputs)
-        steps.at(done / len(text))
-    return total / count
+@dataclass(frozen=True)
+class Spectrum(CheckpointKeys):
+    """Fig. 4 and 5: singular values of the head along training."""
 
-
-def spectra(head: Head, entries: Optional[int], drop_padding: bool, cov_DD: Optional[Tensor]) -> dict[str, Any]:
-    """Singular values of W, and of W Σ^½ where Σ is given, with their summaries.
-
-    Args:
-        entries: of the tokenizer; the rows from there on are padding, and left out of the spectra with `drop_padding`.
-    """
-    W = head.W_VD
-    pads = padding(W, entries)
-    if drop_padding and pads["rows"]:
-        W = W[: len(W) - pads["rows"]]
-    R = triangle(W)
-    out: dict[str, Any] = {"tied": head.tied, "rows": len(W), "d": W.shape[1], "padding": pads}
-    matrices = {"head": R} | ({} if cov_DD is None else {"weighted": R @ square_root(cov_DD).to(R.device)})
-    for name, M in matrices.items():
-        sigma = singular_values(M)
-        out[name] = {**summary(sigma), "singular_values": sigma.tolist()}
-    return out
-
-
-def _entries(cp: Checkpoint) -> Optional[int]:
-    try:
-        return entries_of(load_tokenizer(cp.backbone))
-    except UserError as error:
-        log.warning("padding rows are not known: %s", error)
-        return None
-
-
-def measure(c: StudyConfig, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Spectra of every checkpoint. Returns: one entry a checkpoint; what was measured on."""
-    s: Spectrum = c.study
-    series = checkpoints(c)
-    shapes = check_same_shapes(series)
-    device = device_of(c)
-    text = study_text(c, series) if s.hidden else None
-    if text is None:
-        log.info("study.hidden=false: only the head is read; the other weights are not looked at")
-    width, vocabulary = max(shapes.values(), key=lambda shape: shape[0] * shape[1])
-    work = 8 * (min(ROWS, vocabulary) + 6 * width) * width + 4 * vocabulary * width
-    say_memory(series, device, work + (4 * c.trainer.micro_batch_size * text.block * 24 * width if text else 0))
-    entries = {cp.model: _entries(cp) for cp in reversed(series)}
-    unknown = [model for model, n in entries.items() if n is None]
-    check(
-        not (s.drop_padding and unknown),
-        f"study.drop_padding=true: {', '.join(unknown)} has no tokenizer, so its padding rows are not known; give backbone.tokenizer",
+    hidden: bool = key(
+        True,
+        "Also compute the spectrum of W Sigma^1/2, which needs the text and the whole model; false: read the head alone.",
     )
-    about = {"drop_padding": s.drop_padding, "dtype": c.backbone.dtype, "entries": entries}
-    parts = Parts(folder, s.name, {**about, **(text.identity if text else {"hidden": False})})
-    out = []
-    with Steps(len(series), c.trainer.progress) as steps:
-        for cp in series:
-            steps.begin(cp.label)
-            part = parts.get(cp.key)
-            kept = part is not None
-            if part is None:
-                cov = None
-                # in the file's own precision, also where the model runs in bfloat16
-                head = load_head(cp, shapes)
-                head.W_VD = head.W_VD.to(device)
-                if text is not None:
-                    cov = visit(cp, device, shapes, lambda b: covariance(b, text, c.trainer.micro_batch_size, steps))
-                    check(
-                        bool(torch.isfinite(cov).all()),
-                        f"{cp.where}: its hidden states are not numbers; are its weights whole?",
-                    )
-                part = parts.put(cp.key, spectra(head, entries[cp.model], s.drop_padding, cov))
-            out.append({"model": cp.model, "step": cp.step, **part})
-            w = part["head"]
-            zero = w["entropy"] is None
-            steps.end(
-                "a head of zeros"
-                if zero
-                else f"entropy {w['entropy']:.4f}, effective rank {w['effective_rank']:.1f} of {part['d']}, stable rank {w['stable_rank']:.2f}",
-                kept,
-            )
-    return out, ({"data": text.corpus.name, "tokens": text.tokens} if text else {})
+    drop_padding: bool = key(False, "Leave out the rows beyond the tokenizer's entries; they are counted in any case.")
 
 
 def draw(entries: list[dict[str, Any]], file: BinaryIO) -> None:
-    """First Fig. 4, a panel a model and matrix: σ_i against i, dark to light along training; last Fig. 5, entropy against
-    step or model, where there are several."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
+    """First Fig. 4, one panel for each model and matrix: σ_i against i, dark to light along training. Last Fig. 5, entropy
+    against step or model, if there are several checkpoints."""
     models = list(dict.fromkeys(e["model"] for e in entries))
     kinds = [k for k in MATRICES if k in entries[0]]
-    along = any(sum(e["model"] == m for e in entries) > 1 for m in models)
     figure, panels = canvas(len(models) * len(kinds) + (len(entries) > 1), width=4.8)
     for (m, k), axes in zip([(m, k) for m in models for k in kinds], panels):
         own = [e for e in entries if e["model"] == m]
         many = len(own) > MOST_NAMED
         for e, shade in zip(own, shades(len(own))):
             values = e[k]["singular_values"]
-            axes.plot(
-                range(1, len(values) + 1),
-                values,
-                color=shade,
-                lw=1.2,
-                label=None if many else as_text(m) if e["step"] is None else f"step {e['step']}",
-            )
+            name = as_text(m) if e["step"] is None else f"step {e['step']}"
+            axes.plot(range(1, len(values) + 1), values, color=shade, lw=1.2, label=None if many else name)
         axes.set(xscale="log", xlabel="index i", ylabel=f"singular value σ_i of {MATRICES[k]}", title=as_text(m))
-        largest = max(max(e[k]["singular_values"]) for e in own)
-        if largest > 0:  # a head of zeros has no logarithms
-            # a direction that the last norm takes away would stretch the axis over ten decades
-            axes.set_yscale("log")
-            axes.set_ylim(bottom=max(min(min(e[k]["singular_values"]) for e in own), LOWEST * largest) * 0.8)
-            axes.yaxis.set_minor_formatter(NullFormatter())
-            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        _scale(axes, [e[k]["singular_values"] for e in own])
         if many:
             step_bar(figure, axes, [e["step"] for e in own])
         else:
             axes.legend(fontsize=7, frameon=False, loc="lower left")
     if len(entries) > 1:
-        _entropies(entries, models, kinds, along, panels[-1])
+        _entropies(entries, models, kinds, panels[-1])
     save(figure, file)
 
 
-def _entropies(entries: list[dict[str, Any]], models: list[str], kinds: list[str], along: bool, last: Any) -> None:
+def _scale(axes: Any, spectra: list[list[float]]) -> None:
+    """A logarithmic axis that ends at LOWEST of the largest value; a direction that the last norm removes would stretch it."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    largest = max(map(max, spectra))
+    if largest == 0:  # a head of zeros has no logarithms
+        return
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=max(min(map(min, spectra)), LOWEST * largest) * 0.8)
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _entropies(entries: list[dict[str, Any]], models: list[str], kinds: list[str], last: Any) -> None:
+    along = any(sum(e["model"] == m for e in entries) > 1 for m in models)
     for i, m in enumerate(models):
         own = [e for e in entries if e["model"] == m]
+        x = [e["step"] or 0 for e in own] if along else [i]
         for k, style in zip(kinds, ("o-", "s--")):
-            x = [e["step"] or 0 for e in own] if along else [i]
-            last.plot(
-                x,
-                [e[k]["entropy"] for e in own],
-                style,
-                color=f"C{i % 10}",
-                ms=3,
-                lw=1.2,
-                label=as_text(f"{m}, {MATRICES[k]}"),
-            )
+            y, name = [e[k]["entropy"] for e in own], as_text(f"{m}, {MATRICES[k]}")
+            last.plot(x, y, style, color=f"C{i % 10}", ms=3, lw=1.2, label=name)
     if along:
         last.set_xscale("symlog", linthresh=1)
         last.set_xlabel("training step")
@@ -203,17 +100,19 @@ def _entropies(entries: list[dict[str, Any]], models: list[str], kinds: list[str
 
 
 def run(c: StudyConfig, folder: Path) -> dict[str, Any]:
-    """The study. Returns: the content of spectrum.json."""
+    """Run the study. Returns: the content of spectrum.json."""
+    from bottleneck.studies.measure.spectrum import measure  # here, so that --help loads no torch
+
     entries, about = measure(c, folder)
-    for model, pads in {e["model"]: (e["padding"]["rows"], e["rows"], e["tied"]) for e in entries}.items():
-        said = "unknown" if pads[0] is None else pads[0]
+    for model, e in {e["model"]: e for e in entries}.items():
+        pads = e["padding"]["rows"]
         log.info(
             "%s: padding rows %s (%s), %d rows in the spectra, embeddings %s",
             model,
-            said,
+            "unknown" if pads is None else pads,
             "left out" if c.study.drop_padding else "kept",
-            pads[1],
-            "tied" if pads[2] else "apart",
+            e["rows"],
+            "tied" if e["tied"] else "untied",
         )
     rows = [
         (e["model"], e["step"], k, e["d"], e["rows"], e["padding"]["rows"], e["tied"], *(e[k][m] for m in METRICS))
@@ -221,11 +120,27 @@ def run(c: StudyConfig, folder: Path) -> dict[str, Any]:
         for k in MATRICES
         if k in e
     ]
-    return write(
-        folder,
-        c.study.name,
-        {**about, "drop_padding": c.study.drop_padding, "checkpoints": entries},
-        COLUMNS,
-        rows,
-        lambda file: draw(entries, file),
+    content = {**about, "drop_padding": c.study.drop_padding, "checkpoints": entries}
+    return write(folder, c.study.name, content, columns=COLUMNS, rows=rows, draw=lambda file: draw(entries, file))
+
+
+STUDIES.register(
+    Study(
+        name="spectrum",
+        summary="singular values of the head, entropy, effective and stable rank",
+        figure="Fig. 4, 5",
+        schema=Spectrum,
+        check=check_checkpoints,
+        run=run,
+        commands=(
+            Figure(
+                5,
+                "Fig. 4, 5",
+                "singular values and entropy of the head along training "
+                "(study.hidden=false: reads the head alone, needs no GPU)",
+                (f"{STUDY} study=spectrum data=pile study.steps=pythia {pythia(SMALL)} hydra.run.dir=paper/spectrum",),
+                visit_hours(SMALL),
+            ),
+        ),
     )
+)

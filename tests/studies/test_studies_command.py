@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from bottleneck.cli import one_line_errors as cli
 from bottleneck.config.checks import check_config
 from bottleneck.core.errors import UserError
-from bottleneck.studies.config import PYTHIA_STEPS, STUDIES, StudyConfig, check_study, step_number
-from bottleneck.studies.paper import FIGURES, visiting
+from bottleneck.studies.shared.config import PYTHIA_STEPS, STUDIES, StudyConfig, check_study, step_number
+from bottleneck.studies.shared.figures import FIGURES, visiting
 from conftest import ROOT
 from support.study_runs import QUICK, composed, edit_head, run_study, shell, toy_series
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from bottleneck.core.errors import UserError
-from bottleneck.studies.config import step_number
+from bottleneck.studies.shared.config import step_number
 from bottleneck.studies.downstream import compare
-from bottleneck.studies.evals import Score, lower_is_better, read_results, scores
+from bottleneck.studies.shared.harness_results import Score, lower_is_better, read_results, scores
 from support.study_runs import run_study
 
 

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bottleneck.core.errors import UserError
-from bottleneck.studies.config import check_study
-from bottleneck.studies.series import one_checkpoint
+from bottleneck.studies.shared.config import check_study
+from bottleneck.studies.shared.series import one_checkpoint
 from support.study_runs import QUICK, composed, edit_head, run_study, toy_series
 
 SERIES = ("saturation", "spectrum", "anisotropy")

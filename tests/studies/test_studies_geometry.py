@@ -15,7 +15,7 @@ import pytest
 
 from bottleneck.core.errors import UserError
 from bottleneck.studies.geometry import changes, collect
-from bottleneck.studies.spearman import interval, spearman
+from bottleneck.studies.formulas.spearman import interval, spearman
 from conftest import ROOT
 from support.study_runs import QUICK, run_study, toy_series
 

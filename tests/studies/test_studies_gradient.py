@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from bottleneck.studies.reach import Reach, column_space, shares
+from bottleneck.studies.formulas.reach import Reach, column_space, shares
 from support.study_runs import QUICK, run_study
 
 

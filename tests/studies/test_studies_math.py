@@ -12,12 +12,12 @@ from bottleneck.core.errors import UserError
 from bottleneck.heads.closed_forms import calibrate
 from bottleneck.heads.refine import divergence
 from bottleneck.losses import linear_cross_entropy
-from bottleneck.studies.agreement import Agreement
-from bottleneck.studies.cosines import Cosines, brute_force
-from bottleneck.studies.scaling import BETA, B, E, fit_law
-from bottleneck.studies.singular import padding, singular_values, summary, tails, triangle
-from bottleneck.studies.statistics import best_of_many, block_mean, scatter
-from bottleneck.studies.text import spread
+from bottleneck.studies.formulas.agreement import Agreement
+from bottleneck.studies.formulas.cosines import Cosines, brute_force
+from bottleneck.studies.formulas.scaling import BETA, B, E, fit_law
+from bottleneck.studies.formulas.singular import padding, singular_values, summary, tails, triangle
+from bottleneck.studies.formulas.statistics import best_of_many, block_mean, scatter
+from bottleneck.studies.shared.text import spread
 from bottleneck.studies.theory import holds, theory_tails, truncated
 
 

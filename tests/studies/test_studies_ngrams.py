@@ -12,7 +12,7 @@ import torch
 
 from bottleneck.core.errors import UserError
 from bottleneck.studies import counts, ngrams
-from bottleneck.studies.counts import gram, w_error
+from bottleneck.studies.formulas.counts import gram, w_error
 from bottleneck.studies.ngrams import beside, eigenvalues, smallest
 from conftest import ROOT
 from support.study_runs import QUICK, run_study

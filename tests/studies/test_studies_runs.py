@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from bottleneck.backbone.model import Backbone
 from bottleneck.studies import saturation, series, spectrum
-from bottleneck.studies.config import check_study
-from bottleneck.studies.cosines import brute_force
-from bottleneck.studies.text import study_text
+from bottleneck.studies.shared.config import check_study
+from bottleneck.studies.formulas.cosines import brute_force
+from bottleneck.studies.shared.text import study_text
 from support.study_runs import QUICK, composed, run_study, toy_series
 
 NOISES = {"step0": 2.0, "step20": 0.1, "step100": 0.0, "step1000": 0.7}  # by number, not as names sort

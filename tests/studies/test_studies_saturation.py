@@ -13,7 +13,7 @@ from bottleneck.core.errors import UserError
 from bottleneck.results.picture import as_text
 from bottleneck.studies import ngrams
 from bottleneck.studies.saturation import difference_error, read_losses, verdict
-from bottleneck.studies.scaling import BETA, B, E
+from bottleneck.studies.formulas.scaling import BETA, B, E
 from support.study_runs import run_study
 
 SIZES = {

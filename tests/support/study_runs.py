@@ -12,7 +12,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
 
-from bottleneck.studies.config import register
+from bottleneck.studies.shared.config import register
 from conftest import ROOT
 
 QUICK = [

@@ -1,4 +1,4 @@
-"""The text of a study: the same validation tokens for every checkpoint, and training tokens to calibrate on.
+"""The text of a study: the same validation tokens for every checkpoint, and training tokens for calibration.
 
 Dims: N sequences, T tokens predicted per sequence.
 """
@@ -20,8 +20,8 @@ from bottleneck.core.errors import check
 from bottleneck.data.cache import tokenizer_hash
 from bottleneck.data.module import IGNORE, StepBatches, ValidationBlocks, leading_bos
 from bottleneck.data.prepare import Corpus, prepare
-from bottleneck.studies.config import StudyConfig
-from bottleneck.studies.series import Checkpoint
+from bottleneck.studies.shared.config import StudyConfig
+from bottleneck.studies.shared.series import Checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class StudyText:
     """Blocks of the validation stream, spread evenly over it.
 
     Attributes:
-        tokens: that are predicted, over all blocks.
+        tokens: number of predicted tokens, over all blocks.
         entries: of the tokenizer; rows of a head from there on are padding.
     """
 
@@ -60,12 +60,8 @@ class StudyText:
         order = StepBatches(self.corpus, self.block, 1, 1, seed, self.bos)
         have = len(order.order) * self.block
         if have < tokens:
-            log.warning(
-                "%s has %d training tokens in whole blocks, %d were asked for: all are used",
-                self.corpus.name,
-                have,
-                tokens,
-            )
+            said = "%s has %d training tokens in whole blocks, %d were asked for: all are used"
+            log.warning(said, self.corpus.name, have, tokens)
         return order.calibration(tokens)
 
     @property
@@ -75,14 +71,14 @@ class StudyText:
 
 
 def spread(count: int, wanted: int) -> list[int]:
-    """`wanted` of 0 … count−1, evenly spread, rising; all where there are no more."""
+    """`wanted` of 0 … count−1, evenly spread, rising; all of them if there are no more."""
     if wanted >= count:
         return list(range(count))
     return sorted({(2 * i + 1) * count // (2 * wanted) for i in range(wanted)})
 
 
 def entries_of(tokenizer: Any) -> int:
-    """One more than the largest id that the tokenizer has a token for."""
+    """The largest id that the tokenizer has a token for, plus one."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
@@ -91,9 +87,26 @@ def _stored(cp: Checkpoint) -> Optional[bytes]:
     return file.read_bytes() if file.is_file() else None
 
 
-def _same_tokenizer(cp: Checkpoint, first: Checkpoint, tokenizer: Any) -> None:
+def _check_same_tokenizer(cp: Checkpoint, first: Checkpoint, tokenizer: Any) -> None:
     same = tokenizer_hash(load_tokenizer(cp.backbone)) == tokenizer_hash(tokenizer)
     check(same, f"{cp.where}: its tokenizer is not that of {first.where}; losses are compared on the same tokens only")
+
+
+def _check_models(c: StudyConfig, series: list[Checkpoint], tokenizer: Any) -> None:
+    """Raise UserError where a tokenizer differs from the first one, or the blocks exceed a model's context."""
+    first = {cp.model: cp for cp in reversed(series)}  # of each model its first checkpoint
+    for cp in first.values():
+        _, context, _ = load_shape(cp.backbone)
+        fits = context is None or c.data.block_size <= context
+        allowed = f"longer than the context of {cp.label}; allowed are 2 to {context}"
+        check(fits, f"data.block_size={c.data.block_size}: {allowed}")
+        if cp.model != series[0].model and not c.backbone.tokenizer:
+            _check_same_tokenizer(cp, series[0], tokenizer)
+    if not c.backbone.tokenizer:
+        stored = _stored(first[series[0].model])
+        for cp in series:  # along a series, files of equal bytes are proof enough
+            if cp is not first[cp.model] and _stored(cp) not in (None, stored):
+                _check_same_tokenizer(cp, series[0], tokenizer)
 
 
 def study_text(c: StudyConfig, series: list[Checkpoint]) -> StudyText:
@@ -101,24 +114,10 @@ def study_text(c: StudyConfig, series: list[Checkpoint]) -> StudyText:
 
     Raises: UserError where another checkpoint's tokenizer differs, or the blocks are longer than a model's context.
     """
-    first = {cp.model: cp for cp in reversed(series)}  # of each model its first checkpoint
     tokenizer = load_tokenizer(series[0].backbone)
-    for cp in first.values():
-        _, context, vocabulary = load_shape(cp.backbone)
-        fits = context is None or c.data.block_size <= context
-        check(
-            fits,
-            f"data.block_size={c.data.block_size}: longer than the context of {cp.label}; allowed are 2 to {context}",
-        )
-        if cp.model != series[0].model and not c.backbone.tokenizer:
-            _same_tokenizer(cp, series[0], tokenizer)
-    if not c.backbone.tokenizer:
-        stored = _stored(first[series[0].model])
-        for cp in series:  # along a series files of equal bytes are enough
-            if cp is not first[cp.model] and _stored(cp) not in (None, stored):
-                _same_tokenizer(cp, series[0], tokenizer)
+    _check_models(c, series, tokenizer)
     corpus = prepare(dataclasses.replace(c.data, validation_tokens=max(c.data.validation_tokens, c.tokens)), tokenizer)
-    for cp in first.values():
+    for cp in {cp.model: cp for cp in reversed(series)}.values():
         top = int(corpus.validation.max())
         size = load_shape(cp.backbone)[2]
         check(top < size, f"{cp.where}: its vocabulary ends at {size - 1}, the tokenizer makes id {top}")
@@ -126,7 +125,7 @@ def study_text(c: StudyConfig, series: list[Checkpoint]) -> StudyText:
     if have < c.tokens:
         log.warning("tokens=%d: %s has %d validation tokens, all are used", c.tokens, corpus.name, have)
     tokens = min(have, c.tokens)
-    full = have // block  # blocks of the full length; the last, shorter one is taken only where everything is
+    full = have // block  # blocks of the full length; the shorter last one is used only if all are
     wanted = math.ceil(tokens / block)
     indices = list(range(math.ceil(have / block))) if wanted > full else spread(full, wanted)
     return StudyText(corpus, block, leading_bos(tokenizer), indices, tokens, entries_of(tokenizer))

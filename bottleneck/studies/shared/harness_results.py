@@ -1,7 +1,7 @@
-"""Results of lm-evaluation-harness along training: which file belongs to which model and step, one number of a task.
+"""Results of lm-evaluation-harness along training: which file belongs to which model and step, and one number of a task.
 
-Old files have {"results": {task: {"acc": …, "acc_stderr": …}}}; current ones call them "acc,none" and "acc_stderr,none" with
-the name of a filter after the comma, and write "N/A" where there is no error.
+Old files have {"results": {task: {"acc": …, "acc_stderr": …}}}. Current ones write "acc,none" and "acc_stderr,none", with the
+name of a filter after the comma, and "N/A" where there is no error.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Iterator, Optional
 
 from bottleneck.core.errors import UserError, check
-from bottleneck.studies.config import step_number
+from bottleneck.studies.shared.steps import step_number
 
 log = logging.getLogger(__name__)
-# of a task with several, the first that it has: Table 1 has LAMBADA's perplexity and accuracies elsewhere
+# the metric of a task with several is the first it has: perplexity for LAMBADA, accuracy elsewhere, as in Table 1
 PREFERRED = (
     "perplexity",
     "word_perplexity",
@@ -32,10 +32,12 @@ PREFERRED = (
     "acc_norm",
 )
 LOWER = re.compile(r"ppl|perplexity|bits_per_byte|loss|brier|nll|likelihood_diff|error|\bwer\b|\bter\b")
+# of a model's stereotypes: neither a higher nor a lower score means a better model
+BIAS = re.compile(r"bias|stereotyp|likelihood_diff|_preferred|male_female|toxic")
 SYNONYMS = {"ppl": "perplexity", "ppl_stderr": "perplexity_stderr"}  # of old files
-SHARES = ("acc", "acc_norm", "exact_match", "em")  # of right answers: without an error the number of questions gives it
-FILTERS = ("none", "strict-match", "get-answer")  # of current files; the plain one first
-NAMING = ("peft", "delta", "pretrained")  # arguments that say which model it was, in the harness's own order
+SHARES = ("acc", "acc_norm", "exact_match", "em")  # of right answers, whose error follows from the number of questions
+FILTERS = ("none", "strict-match", "get-answer")  # of current files, in order of preference
+NAMING = ("peft", "delta", "pretrained")  # arguments that name the model, in the harness's order
 STEP = re.compile(
     r"[-_./]*(?:global[-_]?)?(?:step|checkpoint|ckpt|iter)[-_]?\d+k?(?![a-z])|(?<=/)\d+/?$", re.IGNORECASE
 )  # in a model's name or path
@@ -51,7 +53,7 @@ class Score:
 
 @dataclass
 class Results:
-    """Results of one model at one step, out of one or several files: task -> metric -> score."""
+    """Results of one model at one step, from one or several files: task -> metric -> score."""
 
     model: str
     step: int
@@ -69,14 +71,20 @@ def lower_is_better(metric: str) -> bool:
 
 
 def is_perplexity(metric: str) -> bool:
-    """True for what is an exponential of a mean, and so is compared in logarithms."""
+    """True for exponentials of a mean, which are compared in logarithms."""
     return bool(re.search(r"ppl|perplexity", metric.lower()))
 
 
-def scores(table: dict[str, Any], questions: Optional[int] = None) -> dict[str, Score]:
-    """The metrics of one task's entry, in either format, errors joined to their values; what is no number is left out.
+def is_bias(metric: str) -> bool:
+    """True for measures of bias, such as those of crows_pairs: no order of better and worse models."""
+    return bool(BIAS.search(metric.lower()))
 
-    Args: questions: of the task, from which a share of right answers has its binomial error where the file has none.
+
+def scores(table: dict[str, Any], questions: Optional[int] = None) -> dict[str, Score]:
+    """The numeric metrics of one task's entry, in either format, each with its error.
+
+    Args:
+        questions: number of the task's questions; it gives shares of right answers a binomial error if the file has none.
     """
     plain: dict[str, dict[str, Any]] = {}
     for key, value in table.items():
@@ -107,7 +115,7 @@ def _number(value: Any) -> Optional[float]:
 
 
 def _argument(content: dict[str, Any], name: str) -> str:
-    """One of the model's arguments in a result file, which are a dict or text such as pretrained=…,revision=…; empty without it."""
+    """One of the model's arguments in a result file, a dict or text such as pretrained=…,revision=…; empty if missing."""
     config = content.get("config") if isinstance(content.get("config"), dict) else {}
     arguments = config.get("model_args")
     if isinstance(arguments, dict):
@@ -116,50 +124,55 @@ def _argument(content: dict[str, Any], name: str) -> str:
 
 
 def _questions(content: dict[str, Any], task: str) -> Optional[int]:
-    """How many questions of a task were asked, where a current file says so."""
+    """Number of questions of a task, if the file has it."""
     samples = content.get("n-samples")
     entry = samples.get(task) if isinstance(samples, dict) else None
     number = (entry.get("effective") or entry.get("original")) if isinstance(entry, dict) else None
     return number if isinstance(number, int) and number > 0 else None
 
 
-def _told(content: dict[str, Any]) -> str:
+def _named_model(content: dict[str, Any]) -> str:
     """The model that a result file names: pretrained=… of its arguments, or model_name; empty without one."""
-    told = next(filter(None, (_argument(content, name) for name in NAMING)), "")
+    named = next(filter(None, (_argument(content, name) for name in NAMING)), "")
     name = content.get("model_name")
-    # for a model without arguments the harness makes up eight random letters, other ones in every file
-    return told or (name if isinstance(name, str) and not re.fullmatch("[a-z0-9]{8}", name) else "")
+    # for a model without arguments the harness invents eight random letters, different ones in every file
+    return named or (name if isinstance(name, str) and not re.fullmatch("[a-z0-9]{8}", name) else "")
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a result belongs: model by its folders, model by its content (either may be empty), step; and what stands before the
-    step in the name of the file or folder that has it."""
+    """Where a result belongs.
+
+    Attributes:
+        folder: model by its folders, may be empty.
+        named: model by the file's content, may be empty.
+        before: text before the step in the name of the file or folder that has it.
+    """
 
     folder: str
-    told: str
+    named: str
     step: Optional[int]
     before: str = ""
 
 
 def _place(file: Path, content: dict[str, Any]) -> _Place:
-    """From the names of file and folders, which are below the folder of results, else from the model's arguments in the file."""
+    """The place from the names of file and folders below the folder of results, else from the model's arguments in the file."""
     parts = [*file.parts[:-1], file.stem]
     numbers = [(i, step_number(part), part) for i, part in enumerate(parts)]
     numbers = [n for n in numbers if n[1] is not None]
-    # a bare number beside a named step is something else: how many shots were given
+    # a bare number beside a named step is the number of shots
     numbers = [n for n in numbers if not n[2].isdigit()] or numbers
-    told = _told(content)
+    named = _named_model(content)
     # a file's own name, such as results_2024-05-01T12-00-00.123, names no model
     rest = "/".join(part for i, part in enumerate(parts[:-1]) if i not in {n[0] for n in numbers})
-    model = STEP.sub("", told).rstrip("/")
+    model = STEP.sub("", named).rstrip("/")
     if numbers:
         _, step, part = numbers[-1]
         at = STEP.search(part)
         return _Place(rest, model, step, part[: at.start()].strip("-_.") if at else "")
     config = content.get("config") if isinstance(content.get("config"), dict) else {}
     step = step_number(_argument(content, "revision") or str(config.get("model_revision") or ""))
-    pieces = told.rstrip("/").split("/")
+    pieces = named.rstrip("/").split("/")
     if step is None:
         step = next(
             (
@@ -173,17 +186,17 @@ def _place(file: Path, content: dict[str, Any]) -> _Place:
 
 
 def _apart(found: list[tuple[Path, dict[str, Any], _Place]]) -> set[str]:
-    """Folders in which what stands before the step names models: two such names have the same task at the same step."""
+    """Folders in which the text before the step names models: two such names have the same task at the same step."""
     seen: dict[tuple[str, Optional[int], str], set[str]] = {}
     for _, content, place in found:
-        if place.before and not place.told:
+        if place.before and not place.named:
             for task in content["results"]:
                 seen.setdefault((place.folder, place.step, task), set()).add(place.before)
     return {folder for (folder, _, _), names in seen.items() if len(names) > 1}
 
 
 def _read(root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The result files below a folder with their content. What a study wrote is passed over, and with a note what has no results."""
+    """The result files below a folder, with their content. Output of studies is skipped; other JSON is skipped with a note."""
     check(root.is_dir(), f"study.results={root}: no such folder")
     files = sorted(
         p
@@ -199,20 +212,16 @@ def _read(root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
         except (OSError, ValueError) as error:
             raise UserError(f"{file}: not a result of lm-evaluation-harness: {error}") from error
         if isinstance(content, dict) and {"study", "schema"} <= content.keys():
-            studies += 1  # downstream.json itself names its folder under results
+            studies += 1  # downstream.json has a key results as well
         elif not isinstance(content, dict) or "results" not in content:
             others.append(file.relative_to(root))
         else:
             tables = content["results"]
-            check(
-                isinstance(tables, dict) and all(isinstance(t, dict) for t in tables.values()),
-                f"{file}: not a result of lm-evaluation-harness: its results are no tables",
-            )
+            fits = isinstance(tables, dict) and all(isinstance(t, dict) for t in tables.values())
+            check(fits, f"{file}: not a result of lm-evaluation-harness: its results are no tables")
             yield file, content
-    check(
-        studies + len(others) < len(files),
-        f"study.results={root}: no results of lm-evaluation-harness there; not one of its {len(files)} JSON files has any",
-    )
+    none = f"no results of lm-evaluation-harness there; not one of its {len(files)} JSON files has any"
+    check(studies + len(others) < len(files), f"study.results={root}: {none}")
     if others:
         log.info("passed over, without results of lm-evaluation-harness: %s", _some(map(str, others)))
 
@@ -220,62 +229,55 @@ def _read(root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 def read_results(root: Path) -> dict[str, list[Results]]:
     """All result files below a folder: model -> results by rising step.
 
-    Raises: UserError naming the file for one that cannot be read, has no step, or says another number for a task than a second
-        file of the same step; or where the folder has no results.
+    Raises: UserError naming the file where one cannot be read, has no step, or contradicts a second file of the same step; or
+        where the folder has no results.
     """
     files = [(file, content, _place(file.relative_to(root), content)) for file, content in _read(root)]
     apart = _apart(files)
     found: dict[tuple[str, int], Results] = {}
-    named: dict[str, set[str]] = {}
+    names_of: dict[str, set[str]] = {}
     for file, content, place in files:
-        told, step = place.told, place.step
-        before = place.before if place.folder in apart and not told else ""
-        model = (
-            "/".join(filter(None, (place.folder, before)))
-            or told
-            or (root.resolve() if root.name in ("", "..") else root).name
-        )
-        if not told.startswith(("/", ".", "~")):  # one model may have been scored in different places
-            named.setdefault(model, set()).add(told)
-        check(
-            step is not None,
-            f"{file}: no step in its name, its folders or its model_args; call it step1000.json or put it in a folder step1000",
-        )
-        entry = found.setdefault((model, step), Results(model, step))
+        before = place.before if place.folder in apart and not place.named else ""
+        last = (root.resolve() if root.name in ("", "..") else root).name
+        model = "/".join(filter(None, (place.folder, before))) or place.named or last
+        if not place.named.startswith(("/", ".", "~")):  # one model may have been scored in different places
+            names_of.setdefault(model, set()).add(place.named)
+        advice = "call it step1000.json or put it in a folder step1000"
+        check(place.step is not None, f"{file}: no step in its name, its folders or its model_args; {advice}")
+        assert place.step is not None
+        entry = found.setdefault((model, place.step), Results(model, place.step))
         entry.files.append(file)
-        for task, table in content["results"].items():
-            new, old = scores(table, _questions(content, task)), entry.tasks.get(task)
-            check(
-                not old or not new or old == new,
-                f"{file}: task {task} of {model} at step {step} is in {entry.files[0]} with other numbers; keep one of them",
-            )
-            entry.tasks[task] = old or new  # of a group one file may have the mean, and another none
-    for model, names in named.items():
+        _add_tasks(entry, content, file)
+    for model, names in names_of.items():
         if len(names - {""}) > 1:
-            log.warning(
-                "%s: its files are of %s, and read as one model; give each model a folder of its own",
-                model,
-                _some(names - {""}),
-            )
+            said = "%s: its files are of %s, and read as one model; give each model a folder of its own"
+            log.warning(said, model, _some(names - {""}))
     models: dict[str, list[Results]] = {}
     for (model, _), entry in sorted(found.items()):
         models.setdefault(model, []).append(entry)
     return models
 
 
+def _add_tasks(entry: Results, content: dict[str, Any], file: Path) -> None:
+    for task, table in content["results"].items():
+        new, old = scores(table, _questions(content, task)), entry.tasks.get(task)
+        other = f"task {task} of {entry.model} at step {entry.step} is in {entry.files[0]} with other numbers"
+        check(not old or not new or old == new, f"{file}: {other}; keep one of them")
+        entry.tasks[task] = old or new  # one file may have a group's mean, another one only its name
+
+
 def pick_metric(task: str, wanted: Optional[str], along: list[Results]) -> str:
-    """The metric of a task that is compared: the one asked for, else the first of PREFERRED that it has at every step.
+    """The metric to compare: the one asked for, else the first of PREFERRED that the task has at every step.
 
     Raises: UserError naming the file that lacks the task or the metric.
     """
     wanted = wanted and SYNONYMS.get(wanted, wanted)
     for entry in along:
         check(task in entry.tasks, f"{entry.where}: no task {task} in it; it has {_some(entry.tasks)}")
-        check(bool(entry.tasks[task]), f"{entry.where}: task {task} has no numbers")
-        check(
-            wanted is None or wanted in entry.tasks[task],
-            f"{entry.where}: task {task} has no metric {wanted}; it has {_some(entry.tasks[task])}",
-        )
+        metrics = entry.tasks[task]
+        check(bool(metrics), f"{entry.where}: task {task} has no numbers")
+        known = wanted is None or wanted in metrics
+        check(known, f"{entry.where}: task {task} has no metric {wanted}; it has {_some(metrics)}")
     common = [m for m in along[0].tasks[task] if all(m in entry.tasks[task] for entry in along)]
     check(bool(common), f"{along[0].where}: task {task} has no metric that the other steps have too")
     metric = wanted or next((m for m in PREFERRED if m in common), common[0])

@@ -1,6 +1,6 @@
-"""How far low-rank heads are from the full one, on the same tokens: loss, and the numbers of `bottleneck.compare`.
+"""How far low-rank heads are from the original head on the same tokens: loss and the numbers of `evaluation.agreement`.
 
-Dims: N tokens, n tokens of a chunk, D hidden size, R rank, V vocabulary, H heads, K numbers of a head.
+Dims: N tokens, n tokens of a chunk, D hidden size, R rank, V vocabulary, H heads, K numbers for each head.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ def _loss(log_p_nV: Tensor, y_n: Tensor) -> float:
 
 @dataclass
 class Agreement:
-    """Sums over tokens for H heads beside the full head; float64. `add` any number of batches, then read `means`."""
+    """Sums over tokens for H heads and the original head; float64. `add` any number of batches, then read `means`."""
 
     heads: Sequence[tuple[Tensor, Tensor]]  # A [V, R], B [R, D] float32, on the device of the hidden states
     sums_HK: Tensor = field(init=False)
     full: float = 0.0
     tokens: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.sums_HK = torch.zeros(len(self.heads), len(NAMES), dtype=torch.float64)
 
     @torch.no_grad()
     def add(self, h_ND: Tensor, y_N: Tensor, head: FullHead) -> None:
-        """Take in hidden states and their targets, none of them to be ignored. Six chunks of logits are held at a time."""
+        """Add hidden states [N, D] and targets [N], none of them ignored. Six chunks of logits are held at a time."""
         rows = chunk_rows(len(head.W_VD), h_ND.device.type)
         wanted = [METRICS[name] for name in NUMBERS]
         for h, y in zip(h_ND.split(rows), y_N.split(rows)):
@@ -53,7 +53,7 @@ class Agreement:
 
     @property
     def means(self) -> list[dict[str, Any]]:
-        """One dict a head with NAMES and `perplexity`; numbers that overflowed are None."""
+        """For each head a dict with NAMES and `perplexity`; numbers that overflowed are None."""
         out = []
         for sums in (self.sums_HK / self.tokens).tolist():
             numbers = {name: x if math.isfinite(x) else None for name, x in zip(NAMES, sums)}
@@ -63,5 +63,5 @@ class Agreement:
 
     @property
     def full_loss(self) -> float:
-        """Of the full head, nats a token."""
+        """Loss of the original head, nats a token."""
         return self.full / self.tokens

@@ -1,4 +1,4 @@
-"""The scaling law of Fig. 1b: L(N, T) = A / N^α + B / T^β + E with A and α fitted, the rest Hoffmann et al. 2022's.
+"""The scaling law of Fig. 1b: L(N, T) = A / N^α + B / T^β + E, A and α fitted, the rest from Hoffmann et al. 2022.
 
 N parameters, T training tokens, L loss in nats a token. Godey et al. 2024 find A = 119.09, α = 0.246 on Pythia from 410M up.
 """
@@ -21,20 +21,26 @@ START_HEIGHTS = (-2.0, -0.5, 0.5)  # log of A / N^α at the geometric mean of th
 
 
 def log_law(log_height: Tensor, alpha: Tensor, log_n: Tensor, log_t: Tensor) -> Tensor:
-    """log L for A / N^α = exp(log_height − α log_n); sums are taken in logarithms, so no start can overflow."""
+    """log L for A / N^α = exp(log_height − α log_n). Sums are taken in logarithms, so no starting point can overflow."""
     terms = torch.stack([log_height - alpha * log_n, math.log(B) - BETA * log_t, torch.full_like(log_n, math.log(E))])
     return torch.logsumexp(terms, dim=0)
 
 
 @dataclass
 class Law:
-    """A fitted law. `huber` is the mean Huber loss of the fit on log L, `points` what it was fitted to."""
+    """A fitted law.
+
+    Attributes:
+        huber: mean Huber loss of the fit on log L.
+        points: number of losses it was fitted to.
+        spread: largest difference of alpha among starting points that end within 1 % of the best objective.
+    """
 
     A: float
     alpha: float
     huber: float
     points: int
-    spread: float  # between the starts: largest difference of alpha among those within 1 % of the best objective
+    spread: float
 
     def __call__(self, parameters: float, tokens: float) -> float:
         """Loss in nats a token of a model with `parameters` after `tokens` > 0 training tokens."""
@@ -42,7 +48,7 @@ class Law:
 
     @staticmethod
     def floor(tokens: float) -> float:
-        """What the law says of a model without end: B / T^β + E."""
+        """Loss of an infinitely large model: B / T^β + E."""
         return B / tokens**BETA + E
 
     def as_dict(self) -> dict[str, Any]:
@@ -50,15 +56,15 @@ class Law:
 
 
 def fit_law(parameters: Sequence[float], tokens: Sequence[float], losses: Sequence[float]) -> Law:
-    """Least Huber loss (on log L) over A > 0 and α, by L-BFGS from several starts; the best of them.
+    """Fit A > 0 and α by least Huber loss on log L, with L-BFGS from several starting points; the best fit is returned.
 
-    Raises: UserError where the points have fewer than two sizes, which leave A and α undetermined.
+    Raises: UserError for fewer than two sizes of models, which leave A and α undetermined.
     """
     check(len(set(parameters)) > 1, "the scaling law needs models of two sizes at least")
     log_n, log_t, log_l = (
         torch.tensor([math.log(x) for x in xs], dtype=torch.float64) for xs in (parameters, tokens, losses)
     )
-    middle = log_n.mean()  # centred, A and α are nearly independent, and the search is short
+    middle = log_n.mean()  # around it A and α are nearly independent, which keeps the search short
 
     def objective(p: Tensor) -> Tensor:
         residual = log_law(p[0], p[1], log_n - middle, log_t) - log_l
@@ -87,7 +93,7 @@ def fit_law(parameters: Sequence[float], tokens: Sequence[float], losses: Sequen
             value = objective(p).item()
             if math.isfinite(value):
                 found.append((value, p[0].item(), p[1].item()))
-    check(bool(found), "the scaling law fits these losses from no start; are they in nats a token?")
+    check(bool(found), "the scaling law cannot be fitted to these losses; are they in nats a token?")
     best, height, alpha = min(found)
     near = [a for value, _, a in found if value <= 1.01 * best + 1e-9]
     return Law(math.exp(height + alpha * middle.item()), alpha, best * DELTA**2, len(losses), max(near) - min(near))

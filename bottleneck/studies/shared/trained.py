@@ -1,4 +1,4 @@
-"""What a study takes from a run of train.py: the trained heads of a backbone, by rank."""
+"""The trained heads of a backbone, by rank, from a run of train.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from bottleneck.results import curve
 
 @dataclass
 class Trained:
-    """The best trained head of each rank. `losses` by rank; `own` the backbone's own head, `full` the trained one of rank d."""
+    """The best trained head of each rank.
+
+    Attributes:
+        losses: by rank, nats a token.
+        own: loss of the original head.
+        full: loss of the trained head of rank d, where there is one.
+    """
 
     data: str
     tokens: int
@@ -22,21 +28,21 @@ class Trained:
 
     @property
     def reference(self) -> float:
-        """The loss that gaps are measured from: the trained full-rank head's where it is lower, else the own head's."""
+        """The loss that gaps are measured from: the lower of the original head's and the trained full-rank head's."""
         return self.own if self.full is None else min(self.own, self.full)
 
 
 def with_trained(ranks: list[int], trained: Optional[Trained], hidden_size: int) -> list[int]:
-    """The ranks of a study and those of the curve beside it, up to the hidden size, rising."""
+    """The ranks of a study and those of the trained curve, up to the hidden size, rising."""
     return sorted({*ranks, *(r for r in (trained.losses if trained else ()) if r <= hidden_size)})
 
 
 def read_trained(path: str, key: str, backbone: str, backbone_hash: str) -> Trained:
-    """The curve of a backbone in a curve.json, or in a run's folder.
+    """The curve of a backbone in a curve.json or in a run's folder.
 
     Args:
-        key: of the config, for messages.
-    Raises: UserError where there is none, none of this backbone (by the hash of its weights), or several.
+        key: config key, for messages.
+    Raises: UserError where there is no curve of this backbone (by the hash of its weights), or several.
     """
     file = Path(path).expanduser()
     check(file.exists(), f"{key}={path}: no such file or folder")
@@ -44,10 +50,8 @@ def read_trained(path: str, key: str, backbone: str, backbone_hash: str) -> Trai
     own = [line for line in lines if line["backbone_hash"] == backbone_hash]
     others = ", ".join(sorted({line["backbone"] for line in lines}))
     check(bool(own), f"{key}={path}: no curve of {backbone} there (weights {backbone_hash}); it has {others}")
-    check(
-        len(own) == 1,
-        f"{key}={path}: {len(own)} curves of {backbone} with different text, budget or recipe; give one run",
-    )
+    several = f"{len(own)} curves of {backbone} with different text, budget or recipe; give one run"
+    check(len(own) == 1, f"{key}={path}: {several}")
     (line,) = own
     losses: dict[int, float] = {}
     for h in line["heads"]:

@@ -1,4 +1,4 @@
-"""Rank correlation and how sure one can be of it. No units: only the order of values counts."""
+"""Spearman's rank correlation and its bootstrap interval. Only the order of values counts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from scipy.stats import rankdata
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> Optional[float]:
-    """Spearman's ρ in −1 … 1: Pearson's correlation of the ranks; None for fewer than 3 pairs or a constant side."""
+    """Spearman's ρ in −1 … 1, Pearson's correlation of the ranks; None for fewer than 3 pairs or a constant variable."""
     if len(x) < 3:
         return None
     a, b = rankdata(x), rankdata(y)  # ties share their mean
@@ -21,9 +21,9 @@ def spearman(x: np.ndarray, y: np.ndarray) -> Optional[float]:
 def interval(
     x: np.ndarray, y: np.ndarray, level: float, draws: int, seed: int = 0
 ) -> tuple[Optional[float], Optional[float]]:
-    """Percentile bootstrap over pairs: where ρ lies with probability `level`; (None, None) where ρ has no value.
+    """Percentile bootstrap interval of ρ over pairs, at confidence `level`; (None, None) where ρ has no value.
 
-    Checkpoints of one run are not independent, so along a single run the interval is too narrow; over models it is what it says.
+    Checkpoints of one run are not independent, so along a single run the interval is too narrow; over models it is not.
     """
     if spearman(x, y) is None:
         return None, None

@@ -1,7 +1,11 @@
-"""Mean pairwise cosine of many vectors in one pass, without the n² pairs.
+"""Mean pairwise cosine of many vectors in one pass, without the n² pairs; and what makes it large: outlier dimensions or a cone.
 
 With unit vectors u_i = h_i / |h_i|:  Σ_{i≠j} u_i·u_j = |Σ u_i|² − n,  so the mean over pairs of distinct vectors
 (Godey et al. 2024, Fig. 2) is (|Σ u_i|² − n) / (n² − n), exact, in O(n d) time and O(d) memory.
+
+Vectors around a common mean (a cone) and vectors with a few huge coordinates (outlier dimensions) can have the same mean cosine,
+and centring takes away both. Two numbers tell them apart: the mean cosine without the strongest dimensions, which only a cone
+survives, and |E h| / √(E |h|²), the norm of the mean over the root mean square norm.
 
 Dims: N vectors, D their size.
 """
@@ -17,7 +21,7 @@ from torch import Tensor
 
 @dataclass
 class Cosines:
-    """Sums over the vectors seen so far, less `centre_D` where one is given; float64."""
+    """Sums over the vectors added so far, minus `centre_D` if given, without the dimensions `drop_D` if given; float64."""
 
     units_D: Tensor  # Σ h / |h|
     sum_D: Tensor  # Σ h
@@ -26,17 +30,28 @@ class Cosines:
     count: int = 0
     zeros: int = 0  # vectors of length 0, which have no direction and count in no pair
     centre_D: Optional[Tensor] = None
+    drop_D: Optional[Tensor] = None  # bool [D]: dimensions that are set to 0
 
     @classmethod
-    def empty(cls, size: int, device: torch.device | str = "cpu", centre_D: Optional[Tensor] = None) -> Cosines:
-        return cls(*(torch.zeros(size, dtype=torch.float64, device=device) for _ in range(3)), centre_D=centre_D)
+    def empty(
+        cls,
+        size: int,
+        device: torch.device | str = "cpu",
+        centre_D: Optional[Tensor] = None,
+        drop_D: Optional[Tensor] = None,
+    ) -> Cosines:
+        """Sums over no vectors of `size` entries."""
+        sums = (torch.zeros(size, dtype=torch.float64, device=device) for _ in range(3))
+        return cls(*sums, centre_D=centre_D, drop_D=drop_D)
 
     @torch.no_grad()
     def add(self, h_ND: Tensor) -> None:
-        """Take in vectors [N, D]."""
+        """Add vectors [N, D]."""
         h = h_ND.double()
         if self.centre_D is not None:
             h = h - self.centre_D
+        if self.drop_D is not None:
+            h = h.masked_fill(self.drop_D, 0.0)
         norm_N1 = h.norm(dim=1, keepdim=True)
         empty = norm_N1 == 0
         self.units_D += (h / norm_N1.masked_fill(empty, 1.0)).sum(0)
@@ -61,12 +76,24 @@ class Cosines:
         return self.norms / self.count
 
     @property
+    def cone(self) -> float:
+        """|E h| / √(E |h|²), 0 … 1: 0 without a common direction, 1 where all vectors are the same."""
+        energy = (self.square_D.sum() / self.count).item()
+        return (self.mean_D.norm().item() / energy**0.5) if energy > 0 else 0.0
+
+    @property
     def top_dimension(self) -> tuple[int, float]:
-        """The dimension that adds most to the mean cosine, and its share of |Σ u|²: near 1 where one outlier makes the
-        anisotropy, near 1/D for a cone without a preferred axis."""
+        """The dimension that contributes most to the mean cosine, and its share of |Σ u|².
+
+        The share is near 1 where one outlier dimension makes the mean cosine, near 1/D for a cone without a preferred axis.
+        """
         squares = self.units_D.square()
         index = int(squares.argmax())
         return index, (squares[index] / squares.sum().clamp(min=1e-300)).item()
+
+    def strongest(self, k: int) -> Tensor:
+        """The k dimensions that contribute most to the mean cosine, the strongest first: int64 [k]."""
+        return self.units_D.square().topk(k).indices
 
     @property
     def top_energy(self) -> float:
@@ -74,8 +101,15 @@ class Cosines:
         return (self.square_D.max() / self.square_D.sum().clamp(min=1e-300)).item()
 
 
+def without(sums: Cosines, k: int) -> Cosines:
+    """Empty sums for the same vectors without the `k` strongest dimensions of `sums`."""
+    drop_D = torch.zeros_like(sums.sum_D, dtype=torch.bool)
+    drop_D[sums.strongest(k)] = True
+    return Cosines.empty(len(drop_D), drop_D.device, drop_D=drop_D)
+
+
 def brute_force(h_ND: Tensor) -> float:
-    """The mean over all pairs, pair by pair: the definition, for checking."""
+    """The mean over all pairs, pair by pair: the definition, for tests."""
     u = torch.nn.functional.normalize(h_ND.double(), dim=1)
     cosines = u @ u.T
     n = len(u)

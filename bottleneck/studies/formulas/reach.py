@@ -1,11 +1,11 @@
-"""What of the logit gradient a head lets through to the hidden state (Godey & Artzi 2026, arXiv 2603.10145).
+"""The share of the logit gradient that a head passes on to the hidden state (Godey & Artzi 2026, arXiv 2603.10145).
 
-With logits s = W h and g = ∂loss/∂s = softmax(s) − onehot(y) [V], the hidden state receives Wᵀ g, which depends on P_W g alone, the
-projection of g on the column space of W. The share that reaches it is ‖P_W g‖ / ‖g‖. With W = Q C, the columns of Q orthonormal,
+With logits s = W h and g = ∂loss/∂s = softmax(s) − onehot(y) [V], the hidden state receives Wᵀ g. It depends only on P_W g, the
+projection of g on the column space of W. The share that arrives is ‖P_W g‖ / ‖g‖. With W = Q C, the columns of Q orthonormal,
 
     ‖P_W g‖ = ‖Qᵀ g‖   and   Wᵀ g = Cᵀ (Qᵀ g)
 
-so that no V x V matrix is made. For a direction g that knows nothing of W, the mean of the squared share is rank(W) / V.
+so that no V x V matrix is needed. For a direction g independent of W, the mean squared share is rank(W) / V.
 
 Dims: N tokens, n tokens of a chunk, D hidden size (or rank), k rank of W, V vocabulary.
 """
@@ -17,16 +17,16 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from bottleneck.studies.singular import ROWS, singular_values, square_root, summary, triangle
+from bottleneck.studies.formulas.singular import ROWS, singular_values, square_root, summary, triangle
 
-TINY = 2.0**-23  # of the largest singular value: below it float32 weights hold rounding and no direction
+TINY = 2.0**-23  # of the largest singular value; below it float32 weights hold rounding errors, not directions
 BINS = 50  # of the histogram of shares, from 0 to 1
 
 
 def column_space(W_VD: Tensor) -> tuple[Tensor, Tensor]:
-    """Q [V, k] float32 and C [k, D] float64 with W = Q C and QᵀQ = 1; k is the rank of W. The sign and turn of Q are arbitrary.
+    """Q [V, k] float32 and C [k, D] float64 with W = Q C and QᵀQ = 1; k is the rank of W. Q is unique up to a rotation.
 
-    Through the triangle of a QR, so that directions down to TINY of the largest are right, which WᵀW would lose.
+    Computed through the triangle of a QR: directions down to TINY of the largest are exact, which WᵀW would lose.
     """
     values, turn = torch.linalg.svd(triangle(W_VD))[1:]
     keep = values > TINY * values.max()
@@ -46,8 +46,9 @@ class Reach:
     """Sums over tokens for one head; `add` any number of chunks, then read `result`.
 
     Args:
-        W_VD: as the head's logits see it: W, or a low-rank head's A [V, R].
-        B_RD: what carries the gradient on to the hidden state, for a low-rank head.
+        W_VD: the last matrix before the logits: W, or A [V, R] of a low-rank head.
+        bands: number of frequency bands of the targets.
+        B_RD: of a low-rank head; it carries the gradient on to the hidden state.
     """
 
     def __init__(self, W_VD: Tensor, bands: int, B_RD: Optional[Tensor] = None):
@@ -60,7 +61,7 @@ class Reach:
 
     @torch.no_grad()
     def add(self, probabilities_nV: Tensor, y_n: Tensor, band_n: Tensor) -> None:
-        """Take in the head's softmax, which is overwritten, and the targets."""
+        """Add the head's softmax [n, V], which is overwritten, with the targets [n] and their bands [n]."""
         g = probabilities_nV.scatter_add_(1, y_n[:, None], probabilities_nV.new_full((len(y_n), 1), -1.0))
         share_n, inside = shares(g, self.Q_Vk)
         self.shares.append(share_n)
@@ -70,9 +71,12 @@ class Reach:
 
     @property
     def result(self) -> dict[str, Any]:
-        """share: mean over tokens; lost: 1 − share; rms; histogram of shares; share by band; rank of W; effective and stable
-        rank of what the hidden states receive, from the singular values of the gradients of all tokens; `tokens`: the share of
-        each, in order."""
+        """Means over all tokens added so far.
+
+        share: mean; lost: 1 − share; rms: root mean square; rank of W; update_effective_rank and update_stable_rank of the
+        gradients that the hidden states receive, from their singular values over all tokens; bands: share by band; histogram
+        of shares; tokens: the share of each token, in order.
+        """
         sums, counts = self.by_band.tolist()
         share_N = torch.cat(self.shares)
         places = (share_N * BINS).long().clamp(max=BINS - 1)

@@ -1,0 +1,1 @@
+"""Pure functions of the studies: no files, no models."""

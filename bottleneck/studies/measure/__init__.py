@@ -1,0 +1,1 @@
+"""Passes over backbones, one module a study."""

@@ -1,0 +1,1 @@
+"""What every study uses: keys and checks, series of checkpoints, text, partial results, output."""
