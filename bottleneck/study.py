@@ -1,4 +1,4 @@
-"""One study of Godey et al. 2024: `python -m bottleneck.study study=NAME`, `python -m bottleneck.study --help`.
+"""Run one study: `python -m bottleneck.study study=NAME`; `python -m bottleneck.study --help` lists them.
 
 `python -m bottleneck.study experiment=paper` alone lists the commands for every figure.
 """
@@ -9,11 +9,10 @@ import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as train.py does
 
-import importlib
 import logging
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterable
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -23,23 +22,25 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bottleneck.cli import one_line_errors as cli
 from bottleneck.cli.hydra_messages import explain
+from bottleneck.cli.plugin_option import load_plugins
 from bottleneck.core.errors import UserError
+from bottleneck.core.extensions import STUDIES
 from bottleneck.core.paths import CONF
 from bottleneck.studies.shared.config import check_study, register, unknown_key
 from bottleneck.studies.shared.figures import listing
 
 log = logging.getLogger("bottleneck")
-RESUME = "the same command with the same hydra.run.dir goes on where it stopped"
+RESUME = "to resume, repeat the command with the same hydra.run.dir"
 
 
 def study(cfg: DictConfig, folder: Path) -> dict[str, Any]:
-    """Run one study into `folder`; returns the content of NAME.json. Raises UserError for what the user can mend."""
+    """Run one study into `folder`. Returns: the content of its NAME.json. Raises: UserError for bad input."""
     for name in ("pytorch_lightning", "httpx", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub").propagate = False
     c = check_study(cfg)
     folder.mkdir(parents=True, exist_ok=True)
-    result = importlib.import_module(f"bottleneck.studies.{c.study.name}").run(c, folder)
+    result = STUDIES[c.study.name].run(c, folder)
     log.info("wrote %s.json, .csv, .png in %s", c.study.name, folder)
     return result
 
@@ -53,13 +54,20 @@ def main(cfg: DictConfig) -> None:
     cli.job(work)
 
 
-def _own_words() -> None:
-    """Hydra's main, with unknown keys told in this command's words."""
+def own_words(words: Iterable[str]) -> list[str]:
+    """The words for Hydra: experiment=NAME chooses from conf/study_experiment; conf/experiment is for training."""
+    return [f"study_{word}" if word.startswith("experiment=") else word for word in words]
+
+
+def _run() -> None:
+    """Hydra's main, with unknown keys reported in this command's terms."""
     if sys.argv[1:] == ["experiment=paper"]:
-        print(listing())
+        print(listing(figure for s in STUDIES for figure in s.commands))
         return
+    sys.argv[1:] = load_plugins(own_words(sys.argv[1:]))
+    register()  # after the plugins, which declare studies too
     try:
-        cli.hydra_command(main)()
+        main()
     except (HydraException, OmegaConfBaseException) as error:
         line = explain(error)
         if ": unknown key" in line:
@@ -69,5 +77,4 @@ def _own_words() -> None:
 
 
 if __name__ == "__main__":
-    register()
-    sys.exit(cli.one_line_errors(_own_words, after_interrupt=RESUME))
+    sys.exit(cli.one_line_errors(_run, after_interrupt=RESUME))

@@ -1,4 +1,4 @@
-"""Fig. 2 and 3: how much the hidden states of each layer share a direction, by layer, along training, and against the loss."""
+"""Fig. 2 and 3: how much the hidden states of each layer share a direction, by layer, along training, by loss."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ class Anisotropy(CheckpointKeys):
 
 
 def few_left_out(layer: dict[str, Any]) -> dict[str, Any] | None:
-    """The numbers of a layer without its FEW strongest dimensions, without fewer in a narrow one; None where it is too narrow."""
+    """A layer's numbers without its FEW strongest dimensions, fewer if it is narrow; None if it is too narrow."""
     return next((x for x in reversed(layer["without_strongest"]) if x["k"] <= FEW), None)
 
 
 def reading(layer: dict[str, Any]) -> str:
     """What makes a layer anisotropic: outlier dimensions, a cone (a direction shared by many dimensions), or both.
 
-    A cone keeps its mean cosine when the strongest dimensions are left out; outlier dimensions take theirs with them. The
-    centred cosine cannot tell them apart: it is near 0 for either.
+    A cone keeps its mean cosine when the strongest dimensions are left out; outlier dimensions take theirs with them.
+    The centred cosine cannot tell them apart: it is near 0 for either.
     """
     cosine, few = layer["mean_cosine"], few_left_out(layer)
     if abs(cosine) < ISOTROPIC:
@@ -80,8 +80,9 @@ def _cause(cosine: float, few: dict[str, Any] | None) -> str:
 
 
 def draw(entries: list[dict[str, Any]], file: BinaryIO) -> None:
-    """Left, Fig. 2: cosine by layer (dotted: without the strongest dimensions). Middle: mean norms. Right, Fig. 3: cosine
-    of the last layer against the loss, along training or across models."""
+    """Left, Fig. 2: cosine by layer (dotted: without the strongest dimensions). Middle: mean norms. Right, Fig. 3:
+    cosine of the last layer against the loss, along training or across models.
+    """
     names = list(dict.fromkeys(e["model"] for e in entries))
     along = any(sum(e["model"] == m for e in entries) > 1 for m in names)
     figure, (left, middle, *rest) = canvas(3 if len(entries) > 1 else 2, width=5.0)

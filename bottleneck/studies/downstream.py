@@ -1,4 +1,4 @@
-"""Table 1: the best against the final checkpoint on downstream tasks, with errors, and whether the drop is more than noise."""
+"""Table 1: the best against the final checkpoint on downstream tasks, and whether the drop is more than noise."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ class Downstream(StudyKeys):
 
     results: str = key(
         "???",
-        "Folder of result files (step1000.json, step2000/results_….json), or one folder for each model; if no folder names "
-        "the model, the model_args in the files do.",
+        "Folder of result files (step1000.json, step2000/results_….json), or one folder for each model; if no folder "
+        "names the model, the model_args in the files do.",
     )
     tasks: Optional[list[str]] = key(
         None,
@@ -81,16 +81,17 @@ def check_keys(keys: Any) -> None:
 def compare(steps: list[int], scores: list[Score], metric: str, level: float, skip: float = 0.0) -> dict[str, Any]:
     """Compare the best score of one task with the last one.
 
-    The best is taken among checkpoints after the first `skip` of the training: a model that has learned nothing yet may win a
-    task by always giving the same answer. `drop` is how much worse the last score is, in the metric's unit; z is the drop over
-    the standard error of a difference of two independent scores. Perplexities are compared as logarithms, since their errors
-    grow with them. The checkpoints answer the same questions, so that error is too large and `saturates` too rare, if anything.
-    `chance` accounts for the best being the luckiest of all checkpoints (`statistics.best_of_many`). Missing standard errors are
-    replaced by the noise of the series (`statistics.scatter` and `correction`), which takes 7 checkpoints or more. Measures of
-    bias, where neither a higher nor a lower score means a better model, get no verdict.
+    The best is taken among checkpoints after the first `skip` of the training: a model that has learned nothing yet
+    may win a task by always giving the same answer. `drop` is how much worse the last score is, in the metric's unit;
+    z is the drop over the standard error of a difference of two independent scores. Perplexities are compared as
+    logarithms, since their errors grow with them. The checkpoints answer the same questions, so that error is too
+    large and `saturates` too rare, if anything. `chance` accounts for the best being the luckiest of all checkpoints
+    (`statistics.best_of_many`). Missing standard errors are replaced by the noise of the series (`statistics.scatter`
+    and `correction`), which takes 7 checkpoints or more. Measures of bias, where neither a higher nor a lower score
+    means a better model, get no verdict.
 
-    Returns: best and final {step, value, stderr}, drop, z and chance (None where no error is known), `saturates`: whether chance
-        is below `level` (None for a bias), and the sentence `verdict`.
+    Returns: best and final {step, value, stderr}, drop, z and chance (None where no error is known), `saturates`:
+        whether chance is below `level` (None for a bias), and the sentence `verdict`.
     """
     sign = -1.0 if lower_is_better(metric) else 1.0
     late = [i for i, step in enumerate(steps) if step >= skip * steps[-1]]
@@ -215,7 +216,7 @@ def _answer(t: dict[str, Any]) -> str:
 
 
 def run(c: StudyConfig, folder: Path) -> dict[str, Any]:
-    """Run the study. Returns: the content of downstream.json: `model`, `steps`, `tasks`, or several of these as `models`."""
+    """Run the study. Returns: the content of downstream.json: `model`, `steps`, `tasks`, or a list `models` of them."""
     s: Downstream = c.study
     found = read_results(Path(s.results).expanduser())
     models = [one_model(name, along, tasks=s.tasks, level=s.level, skip=s.skip) for name, along in found.items()]

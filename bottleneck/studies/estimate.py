@@ -1,4 +1,4 @@
-"""The curve of Fig. 6 without training: heads of every rank as they start, evaluated, beside a trained curve if there is one."""
+"""The curve of Fig. 6 without training: starts of every rank, evaluated, beside a trained curve if there is one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.table import Table
 
 from bottleneck.config.checks import as_count, as_list
 from bottleneck.config.declare import key
-from bottleneck.core.extensions import STARTS, STUDIES, Study
+from bottleneck.core.extensions import STUDIES, Study
 from bottleneck.results.picture import as_text
 from bottleneck.studies.shared.config import StudyConfig, StudyKeys, check_ranks, check_starts
 from bottleneck.studies.shared.figures import STUDY, Figure
@@ -55,7 +55,9 @@ class Estimate(StudyKeys):
     )
     passes: int = key(2, "Passes of the refined start over the calibration tokens.", read=Any)
     seed: int = key(0, "Seed of the random starts.")
-    curve: Optional[str] = key(None, "curve.json of trained heads to show beside the estimate, or the folder of the run.")
+    curve: Optional[str] = key(
+        None, "curve.json of trained heads to show beside the estimate, or the folder of the run."
+    )
 
 
 def check_keys(keys: Any) -> None:
@@ -71,8 +73,8 @@ def check_keys(keys: Any) -> None:
 def beside(heads: list[dict[str, Any]], original: float, trained: Optional[Trained]) -> list[dict[str, Any]]:
     """Add to each head the trained loss of its rank and `excess`, in nats.
 
-    The excess is how much further above the original head the estimate is than the trained head. Both gaps are taken on their
-    own text, since the run may have used another one.
+    The excess is how much further above the original head the estimate is than the trained head. Both gaps are taken
+    on their own text, since the run may have used another one.
 
     Args:
         original: loss of the original head on this study's text.
@@ -88,7 +90,7 @@ def beside(heads: list[dict[str, Any]], original: float, trained: Optional[Train
 
 
 def draw(content: dict[str, Any], file: BinaryIO) -> None:
-    """Left, Fig. 6 without training: perplexity against rank of every start. Right: KL to the original head, disagreement."""
+    """Left, Fig. 6 without training: perplexity by rank of each start. Right: KL to the original head, disagreement."""
     figure, (left, right) = canvas(2)
     reference = content["reference"]["perplexity"]
     shown = [reference]
@@ -97,7 +99,7 @@ def draw(content: dict[str, Any], file: BinaryIO) -> None:
         fair = [h for h in own if h["perplexity"]]
         look = {"ms": 3.5, "lw": 1.3, "color": f"C{i}", "label": init}
         left.plot([h["rank"] for h in fair], [h["perplexity"] for h in fair], "o-", **look)
-        shown += [h["perplexity"] for h in fair if STARTS[init].closed_form and init != "svd"]
+        shown += [h["perplexity"] for h in fair if init in ("fisher", "refined")]
         positive = [h for h in own if h["kl"] and h["kl"] > 1e-6]
         right.plot([h["rank"] for h in positive], [h["kl"] for h in positive], "o-", **look)
         wrong = [h for h in own if h["top1_agreement"] is not None and h["top1_agreement"] < 1]

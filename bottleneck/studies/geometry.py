@@ -1,8 +1,9 @@
-"""arXiv 2602.20433: geometry of head and hidden states against the loss, across checkpoints or models (Kulkarni et al. 2026).
+"""arXiv 2602.20433: geometry of head and hidden states against the loss, across checkpoints or models (Kulkarni et al.
+2026).
 
-Reads the results of `saturation`, `spectrum` and `anisotropy`. Everything drifts along training, so even unrelated numbers correlate.
-Therefore the correlation of the changes from one checkpoint to the next, in which the drift is gone, is reported beside that of the
-values, each with a bootstrap interval. Neither shows causation.
+Reads the results of `saturation`, `spectrum` and `anisotropy`. Everything drifts along training, so even unrelated
+numbers correlate. Therefore the correlation of the changes from one checkpoint to the next, in which the drift is
+gone, is reported beside that of the values, each with a bootstrap interval. Neither shows causation.
 """
 
 from __future__ import annotations
@@ -165,7 +166,7 @@ def relate(points: dict[Point, dict[str, float]], s: Geometry, progress: StudyPr
     """For each metric ρ with the loss and ρ of the changes, each with its interval."""
     from bottleneck.studies.formulas.spearman import interval, spearman  # here, since scipy takes seconds to load
 
-    out = []
+    out: list[dict[str, Any]] = []
     for metric in metrics_of(points):
         progress.begin(metric)
         pairs = [(m[metric], m["loss"]) for m in points.values() if metric in m]
@@ -191,7 +192,10 @@ def relate(points: dict[Point, dict[str, float]], s: Geometry, progress: StudyPr
 
 
 def draw(relations: list[dict[str, Any]], points: dict[Point, dict[str, float]], file: BinaryIO) -> None:
-    """Left: ρ with its interval, of values and of changes. Then the three metrics with the largest |ρ| against the loss."""
+    """Left: ρ with its interval, of values and of changes.
+
+    Then the three metrics with the largest |ρ| against the loss.
+    """
     shown = [r for r in relations if r["rho"] is not None]
     top = sorted(shown, key=lambda r: -abs(r["rho"]))[:3]
     figure, panels = canvas(1 + len(top), width=4.8, height=max(4.4, 0.35 * len(shown) + 1))

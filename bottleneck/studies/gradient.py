@@ -1,7 +1,7 @@
 """arXiv 2603.10145: the head as a gradient bottleneck (Godey & Artzi 2026).
 
-How much of the logit gradient's norm reaches the hidden state, for the original head and each rank; 95–99 % of it is lost in
-pretrained models. Low-rank heads are closed forms on the same hidden states, each with its own softmax.
+How much of the logit gradient's norm reaches the hidden state, for the original head and each rank; 95–99 % of it is
+lost in pretrained models. Low-rank heads are closed forms on the same hidden states, each with its own softmax.
 """
 
 from __future__ import annotations

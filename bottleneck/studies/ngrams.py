@@ -1,8 +1,8 @@
 """Fig. 7: how well matrices of rank d can represent the 5-grams of a text, for every d up to the vocabulary.
 
-Besides the paper's error, in which every context counts alike, the study computes the error with contexts weighted by how often they
-occur, which is closer to what a language model is trained on. `study.beside` draws other runs of this study, on other texts or
-tokenizers, in the same picture.
+Besides the paper's error, in which every context counts alike, the study computes the error with contexts weighted by
+how often they occur, which is closer to what a language model is trained on. `study.beside` draws other runs of this
+study, on other texts or tokenizers, in the same picture.
 """
 
 from __future__ import annotations
@@ -32,10 +32,12 @@ class Ngrams(StudyKeys):
     max_tokens: int = key(150_000_000, "Training tokens to count, at most.", read=Any)
     precision: Literal["float64", "float32"] = key(
         "float64",
-        "Precision of matrix and spectrum: float64, or float32 in half the memory and less time, with W-errors within 1e-4.",
+        "Precision of matrix and spectrum: float64, or float32 in half the memory and less time, W-errors within 1e-4.",
     )
     beside: list[str] = key(
-        [], "Folders of other runs of this study (other texts, other tokenizers) to draw as well: one or a list.", read=Any
+        [],
+        "Folders of other runs of this study (other texts, other tokenizers) to draw as well: one or a list.",
+        read=Any,
     )
 
 

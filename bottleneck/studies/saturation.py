@@ -41,7 +41,9 @@ class Saturation(CheckpointKeys):
     fit_from: Optional[float] = key(
         4e8, "Fit the law to models with at least so many parameters; null: to all.", read=Any
     )
-    skip: float = key(0.02, "Share of each model's training that the fit leaves out: the warm-up, which the law excludes.")
+    skip: float = key(
+        0.02, "Share of each model's training that the fit leaves out: the warm-up, which the law excludes."
+    )
     margin: float = key(
         0.001, "Smallest rise of the loss above its lowest that counts as saturation, as a share of the loss."
     )
@@ -65,13 +67,15 @@ def verdict(
 ) -> dict[str, Any]:
     """Whether a model saturates: the last loss is above the lowest by more than noise, and by more than `margin` of it.
 
-    The noise has two parts. That of the text is `difference_error`, the standard error of the difference of the two losses. That
-    of training, from one checkpoint to the next, is estimated from the series itself (`statistics.scatter`, times √2 since two
-    checkpoints are compared) and corrected for short series (`statistics.correction`), so that a flat series is called
-    saturated with a chance of `level`. The chance counts every checkpoint that could have been the lowest.
-    Without an error and with a series too short to estimate one there is no verdict on a rise.
+    The noise has two parts. That of the text is `difference_error`, the standard error of the difference of the two
+    losses. That of training, from one checkpoint to the next, is estimated from the series itself
+    (`statistics.scatter`, times √2 since two checkpoints are compared) and corrected for short series
+    (`statistics.correction`), so that a flat series is called saturated with a chance of `level`. The chance counts
+    every checkpoint that could have been the lowest. Without an error and with a series too short to estimate one
+    there is no verdict on a rise.
 
-    Returns: best and final step and loss, `rise` in nats, `error` of the rise and `chance` (None where the noise is unknown),
+    Returns: best and final step and loss, `rise` in nats, `error` of the rise and `chance` (None where the noise is
+        unknown),
         `saturates` (None without a verdict), `from_step` and the sentence `verdict`.
     """
     low = min(range(len(losses)), key=losses.__getitem__)
@@ -107,8 +111,8 @@ def verdict(
 def difference_error(model: dict[str, Any]) -> Optional[float]:
     """Standard error of (final − lowest loss); None where it is unknown.
 
-    From the differences by block if these are known, which are paired, since both losses are on the same tokens. Otherwise
-    from the two standard errors as if the tokens were different, which overestimates it.
+    From the differences by block if these are known, which are paired, since both losses are on the same tokens.
+    Otherwise from the two standard errors as if the tokens were different, which overestimates it.
     """
     points = model["checkpoints"]
     low, last = min(points, key=lambda p: p["loss"]), points[-1]
@@ -183,7 +187,10 @@ def conclude(models: list[dict[str, Any]], s: Saturation) -> dict[str, Any]:
 
 
 def draw(content: dict[str, Any], file: BinaryIO) -> None:
-    """Left, Fig. 1a: loss along training, the lowest marked. Right, Fig. 1b: best and final loss against size, with the law."""
+    """Left, Fig. 1a: loss along training, the lowest marked.
+
+    Right, Fig. 1b: best and final loss against size, with the law.
+    """
     figure, (left, right) = canvas(2)
     models = content["models"]
     for i, m in enumerate(models):

@@ -1,4 +1,4 @@
-"""Fig. 4 and 5: the singular values of the head along training, of W alone and seen through the hidden states, W Σ^½."""
+"""Fig. 4 and 5: singular values of the head along training, of W alone and through the hidden states, W Σ^½."""
 
 from __future__ import annotations
 
@@ -39,14 +39,15 @@ class Spectrum(CheckpointKeys):
 
     hidden: bool = key(
         True,
-        "Also compute the spectrum of W Sigma^1/2, which needs the text and the whole model; false: read the head alone.",
+        "Also compute the spectrum of W Sigma^1/2, which needs text and the whole model; false: read the head alone.",
     )
     drop_padding: bool = key(False, "Leave out the rows beyond the tokenizer's entries; they are counted in any case.")
 
 
 def draw(entries: list[dict[str, Any]], file: BinaryIO) -> None:
-    """First Fig. 4, one panel for each model and matrix: σ_i against i, dark to light along training. Last Fig. 5, entropy
-    against step or model, if there are several checkpoints."""
+    """First Fig. 4, one panel for each model and matrix: σ_i against i, dark to light along training. Last Fig. 5,
+    entropy against step or model, if there are several checkpoints.
+    """
     models = list(dict.fromkeys(e["model"] for e in entries))
     kinds = [k for k in MATRICES if k in entries[0]]
     figure, panels = canvas(len(models) * len(kinds) + (len(entries) > 1), width=4.8)
@@ -69,7 +70,9 @@ def draw(entries: list[dict[str, Any]], file: BinaryIO) -> None:
 
 
 def _scale(axes: Any, spectra: list[list[float]]) -> None:
-    """A logarithmic axis that ends at LOWEST of the largest value; a direction that the last norm removes would stretch it."""
+    """A logarithmic axis that ends at LOWEST of the largest value; a direction that the last norm removes would
+    stretch it.
+    """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     largest = max(map(max, spectra))

@@ -1,8 +1,10 @@
-"""Sec. 5.2: the loss that a head of rank r must cost, from the spectrum of the original head, and the loss it does cost.
+"""Sec. 5.2: the loss that a head of rank r must cost, from the spectrum of the original head, and the loss it does
+cost.
 
-The formulas are in `formulas.expansion`. The bound holds at every rank, and at low ranks it is far above what any head can lose.
-So it is shown as a multiple of the measured KL and capped at the trivial bound, that of the uniform distribution. What tells more stands
-beside it: the measured KL against the tail energy, with its slope, and the true second-order term of the KL.
+The formulas are in `formulas.expansion`. The bound holds at every rank, and at low ranks it is far above what any head
+can lose. So it is shown as a multiple of the measured KL and capped at the trivial bound, that of the uniform
+distribution. What tells more stands beside it: the measured KL against the tail energy, with its slope, and the true
+second-order term of the KL.
 """
 
 from __future__ import annotations
@@ -59,7 +61,9 @@ class Theory(StudyKeys):
 
 
 def holds(rows: list[dict[str, Any]]) -> bool:
-    """Whether every measured KL is below its bound and the bounds are ordered; float32 rounding of the logits is allowed."""
+    """Whether every measured KL is below its bound and the bounds are ordered; float32 rounding of the logits is
+    allowed.
+    """
     return all(
         row["kl_truncated"] <= row["bound"] * (1 + 1e-4) + 1e-5
         and row["bound"] <= row["bound_head"] * (1 + 1e-9) + 1e-9
@@ -68,14 +72,19 @@ def holds(rows: list[dict[str, Any]]) -> bool:
 
 
 def draw(content: dict[str, Any], file: BinaryIO) -> None:
-    """Left: capped bound, surrogate and measured gaps against rank. Middle: gaps against tail energy. Right: the tails."""
+    """Left: capped bound, surrogate and measured gaps against rank.
+
+    Middle: gaps against tail energy. Right: the tails.
+    """
     figure, (left, middle, right) = canvas(3, width=5.4)
     rows, t = content["ranks"], content["tails"]
     full = list(range(1, content["hidden_size"]))
     trivial = content["trivial_bound"]
     capped = [min(t["weighted"][r] / 4, trivial) for r in full]
     left.plot(full, capped, "-", lw=1.3, color="C0", label=f"bound ¼ Σ_{{i>r}} σ_i(W Σ^½)², at most {trivial:.2f} nats")
-    left.plot(full, [t["surrogate"][r] for r in full], "--", lw=1.3, color="C1", label="diagonal, token-averaged surrogate")
+    left.plot(
+        full, [t["surrogate"][r] for r in full], "--", lw=1.3, color="C1", label="surrogate: diagonal, token-averaged"
+    )
     shown: list[float] = []
     for name, key_, style in GAPS:
         points = [(row["rank"], row["tail_weighted"], row[key_]) for row in rows if (row[key_] or 0) > VISIBLE]
@@ -134,16 +143,13 @@ def run(c: StudyConfig, folder: Path) -> dict[str, Any]:
         ratio = "" if row["bound_ratio"] is None else f", {row['bound_ratio']:,.3g} times its KL"
         capped = f" (capped {row['bound_capped']:.4g}{ratio})"
         log.info(
-            "rank %d: truncated head %.4g nats, second order %.4g; bound %.4g%s; Fisher-weighted head %.4g, second order "
-            "%.4g, diagonal surrogate %.4g%s",
-            row["rank"],
-            row["kl_truncated"],
-            row["second_order_truncated"],
-            row["bound"],
+            "rank %d: truncated head %.4g nats, second order %.4g, bound %.4g%s",
+            *(row[k] for k in ("rank", "kl_truncated", "second_order_truncated", "bound")),
             capped,
-            row["kl_fisher"],
-            row["second_order_fisher"],
-            row["surrogate"],
+        )
+        log.info(
+            "rank %d: Fisher-weighted head %.4g nats, second order %.4g, diagonal surrogate %.4g%s",
+            *(row[k] for k in ("rank", "kl_fisher", "second_order_fisher", "surrogate")),
             gap,
         )
     log.info("%s", conclusion(content))

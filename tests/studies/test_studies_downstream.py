@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bottleneck.core.errors import UserError
-from bottleneck.studies.shared.config import step_number
 from bottleneck.studies.downstream import compare
-from bottleneck.studies.shared.harness_results import Score, lower_is_better, read_results, scores
+from bottleneck.studies.shared.harness_results import Score, is_bias, lower_is_better, read_results, scores
+from bottleneck.studies.shared.steps import step_number
 from support.study_runs import run_study
 
 
@@ -20,7 +21,9 @@ def old(folder: Path, step: int, **tasks) -> None:
 
 
 def current(folder: Path, revision: str, stamp: str, **tasks) -> None:
-    """A file as versions since 0.4 write it: metric,filter keys, aliases, errors that may be "N/A"; the step in model_args."""
+    """A file as versions since 0.4 write it: metric,filter keys, aliases, errors that may be "N/A"; the step in
+    model_args.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tables = {t: {"alias": t, **{f"{k},none": v for k, v in table.items()}} for t, table in tasks.items()}
     content = {
@@ -40,7 +43,7 @@ def test_planted_drops_in_both_formats(tmp_path):
         old(tmp_path / "old", 1000 * i + 1, **tasks)
         now = {
             "lambada_openai": {"perplexity": ppl, "perplexity_stderr": ppl * 0.03, "acc": 0.3, "acc_stderr": "N/A"},
-            "sciq": {k: v for k, v in tasks["sciq"].items()},
+            "sciq": dict(tasks["sciq"]),
         }
         current(tmp_path / "new" / "EleutherAI__pythia-160m", f"step{1000 * i + 1}", f"0{i + 1}", **now)
     for name in ("old", "new"):
@@ -115,10 +118,34 @@ def test_comparisons():
     assert compare([1, 500, 900, 1000], [Score(v, 0.04) for v in early], "acc", 0.05)["saturates"] is True
 
 
+def test_measures_of_bias_get_no_verdict(tmp_path):
+    """crows_pairs: neither a larger nor a smaller difference of likelihoods means a better model."""
+    for step, difference in ((1, 3.0), (2, 3.2), (3, 4.5)):
+        bias = {"likelihood_difference": difference, "likelihood_difference_stderr": 0.05, "pct_stereotype": 0.6}
+        old(tmp_path / "m", step, crows_pairs_english=bias, sciq={"acc": 0.9 - 0.1 * step, "acc_stderr": 0.01})
+    tasks = run_study(tmp_path / "out", "study=downstream", f"study.results={tmp_path / 'm'}")["tasks"]
+    assert tasks["crows_pairs_english"]["saturates"] is None and tasks["sciq"]["saturates"] is True
+    assert tasks["crows_pairs_english"]["verdict"] == "no verdict: measures a bias, not quality"
+    for metric in ("pct_stereotype", "amb_bias_score", "pct_male_preferred", "likelihood_diff"):
+        assert is_bias(metric)
+    assert not any(is_bias(metric) for metric in ("acc", "perplexity", "exact_match", "f1", "mc2", "brier_score"))
+
+
+@pytest.mark.parametrize("points", [7, 11, 20])
+def test_scores_without_errors_drop_as_often_as_asked(points):
+    """Flat scores with noise: the scatter of a short series is uncertain, and that is counted."""
+    rng = np.random.default_rng(points)
+    series = (0.6 + 0.01 * rng.standard_normal((2000, points))).tolist()
+    steps = list(range(1, points + 1))
+    alarms = sum(compare(steps, [Score(x, None) for x in row], "acc", 0.05)["saturates"] for row in series)
+    assert 0 < alarms / 2000 <= 0.065
+
+
 def test_pythias_own_results(tmp_path):
     """LAMBADA's perplexity rises late for 70m and 160m, not for 410m (Godey et al. 2024, Table 1).
 
-    The figures are those that EleutherAI publishes with Pythia (github.com/EleutherAI/pythia, evals, zero-shot), of three tasks.
+    The figures are those that EleutherAI publishes with Pythia (github.com/EleutherAI/pythia, evals, zero-shot), of
+    three tasks.
     """
     real = tmp_path / "real"
     for model, steps in json.loads((Path(__file__).parents[1] / "assets" / "pythia_results.json").read_text()).items():
@@ -194,7 +221,9 @@ def test_missing_folders_and_metrics(tmp_path):
 
 
 def test_models_of_a_flat_folder_stay_apart(tmp_path, monkeypatch):
-    """No folder names a model: the files' own words do, whatever they call the step; files without such words are not joined to them."""
+    """No folder names a model: the files' own words do, whatever they call the step; files without such words are not
+    joined to them.
+    """
     for name, told, step in (
         ("a", "pretrained=EleutherAI/pythia-70m,revision=step1000,dtype=float", ""),
         ("b", {"pretrained": "EleutherAI/pythia-70m", "revision": "step3000"}, ""),
@@ -227,7 +256,9 @@ def test_models_of_a_flat_folder_stay_apart(tmp_path, monkeypatch):
 
 
 def test_names_before_the_step_are_models_where_they_must_be(tmp_path):
-    """Two names with one task at one step are two models, in a flat folder or as folders; different tasks are one model's."""
+    """Two names with one task at one step are two models, in a flat folder or as folders; different tasks are one
+    model's.
+    """
     table = {"results": {"sciq": {"acc": 0.5, "acc_stderr": 0.01}}}
     for root, path in (("flat", "{m}_step{s}.json"), ("dirs", "{m}__step{s}/results_2024-05-01T12-00-00.{s}.json")):
         for m in ("pythia-70m", "pythia-160m"):

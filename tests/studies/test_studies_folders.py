@@ -1,4 +1,6 @@
-"""What people's folders hold: heads of zeros, weights that are not numbers, trainers' checkpoints, tensors that contradict the config."""
+"""What people's folders hold: heads of zeros, weights that are not numbers, trainers' checkpoints, tensors that
+contradict the config.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +94,9 @@ def test_a_model_with_a_trainers_checkpoints_below_is_itself(tmp_path, quick, mo
 
 
 def test_the_heads_own_precision_is_measured(tmp_path, quick, model):
-    """Where the model runs in bfloat16 its head would have other small singular values: with and without text, those of the file."""
+    """Where the model runs in bfloat16 its head would have other small singular values: with and without text, those
+    of the file.
+    """
     U, V = (torch.linalg.qr(torch.randn(n, 32, generator=torch.Generator().manual_seed(n))).Q for n in (320, 32))
     edit_head(model, lambda W: (U * torch.logspace(2, -2, 32)) @ V.T)
     for words in (["study.hidden=false"], ["backbone.dtype=bfloat16"]):
@@ -133,7 +137,7 @@ def test_padding_is_not_dropped_where_it_is_not_known(tmp_path, quick, model):
     assert run_study(tmp_path / "kept", *words)["checkpoints"][0]["padding"]["rows"] is None
     with pytest.raises(
         UserError,
-        match="study.drop_padding=true: model has no tokenizer, so its padding rows are not known; give backbone.tokenizer",
+        match="study.drop_padding=true: model has no tokenizer, .* are not known; give backbone.tokenizer",
     ):
         run_study(tmp_path / "dropped", *words, "study.drop_padding=true")
 

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 
 from bottleneck.core.errors import UserError
-from bottleneck.studies.geometry import changes, collect
 from bottleneck.studies.formulas.spearman import interval, spearman
+from bottleneck.studies.geometry import changes, collect
 from conftest import ROOT
 from support.study_runs import QUICK, run_study, toy_series
 
 
 def test_spearman_is_the_correlation_of_ranks():
-    """Without ties 1 − 6 Σd² / (n (n² − 1)) for every order of five; ties share their mean rank; a constant has none."""
+    """Without ties it is 1 − 6 Σd² / (n (n² − 1)) for every order of five; a constant has none."""
     x = np.arange(5.0)
     for y in itertools.permutations(range(5)):
         d = np.array(y) - x
@@ -150,7 +150,9 @@ def test_on_what_the_studies_really_leave(toy_backbone, toy_text, tmp_path):
 
 
 def test_single_models_are_joined_across_studies(toy_backbone, toy_text, tmp_path):
-    """Models without steps, one with a name that is bad mathematics: neither study makes up a step, and geometry finds both rows of each."""
+    """Models without steps, one with a name that is bad mathematics: neither study makes up a step, and geometry finds
+    both rows of each.
+    """
     models = toy_series(toy_backbone, tmp_path / "toys", {"a": 0.0, "b": 0.3, r"$\bad$": 0.6})
     words = [
         *QUICK,

@@ -1,4 +1,6 @@
-"""The share of the logit gradient that reaches the hidden state: against explicit projections, chance, and on real weights."""
+"""The share of the logit gradient that reaches the hidden state: against explicit projections, chance, and on real
+weights.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def test_weak_directions_of_the_head_let_as_much_through_as_strong_ones(decades)
 
 
 def test_what_comes_back_is_a_heads_own_whatever_its_factors():
-    """W, A B with B far from orthonormal, and W as A with B = 1: the same gradients at the hidden state, so the same ranks."""
+    """W, A B with B far from orthonormal, and W as A with B = 1: the same gradients at the hidden state, so the same
+    ranks.
+    """
     g = torch.Generator().manual_seed(4)
     W, p = torch.randn(90, 12, generator=g), torch.softmax(torch.randn(64, 90, generator=g), -1)
     turn = torch.randn(12, 12, generator=g) * torch.logspace(0, 2, 12)
@@ -99,7 +103,9 @@ def test_sums_do_not_depend_on_chunks():
 
 
 def test_a_run_on_the_toy(toy_backbone, toy_text, tmp_path):
-    """The share grows with rank to the full head's, which is that of r = d; the files are there; a second run keeps the part."""
+    """The share grows with rank to the full head's, which is that of r = d; the files are there; a second run keeps
+    the part.
+    """
     words = [
         *QUICK,
         "data=local",

@@ -12,13 +12,16 @@ from bottleneck.core.errors import UserError
 from bottleneck.heads.closed_forms import calibrate
 from bottleneck.heads.refine import divergence
 from bottleneck.losses import linear_cross_entropy
+from bottleneck.studies.anisotropy import reading
 from bottleneck.studies.formulas.agreement import Agreement
-from bottleneck.studies.formulas.cosines import Cosines, brute_force
+from bottleneck.studies.formulas.cosines import Cosines, brute_force, without
+from bottleneck.studies.formulas.expansion import expansion, slope, theory_tails, truncated
 from bottleneck.studies.formulas.scaling import BETA, B, E, fit_law
 from bottleneck.studies.formulas.singular import padding, singular_values, summary, tails, triangle
 from bottleneck.studies.formulas.statistics import best_of_many, block_mean, scatter
+from bottleneck.studies.measure.anisotropy import _layer
 from bottleneck.studies.shared.text import spread
-from bottleneck.studies.theory import holds, theory_tails, truncated
+from bottleneck.studies.theory import holds
 
 
 def g(seed: int) -> torch.Generator:
@@ -112,18 +115,42 @@ def test_gaussians_are_isotropic_and_copies_are_not():
     assert math.isnan(cosines(h[:1], 1).mean_cosine)
 
 
-def test_an_outlier_dimension_is_told_from_a_cone():
-    """Both have the same mean cosine, which one dimension makes in the one and all make in the other; centring undoes both."""
-    h = torch.randn(2000, 100, generator=g(5))
-    outlier, cone = h.clone(), h + 1.0
-    outlier[:, 7] += 10.0
-    a, b = cosines(outlier), cosines(cone)
-    assert a.mean_cosine == pytest.approx(b.mean_cosine, abs=0.02) and 0.45 < a.mean_cosine < 0.55
-    assert a.top_dimension[0] == 7 and a.top_dimension[1] > 0.95 and b.top_dimension[1] < 0.05
-    assert (
-        abs(cosines(outlier, centre=a.mean_D).mean_cosine) < 0.01
-        and abs(cosines(cone, centre=b.mean_D).mean_cosine) < 0.01
-    )
+def planted_states(outliers: int, cone: float, rows: int = 2000, width: int = 100) -> torch.Tensor:
+    """Gaussian vectors with a common mean in all dimensions (a cone) and a large mean in the first ones (outliers)."""
+    h = torch.randn(rows, width, generator=g(5)) + cone
+    h[:, :outliers] += 10.0 / max(1, outliers) ** 0.5
+    return h
+
+
+def layer_of(h: torch.Tensor) -> dict:
+    """The numbers of a layer as the study computes them from its hidden states."""
+    raw = cosines(h)
+    centred, fewer = Cosines.empty(h.shape[1], centre_D=raw.mean_D), {k: without(raw, k) for k in (1, 5)}
+    for sums in (centred, *fewer.values()):
+        sums.add(h)
+    return _layer(0, raw, centred, fewer)
+
+
+def test_outlier_dimensions_are_told_from_a_cone():
+    """Both can have one mean cosine, and centring undoes both: a pure cone also has a centred cosine near 0."""
+    outlier, cone, both = planted_states(1, 0.0), planted_states(0, 1.0), planted_states(1, 1.0)
+    for h in (outlier, cone):
+        layer = layer_of(h)
+        assert 0.45 < layer["mean_cosine"] < 0.55 and abs(layer["mean_cosine_centred"]) < 0.01
+        assert layer["cone"] == pytest.approx(0.5**0.5, abs=0.01), "norm of the mean 10, RMS norm √200"
+    for h in (outlier, cone, both, planted_states(3, 0.0)):
+        for x in layer_of(h)["without_strongest"]:
+            strongest = (h / h.norm(dim=1, keepdim=True)).sum(0).square().topk(x["k"]).indices
+            rest = h.clone()
+            rest[:, strongest] = 0
+            assert x["mean_cosine"] == pytest.approx(brute_force(rest), abs=1e-6)
+            assert x["cone"] == pytest.approx((rest.mean(0).norm() / rest.norm(dim=1).square().mean().sqrt()).item())
+    assert reading(layer_of(outlier)).endswith("outlier dimensions, no cone")
+    assert reading(layer_of(planted_states(3, 0.0))).endswith("outlier dimensions, no cone")
+    assert reading(layer_of(cone)).endswith("a cone, no outlier dimensions")
+    said = reading(layer_of(both))
+    assert said.endswith("outlier dimensions and a cone") and "0.50 without dimension 0" in said
+    assert reading(layer_of(planted_states(0, 0.0))) == "almost isotropic"
 
 
 def test_vectors_of_length_zero_count_in_no_pair():
@@ -243,7 +270,9 @@ def test_the_bound_holds_and_the_tails_are_the_logit_errors(scale):
 
 
 def test_the_bound_is_reached_by_two_even_tokens():
-    """V = 2 and p near (½, ½): the Hessian's eigenvalue is ½, and KL = ¼ |δ|² up to higher orders. So ¼ cannot be smaller."""
+    """V = 2 and p near (½, ½): the Hessian's eigenvalue is ½, and KL = ¼ |δ|² up to higher orders. So ¼ cannot be
+    smaller.
+    """
     h = torch.randn(2000, 4, generator=g(16))
     head = FullHead(0.02 * torch.randn(2, 4, generator=g(17)))
     t = theory_tails(head.W_VD, calibrate([h], head))
@@ -256,10 +285,37 @@ def test_a_broken_bound_is_said():
     assert holds([row]) and not holds([row, {**row, "kl_truncated": 2.1}]) and not holds([{**row, "bound_head": 1.9}])
 
 
-def test_second_order_is_exact_for_small_logits():
-    """Nearly uniform softmax: the Fisher matrix is nearly its diagonal's, and the expansion nearly the KL."""
+def test_the_surrogate_is_exact_for_small_logits():
+    """Nearly uniform softmax: the Fisher matrix is nearly its diagonal, and the surrogate nearly the KL."""
     h, head = synthetic(scale=0.02)
     c = calibrate([h], head)
     t = theory_tails(head.W_VD, c)
     for r, kl in zip((1, 3, 8), divergence(truncated(head.W_VD, c, [1, 3, 8]), h, head)):
-        assert kl == pytest.approx(t.second_order[r].item(), rel=0.03)
+        assert kl == pytest.approx(t.surrogate[r].item(), rel=0.03)
+
+
+def test_the_second_order_term_is_the_quadratic_form_of_each_context():
+    """½ δᵀ (diag p − p pᵀ) δ with V × V matrices in float64; the KL itself for small δ, whatever p; the entropy."""
+    h, head = synthetic(n=60, scale=3.0)
+    A, B_ = torch.randn(300, 4, generator=g(20)) / 4, torch.randn(4, 16, generator=g(21)) / 4
+    near = (head.W_VD + 1e-3 * torch.randn(300, 16, generator=g(22)), torch.eye(16))
+    found = expansion([(A, B_), near], h, head)
+    p = torch.softmax(head.logits(h).double(), -1)
+    F = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    for (a, b), second in zip(((A, B_), near), found.second_order):
+        delta = h.double() @ (a.double() @ b.double() - head.W_VD.double()).T
+        assert second == pytest.approx((0.5 * torch.einsum("nv,nvw,nw->n", delta, F, delta)).mean().item(), rel=1e-3)
+    assert found.kl == pytest.approx(divergence([(A, B_), near], h, head), rel=1e-6, abs=1e-7)
+    assert found.second_order[1] == pytest.approx(found.kl[1], rel=0.05), "small errors: the expansion is the KL"
+    assert found.entropy == pytest.approx(-torch.special.xlogy(p, p).sum(-1).mean().item(), rel=1e-5)
+
+
+def test_the_trivial_bound_is_that_of_the_uniform_distribution():
+    h, head = synthetic(scale=3.0)
+    found = expansion([(torch.zeros(300, 1), torch.zeros(1, 16))], h, head)
+    assert found.kl[0] == pytest.approx(math.log(300) - found.entropy, rel=1e-5)
+
+
+def test_slopes_of_powers():
+    x = [1.0, 2.0, 4.0, 8.0]
+    assert slope(x, [3 * v**1.5 for v in x]) == pytest.approx(1.5) and slope(x, [0.0, 0.0, 1.0, 2.0]) is None

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from bottleneck.core.errors import UserError
-from bottleneck.studies import counts, ngrams
+from bottleneck.studies.formulas import counts
 from bottleneck.studies.formulas.counts import gram, w_error
-from bottleneck.studies.ngrams import beside, eigenvalues, smallest
+from bottleneck.studies.measure import ngrams
+from bottleneck.studies.measure.ngrams import eigenvalues, smallest
+from bottleneck.studies.ngrams import other_results
 from conftest import ROOT
 from support.study_runs import QUICK, run_study
 
@@ -40,7 +42,9 @@ def by_hand(tokens: np.ndarray) -> dict[tuple, Counter]:
 
 @pytest.mark.parametrize("size, piece", [(10**9, 1 << 24), (700, 1 << 24), (700, 501)])
 def test_counts_and_spectrum_are_those_of_the_matrix_itself(monkeypatch, size, piece):
-    """M built row by row, its singular values by a dense SVD: the same for one bucket and for many, read whole or in pieces."""
+    """M built row by row, its singular values by a dense SVD: the same for one bucket and for many, read whole or in
+    pieces.
+    """
     monkeypatch.setattr(counts, "PIECE", piece)
     V, tokens = 30, stream(4000, 30)
     rows = by_hand(tokens)
@@ -115,7 +119,7 @@ def test_the_study(toy_backbone, toy_text, tmp_path):
     low = run_study(tmp_path / "low", *words, "study.precision=float32")
     assert np.abs(np.subtract(low["w_error"], one["w_error"])[:-1]).max() < 1e-3 and low["precision"] == "float32"
     with pytest.raises(UserError, match="not a result of study=ngrams"):
-        beside([str(ROOT / "pyproject.toml")])
+        other_results([str(ROOT / "pyproject.toml")])
 
 
 def test_a_text_without_5_grams_is_one_line(toy_backbone, tmp_path):

@@ -72,7 +72,7 @@ def test_theory_of_the_embedded_backbone(tmp_path):
     c = run_study(tmp_path, "study=theory", *FEW, "study.ranks=[16,64,128]")
     assert c["holds"] is True
     for row in c["ranks"]:
-        assert 0.2 < row["second_order"] / row["kl_truncated"] < 1 < row["bound"] / row["kl_truncated"]
+        assert row["bound_ratio"] > 1 and row["bound_capped"] <= c["trivial_bound"]
 
 
 @pytest.mark.slow
@@ -95,8 +95,10 @@ def test_smollm2_goes_through_every_study(tmp_path):
 
 @pytest.mark.slow
 def test_the_estimate_of_smollm2_is_as_measured_before(tmp_path):
-    """paper.md, on other text: full head 14.1; fisher 97 / 22.4 / 14.6 at r = 64 / 256 / 512, svd 49,251 / 9,487 / 294. The
-    texts differ, so it is the excess loss over the full head that is compared, to 0.35 nats for fisher and 10 % for svd."""
+    """paper.md, on other text: full head 14.1; fisher 97 / 22.4 / 14.6 at r = 64 / 256 / 512, svd 49,251 / 9,487 /
+    294. The texts differ, so it is the excess loss over the full head that is compared, to 0.35 nats for fisher and 10
+    % for svd.
+    """
     c = run_study(
         tmp_path,
         "study=estimate",

@@ -13,9 +13,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from bottleneck.backbone.model import Backbone
-from bottleneck.studies import saturation, series, spectrum
-from bottleneck.studies.shared.config import check_study
+from bottleneck.studies import spectrum
 from bottleneck.studies.formulas.cosines import brute_force
+from bottleneck.studies.measure import saturation
+from bottleneck.studies.measure.spectrum import spectra
+from bottleneck.studies.shared import loading, series
+from bottleneck.studies.shared.config import check_study
 from bottleneck.studies.shared.text import study_text
 from support.study_runs import QUICK, composed, run_study, toy_series
 
@@ -88,7 +91,7 @@ def test_a_stopped_series_goes_on_and_ends_alike(tmp_path, quick, steps, monkeyp
 
 def test_a_series_never_holds_two_models(tmp_path, quick, steps, monkeypatch):
     alive: list = []
-    real = series.Backbone.load
+    real = loading.Backbone.load
 
     def load(*args):
         assert not [ref for ref in alive if ref() is not None], "the checkpoint before is still in memory"
@@ -96,7 +99,7 @@ def test_a_series_never_holds_two_models(tmp_path, quick, steps, monkeypatch):
         alive.append(weakref.ref(backbone))
         return backbone
 
-    monkeypatch.setattr(series.Backbone, "load", load)
+    monkeypatch.setattr(loading.Backbone, "load", load)
     for study in ("saturation", "spectrum", "anisotropy"):
         run_study(tmp_path / study, f"study={study}", f"backbone.path={steps}", *quick, "tokens=200")
     assert len(alive) == 12
@@ -147,7 +150,7 @@ def test_only_the_head_is_read_where_that_is_enough(tmp_path, quick, steps, monk
         raise AssertionError("the whole model was loaded")
 
     with_text = run_study(tmp_path / "a", "study=spectrum", f"backbone.path={steps}", *quick)
-    monkeypatch.setattr(series.Backbone, "load", never)
+    monkeypatch.setattr(loading.Backbone, "load", never)
     c = run_study(tmp_path / "b", "study=spectrum", f"backbone.path={steps}", "study.hidden=false", *quick)
     for a, b in zip(with_text["checkpoints"], c["checkpoints"]):
         assert b["head"]["entropy"] == pytest.approx(a["head"]["entropy"], rel=1e-9) and "weighted" not in b
@@ -214,9 +217,9 @@ def test_tied_heads_are_read_from_the_embeddings(tmp_path, toy_backbone):
     model.save_pretrained(folder)
     c = check_study(composed("study=spectrum", "backbone=local", f"backbone.path={folder}", "study.hidden=false"))
     (cp,) = series.checkpoints(c)
-    head = series.load_head(cp, series.check_same_shapes([cp]))
+    head = loading.load_head(cp, series.check_same_shapes([cp]))
     assert head.tied and torch.equal(head.W_VD, model.get_input_embeddings().weight)
-    assert spectrum.spectra(head, None, False, None)["tied"] is True
+    assert spectra(head, None, False, None)["tied"] is True
 
 
 # ---------------------------------------------------------------- anisotropy

@@ -1,11 +1,11 @@
-"""Mean pairwise cosine of many vectors in one pass, without the n² pairs; and what makes it large: outlier dimensions or a cone.
+"""Mean pairwise cosine of many vectors in one pass, and what makes it large: outlier dimensions or a cone.
 
 With unit vectors u_i = h_i / |h_i|:  Σ_{i≠j} u_i·u_j = |Σ u_i|² − n,  so the mean over pairs of distinct vectors
 (Godey et al. 2024, Fig. 2) is (|Σ u_i|² − n) / (n² − n), exact, in O(n d) time and O(d) memory.
 
-Vectors around a common mean (a cone) and vectors with a few huge coordinates (outlier dimensions) can have the same mean cosine,
-and centring takes away both. Two numbers tell them apart: the mean cosine without the strongest dimensions, which only a cone
-survives, and |E h| / √(E |h|²), the norm of the mean over the root mean square norm.
+Vectors around a common mean (a cone) and vectors with a few huge coordinates (outlier dimensions) can have the same
+mean cosine, and centring takes away both. Two numbers tell them apart: the mean cosine without the strongest
+dimensions, which only a cone survives, and |E h| / √(E |h|²), the norm of the mean over the root mean square norm.
 
 Dims: N vectors, D their size.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 
 @dataclass
 class Cosines:
-    """Sums over the vectors added so far, minus `centre_D` if given, without the dimensions `drop_D` if given; float64."""
+    """Sums over the vectors added so far, minus `centre_D` and without the dimensions `drop_D` if given; float64."""
 
     units_D: Tensor  # Σ h / |h|
     sum_D: Tensor  # Σ h
@@ -41,8 +41,8 @@ class Cosines:
         drop_D: Optional[Tensor] = None,
     ) -> Cosines:
         """Sums over no vectors of `size` entries."""
-        sums = (torch.zeros(size, dtype=torch.float64, device=device) for _ in range(3))
-        return cls(*sums, centre_D=centre_D, drop_D=drop_D)
+        units, total, square = (torch.zeros(size, dtype=torch.float64, device=device) for _ in range(3))
+        return cls(units, total, square, centre_D=centre_D, drop_D=drop_D)
 
     @torch.no_grad()
     def add(self, h_ND: Tensor) -> None:
@@ -85,7 +85,8 @@ class Cosines:
     def top_dimension(self) -> tuple[int, float]:
         """The dimension that contributes most to the mean cosine, and its share of |Σ u|².
 
-        The share is near 1 where one outlier dimension makes the mean cosine, near 1/D for a cone without a preferred axis.
+        The share is near 1 where one outlier dimension makes the mean cosine, near 1/D for a cone without a preferred
+        axis.
         """
         squares = self.units_D.square()
         index = int(squares.argmax())

@@ -1,8 +1,9 @@
-"""5-gram counts of a token stream, exactly and in bounded memory, and the Gram matrix of their conditional distributions.
+"""Exact 5-gram counts of a token stream in bounded memory, and the Gram matrix of the conditional distributions.
 
-M [C, V] has one row for each observed 4-gram: the unsmoothed distribution of the token after it. Its singular values are the square
-roots of the eigenvalues of MᵀM [V, V], a sum over contexts, so the C rows are never held at once: contexts are hashed into buckets,
-and each bucket is counted by itself. A context followed by a single token adds 1 to one entry of the diagonal.
+M [C, V] has one row for each observed 4-gram: the unsmoothed distribution of the token after it. Its singular values
+are the square roots of the eigenvalues of MᵀM [V, V], a sum over contexts, so the C rows are never held at once:
+contexts are hashed into buckets, and each bucket is counted by itself. A context followed by a single token adds 1 to
+one entry of the diagonal.
 
 Dims: C contexts, V vocabulary.
 """
@@ -24,7 +25,7 @@ MOST_VOCAB = 1 << 16  # four token ids must fit 64 bits
 
 @dataclass
 class Counts:
-    """5-gram counts of one bucket, in coordinate form: context `rows[i]` is followed by `tokens[i]` `counts[i]` times."""
+    """Counts of one bucket in coordinate form: context `rows[i]` is followed by `tokens[i]` `counts[i]` times."""
 
     rows: np.ndarray  # int64 [entries], rising
     tokens: np.ndarray  # int64 [entries]

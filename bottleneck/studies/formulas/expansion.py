@@ -1,24 +1,26 @@
-"""How much loss a head of rank r costs, from the spectrum of the original head and from the expansion of the KL around it.
+"""The loss that a head of rank r costs, from the original head's spectrum and from the expansion of the KL.
 
 For logits z = W h and z + δ of a low-rank head, with p = softmax(z):
 
     KL(p ‖ p') = LSE(z + δ) − LSE(z) − p·δ  ≤  ¼ |δ|²
 
-because the Hessian F(p) = diag(p) − p pᵀ of the log-sum-exp has no eigenvalue above ½ (a unit vector's variance under any p is
-at most (√2/2)² = ½). In the mean over tokens |δ|² is ‖(A B − W) Σ^½‖²_F with Σ = E[h hᵀ], and least for the truncated SVD of
-W Σ^½ (Eckart–Young–Mirsky). The softmax ignores a shift of all logits, so W may first lose its mean row, W_c. Hence
+because the Hessian F(p) = diag(p) − p pᵀ of the log-sum-exp has no eigenvalue above ½ (a unit vector's variance under
+any p is at most (√2/2)² = ½). In the mean over tokens |δ|² is ‖(A B − W) Σ^½‖²_F with Σ = E[h hᵀ], and least for the
+truncated SVD of W Σ^½ (Eckart–Young–Mirsky). The softmax ignores a shift of all logits, so W may first lose its mean
+row, W_c. Hence
 
     KL(r)  ≤  ¼ Σ_{i>r} σ_i(W_c Σ^½)²  ≤  ¼ λ_max(Σ) Σ_{i>r} σ_i(W_c)²            bound; the tail of Godey et al. 2024
     KL(r)  ≤  log V − E[H(p)]                                                    trivial bound: the uniform distribution
     KL     =  ½ E[δᵀ F(p) δ] + O(δ³)                                             second order, each context's own F(p)
     KL(r)  ~  ½ Σ_{i>r} σ_i(Q^½ W_c' Σ^½)²                                       surrogate, Q = E[diag F(p)]
 
-The surrogate replaces F(p) of each context by the mean of its diagonal over all tokens. It has a closed form, and it is what the
-`fisher` start minimises, but it is not the second-order term: dropping the dependence of δ on p lowers it by a factor of two and more.
+The surrogate replaces F(p) of each context by the mean of its diagonal over all tokens. It has a closed form, and it
+is what the `fisher` start minimises, but it is not the second-order term: dropping the dependence of δ on p lowers it
+by a factor of two and more.
 
-For the text's own labels the gap to an *ideal* head (one that no other head beats) has the same bound, since the term linear in δ
-is then zero. The original head is ideal for its pretraining text only, so gaps of trained heads are measured from the best
-full-rank head there is.
+For the text's own labels the gap to an *ideal* head (one that no other head beats) has the same bound, since the term
+linear in δ is then zero. The original head is ideal for its pretraining text only, so gaps of trained heads are
+measured from the best full-rank head there is.
 
 Dims: N tokens, n tokens of a chunk, D hidden size, R rank, V vocabulary.
 """
@@ -86,7 +88,7 @@ class Expansion:
 def expansion(heads: Sequence[tuple[Tensor, Tensor]], hidden_ND: Tensor, head: FullHead) -> Expansion:
     """KL and ½ E[δᵀ F(p) δ] of low-rank heads (A [V, R], B [R, D]) over hidden states.
 
-    δᵀ F(p) δ is the variance of δ under p, so that no V × V matrix is needed. Three chunks of logits are held at a time.
+    δᵀ F(p) δ is the variance of δ under p, so no V × V matrix is needed. Four chunks of logits are held at a time.
     """
     device, V = hidden_ND.device, len(head.W_VD)
     kl, second = (torch.zeros(len(heads), dtype=torch.float64, device=device) for _ in range(2))
@@ -107,7 +109,7 @@ def expansion(heads: Sequence[tuple[Tensor, Tensor]], hidden_ND: Tensor, head: F
 
 
 def slope(x: Sequence[float], y: Sequence[float], smallest: float = 1e-4) -> float | None:
-    """Slope of log y against log x by least squares, over points with both above `smallest`; None for fewer than three."""
+    """Least-squares slope of log y against log x, over points above `smallest`; None for fewer than three of them."""
     points = [(math.log(a), math.log(b)) for a, b in zip(x, y) if a > smallest and b > smallest]
     if len(points) < 3 or len({a for a, _ in points}) < 2:
         return None

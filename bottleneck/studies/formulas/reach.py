@@ -1,7 +1,8 @@
 """The share of the logit gradient that a head passes on to the hidden state (Godey & Artzi 2026, arXiv 2603.10145).
 
-With logits s = W h and g = ∂loss/∂s = softmax(s) − onehot(y) [V], the hidden state receives Wᵀ g. It depends only on P_W g, the
-projection of g on the column space of W. The share that arrives is ‖P_W g‖ / ‖g‖. With W = Q C, the columns of Q orthonormal,
+With logits s = W h and g = ∂loss/∂s = softmax(s) − onehot(y) [V], the hidden state receives Wᵀ g. It depends only on
+P_W g, the projection of g on the column space of W. The share that arrives is ‖P_W g‖ / ‖g‖. With W = Q C, the columns
+of Q orthonormal,
 
     ‖P_W g‖ = ‖Qᵀ g‖   and   Wᵀ g = Cᵀ (Qᵀ g)
 
@@ -73,9 +74,9 @@ class Reach:
     def result(self) -> dict[str, Any]:
         """Means over all tokens added so far.
 
-        share: mean; lost: 1 − share; rms: root mean square; rank of W; update_effective_rank and update_stable_rank of the
-        gradients that the hidden states receive, from their singular values over all tokens; bands: share by band; histogram
-        of shares; tokens: the share of each token, in order.
+        share: mean; lost: 1 − share; rms: root mean square; rank of W; update_effective_rank and update_stable_rank of
+            the gradients that the hidden states receive, from their singular values over all tokens; bands: share by
+            band; histogram of shares; tokens: the share of each token, in order.
         """
         sums, counts = self.by_band.tolist()
         share_N = torch.cat(self.shares)

@@ -1,6 +1,7 @@
 """The scaling law of Fig. 1b: L(N, T) = A / N^α + B / T^β + E, A and α fitted, the rest from Hoffmann et al. 2022.
 
-N parameters, T training tokens, L loss in nats a token. Godey et al. 2024 find A = 119.09, α = 0.246 on Pythia from 410M up.
+N parameters, T training tokens, L loss in nats a token. Godey et al. 2024 find A = 119.09, α = 0.246 on Pythia from
+410M up.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ START_HEIGHTS = (-2.0, -0.5, 0.5)  # log of A / N^α at the geometric mean of th
 
 
 def log_law(log_height: Tensor, alpha: Tensor, log_n: Tensor, log_t: Tensor) -> Tensor:
-    """log L for A / N^α = exp(log_height − α log_n). Sums are taken in logarithms, so no starting point can overflow."""
+    """log L for A / N^α = exp(log_height − α log_n).
+
+    Sums are taken in logarithms, so no starting point can overflow.
+    """
     terms = torch.stack([log_height - alpha * log_n, math.log(B) - BETA * log_t, torch.full_like(log_n, math.log(E))])
     return torch.logsumexp(terms, dim=0)
 
@@ -83,7 +87,7 @@ def fit_law(parameters: Sequence[float], tokens: Sequence[float], losses: Sequen
                 line_search_fn="strong_wolfe",
             )
 
-            def closure() -> Tensor:
+            def closure(search: torch.optim.LBFGS = search, p: Tensor = p) -> Tensor:
                 search.zero_grad()
                 value = objective(p)
                 value.backward()

@@ -9,7 +9,7 @@ from scipy.stats import rankdata
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> Optional[float]:
-    """Spearman's ρ in −1 … 1, Pearson's correlation of the ranks; None for fewer than 3 pairs or a constant variable."""
+    """Spearman's ρ, Pearson's correlation of the ranks; None for fewer than 3 pairs or a constant variable."""
     if len(x) < 3:
         return None
     a, b = rankdata(x), rankdata(y)  # ties share their mean

@@ -19,7 +19,8 @@ LOWEST_LEVEL = 1e-3  # below it the simulated quantile is too uncertain: the cor
 def block_mean(sums: Sequence[float], counts: Sequence[float]) -> tuple[float, float]:
     """Mean over all tokens and its standard error. The units are blocks, since tokens of one block are not independent.
 
-    Ratio estimator: L = Σ s_b / Σ n_b, error = √(k/(k−1) Σ (s_b − L n_b)²) / Σ n_b for k blocks with sums s_b over n_b tokens.
+    Ratio estimator: L = Σ s_b / Σ n_b, error = √(k/(k−1) Σ (s_b − L n_b)²) / Σ n_b for k blocks with sums s_b over n_b
+    tokens.
 
     Returns: mean, standard error (NaN for a single block), in the unit of `sums`.
     """
@@ -39,9 +40,10 @@ def _first_late(points: int) -> int:
 def scatter(values: Sequence[float]) -> float:
     """Standard deviation of the noise in the later part of a series; 0 for fewer than SHORTEST values.
 
-    The later part is the later half, or the last LATE values where those are more. A third difference of independent noise has
-    √20 times its deviation, and that of a parabola is 0, so a loss that turns smoothly does not count as noisy. The median of
-    their sizes ignores single jumps. In a short series it rests on few differences, which overlap: see `correction`.
+    The later part is the later half, or the last LATE values where those are more. A third difference of independent
+    noise has √20 times its deviation, and that of a parabola is 0, so a loss that turns smoothly does not count as
+    noisy. The median of their sizes ignores single jumps. In a short series it rests on few differences, which
+    overlap: see `correction`.
     """
     if len(values) < SHORTEST:
         return 0.0
@@ -51,12 +53,13 @@ def scatter(values: Sequence[float]) -> float:
     return 1.4826 * statistics.median(map(abs, late)) / math.sqrt(20)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def correction(points: int, level: float, rivals: int) -> float:
     """Factor on `scatter` that makes `best_of_many` hold `level` on a flat series of independent Gaussian noise.
 
-    With a noise estimated from few differences, (last − lowest) / (√2 scatter) has heavier tails than a normal variable: for 11
-    points its 95 % quantile is about twice as large. The factor is the ratio of the two quantiles, from DRAWS simulated series.
+    With a noise estimated from few differences, (last − lowest) / (√2 scatter) has heavier tails than a normal
+    variable: for 11 points its 95 % quantile is about twice as large. The factor is the ratio of the two quantiles,
+    from DRAWS simulated series.
 
     Args:
         points: length of the series, at least SHORTEST.
@@ -82,7 +85,8 @@ def _normal_quantile(level: float, rivals: int) -> float:
 
 
 def best_of_many(z: float, rivals: int) -> float:
-    """Chance that noise alone makes the best of `rivals` equally good checkpoints lead by `z` standard errors (Šidák, one-sided).
+    """Chance that noise alone makes the best of `rivals` equally good checkpoints lead by `z` standard errors (Šidák,
+    one-sided).
 
     The best of many is partly the luckiest: uncorrected, the best of 30 noisy checkpoints nearly always beats the last.
     """

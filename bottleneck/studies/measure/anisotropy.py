@@ -30,22 +30,26 @@ NARROWEST = 8  # times as many dimensions a layer must have
 
 @torch.no_grad()
 def layer_states(backbone: Backbone, ids_NT: Tensor) -> tuple[Tensor, ...]:
-    """Hidden states [N, T, D] after the embedding and after each layer; the last ones after the final norm, as the head sees.
+    """Hidden states [N, T, D] after the embedding and after each layer; the last ones after the final norm, as the
+    head sees.
 
     Raises: UserError for a family that does not return its layers' hidden states.
     """
     out = backbone.body(input_ids=ids_NT, use_cache=False, output_hidden_states=True)
     hidden = getattr(out, "hidden_states", None)
     check(hidden is not None, f"backbone {backbone.name}: its family does not return the hidden states of its layers")
+    assert hidden is not None
     return (*hidden[:-1], out.last_hidden_state)  # OPT-350m projects the last ones to another width
 
 
 def layers(
     backbone: Backbone, text: StudyText, *, micro_batch: int, strongest: tuple[int, ...], progress: StudyProgress
 ) -> dict[str, Any]:
-    """Anisotropy of every layer over the positions that predict a token, and the original head's loss on the same tokens.
+    """Anisotropy of every layer over the positions that predict a token, and the original head's loss on the same
+    tokens.
 
-    The text is read twice, since centring needs the mean first and storing the states of all layers takes L·n·D numbers.
+    The text is read twice, since centring needs the mean first and storing the states of all layers takes L·n·D
+    numbers.
 
     Args:
         strongest: so many of the strongest dimensions are left out of further cosines.
@@ -96,10 +100,11 @@ def _layer(index: int, raw: Cosines, centred: Cosines, fewer: dict[int, Cosines]
     }
 
 
-def measure(
-    c: StudyConfig, folder: Path, strongest: tuple[int, ...]
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Visit every checkpoint on the same tokens. Returns: one entry for each checkpoint; the text that was measured on."""
+def measure(c: StudyConfig, folder: Path, strongest: tuple[int, ...]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Visit every checkpoint on the same tokens.
+
+    Returns: one entry for each checkpoint; the text that was measured on.
+    """
     series = checkpoints(c)
     shapes = check_same_shapes(series)
     device = device_of(c)

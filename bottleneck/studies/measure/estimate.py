@@ -5,6 +5,7 @@ Dims: N sequences, T tokens of a sequence, D hidden size, R rank, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
@@ -68,7 +69,10 @@ def start_heads(
 
 
 def on_device(heads: Sequence[Factors], device: torch.device) -> list[Factors]:
-    """The factors as float32 on a device. Where all heads are slices of one matrix, as closed forms are, one copy is held."""
+    """The factors as float32 on a device.
+
+    Where all heads are slices of one matrix, as closed forms are, one copy is held.
+    """
     widest = max(heads, key=lambda pair: pair[0].shape[1])
     places = {A.untyped_storage().data_ptr() for A, _ in heads} | {widest[0].untyped_storage().data_ptr()}
     if len(places) > 1:
@@ -117,15 +121,16 @@ def measure(c: StudyConfig, folder: Path) -> tuple[dict[str, Any], Optional[Trai
         ranks = with_trained(ranks, trained, width)
         parts = PartialResults(folder, s.name, {**text.identity, **settings, "ranks": ranks})
         if not backbone.head.plain:
-            said = "%s: its head has a bias, a scale or a cap; bias and cap have no low-rank form: only the original head has them"
+            said = (
+                "%s: its head has a bias, a scale or a cap; bias and cap have no low-rank form and are left out of it"
+            )
             log.warning(said, backbone.name)
         calibrated = Calibrated(c, cp, backbone, text)
         with StudyProgress(len(s.inits), c.trainer.progress, "start") as progress:
             for init in s.inits:
                 progress.begin(init)
-                part, kept = parts.get_or(
-                    f"{init} {backbone.hash}", lambda init=init: _one(init, ranks, calibrated, progress)
-                )
+                compute = functools.partial(_one, init, ranks, calibrated, progress)
+                part, kept = parts.get_or(f"{init} {backbone.hash}", compute)
                 finite = math.isfinite(part["full_loss"] or math.nan)
                 check(finite, f"{cp.where}: its loss is not a number; are its weights whole?")
                 heads += part["heads"]

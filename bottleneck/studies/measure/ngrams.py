@@ -39,7 +39,9 @@ def eigenvalues(matrix: np.ndarray, device: torch.device) -> np.ndarray:
     if device.type != "cpu":
         try:
             return torch.linalg.eigvalsh(torch.from_numpy(matrix).to(device)).cpu().numpy()
-        except RuntimeError as error:  # too little memory; or cuSOLVER before version 13, which counts entries in 32 bits
+        except (
+            RuntimeError
+        ) as error:  # too little memory; or cuSOLVER before version 13, which counts entries in 32 bits
             said = "the GPU cannot take a matrix of %d x %d (%s); the CPU does"
             log.warning(said, *matrix.shape, str(error).split("\n")[0])
     return torch.linalg.eigvalsh(torch.from_numpy(matrix)).numpy()
@@ -74,7 +76,8 @@ def one(
 ) -> dict[str, Any]:
     """Counts and W-errors of one of the two matrices.
 
-    Returns: counts, seconds, `errors` for d = 0 … V, and `trace_error`: relative difference of its trace and the sum of its
+    Returns: counts, seconds, `errors` for d = 0 … V, and `trace_error`: relative difference of its trace and the sum
+        of its
         eigenvalues.
     """
     V, tokens = stream.vocab, stream.tokens

@@ -29,7 +29,8 @@ from bottleneck.studies.shared.text import StudyText, study_text
 def block_losses(backbone: Backbone, text: StudyText, micro_batch: int, progress: StudyProgress) -> dict[str, Any]:
     """Losses of the original head on every block of the text.
 
-    Returns: `sums`, the summed loss in nats, and `counts`, the number of predicted tokens, of each block; and the model's
+    Returns: `sums`, the summed loss in nats, and `counts`, the number of predicted tokens, of each block; and the
+        model's
         number of `parameters`, tied ones counted once.
     """
     device = backbone.lm_head.weight.device

@@ -69,7 +69,10 @@ def _entries(cp: Checkpoint) -> Optional[int]:
 
 
 def _known_entries(series: list[Checkpoint], drop_padding: bool) -> dict[str, Optional[int]]:
-    """Entries of each model's tokenizer. Raises: UserError where padding is to be dropped and a tokenizer is missing."""
+    """Entries of each model's tokenizer.
+
+    Raises: UserError where padding is to be dropped and a tokenizer is missing.
+    """
     entries = {cp.model: _entries(cp) for cp in reversed(series)}
     unknown = ", ".join(model for model, n in entries.items() if n is None)
     check(

@@ -31,7 +31,9 @@ log = logging.getLogger(__name__)
 
 
 def measure(c: StudyConfig, folder: Path) -> dict[str, Any]:
-    """Tails, bounds, the KL of truncated and Fisher-weighted heads, and the trained heads' gaps: the content of theory.json."""
+    """Tails, bounds, the KL of truncated and Fisher-weighted heads, and the trained heads' gaps: the content of
+    theory.json.
+    """
     s = c.study
     cp = one_checkpoint(c)
     shapes = check_same_shapes([cp])

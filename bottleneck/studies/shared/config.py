@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import textwrap
 from dataclasses import dataclass
 from typing import Any, Literal, Optional
 
@@ -15,9 +16,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from bottleneck.config import schema
-from bottleneck.config.checks import RANK_LADDER, as_count, as_list, check_config
+from bottleneck.config.checks import INITS, RANK_LADDER, as_count, as_list, check_config
 from bottleneck.config.declare import composable, freeze, group, key
-from bottleneck.config.schema import BackboneConfig, DataConfig, TrainConfig, TrainerConfig
+from bottleneck.config.schema import BackboneConfig, DataConfig, TrainConfig, TrainerConfig, TrainNode
 from bottleneck.core.errors import check
 from bottleneck.core.extensions import STARTS, STUDIES, Study
 
@@ -39,7 +40,7 @@ class CheckpointKeys(StudyKeys):
 
     models: Optional[list[str]] = key(
         None,
-        "Hub names, model folders or folders of checkpoints (step0, step1000, …): one or a list; default: backbone.path.",
+        "Hub names, model folders, folders of checkpoints (step0, step1000, …): one or a list; default: backbone.path.",
         read=Any,
     )
     steps: Optional[list[int]] = key(
@@ -73,14 +74,16 @@ def register() -> None:
 
 def studies_help(*, _root_: DictConfig) -> str:
     """Part of the help page: one line for each study, and the keys of the chosen one."""
-    lines = ["  Studies (study=NAME)"]
-    lines += [f"    {study.name:13} {study.figure}: {study.summary}" for study in STUDIES]
+    lines = ["Studies (study=NAME)"]
+    lines += [f"  {study.name:13} {study.figure}: {study.summary}" for study in STUDIES]
     chosen = _study_of(_root_)
     if chosen is not None:
-        lines += ["", f"  Keys of study={chosen.name}"]
+        lines += ["", f"Keys of study={chosen.name}"]
         for f in dataclasses.fields(chosen.schema):
             if f.name != "name":
-                lines.append(f"    study.{f.name:20} {f.metadata.get('sentence', '')}")
+                start = f"  study.{f.name:18} "
+                said = textwrap.wrap(f.metadata.get("sentence", ""), 120 - len(start))
+                lines += [f"{start}{said[0] if said else ''}", *(" " * len(start) + line for line in said[1:])]
     return "\n".join(lines)
 
 
@@ -96,7 +99,7 @@ def _known_keys(name: Optional[str]) -> list[str]:
     keys = ["tokens"]
     for group_name, node in (("backbone", BackboneConfig), ("data", DataConfig), ("trainer", TrainerConfig)):
         keys += [f"{group_name}.{f.name}" for f in dataclasses.fields(node)]
-    studies = [STUDIES[name]] if name in STUDIES else list(STUDIES)
+    studies = [STUDIES[name]] if name is not None and name in STUDIES else list(STUDIES)
     return keys + sorted({f"study.{f.name}" for s in studies for f in dataclasses.fields(s.schema)} - {"study.name"})
 
 
@@ -142,7 +145,7 @@ def _check_shared(cfg: DictConfig) -> TrainConfig:
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     shared = {name: plain[name] for name in ("backbone", "data", "trainer")}
     budget = {"tokens": 2**62, "batch_size": shared["trainer"]["devices"]}
-    merged: Any = OmegaConf.merge(OmegaConf.structured(composable(TrainConfig)), shared, budget)
+    merged: Any = OmegaConf.merge(OmegaConf.structured(TrainNode), shared, budget)
     base = check_config(merged)
     processes = base.trainer.devices * base.trainer.num_nodes
     check(processes == 1, "trainer.devices: a study runs in one process; leave devices and num_nodes at 1")
@@ -173,7 +176,7 @@ def check_ranks(keys: Any) -> None:
 
 def check_starts(name: str, starts: list[str], closed_form: bool = False) -> None:
     """Check names of starts (`head.init`); with `closed_form`, only those without randomness are allowed."""
-    allowed = [start.name for start in STARTS if start.closed_form or not closed_form]
+    allowed = [start.name for start in STARTS if start.closed_form or not closed_form] or list(INITS)
     check(len(starts) > 0, f"{name}=[]: give at least one start")
     for start in starts:
         check(start in allowed, f"{name}={start}: must be one of {', '.join(allowed)}")

@@ -1,7 +1,7 @@
 """The commands that reproduce every figure, with their GPU hours: `python -m bottleneck.study experiment=paper`.
 
-Hours are of one H200. Training: tokens over the measured tokens/s (docs/log.md); sizes that were not run are interpolated from
-measured parts. Visits to checkpoints are computed, see `visiting`.
+Hours are of one H200. Training: tokens over the measured tokens/s (docs/log.md); sizes that were not run are
+interpolated from measured parts. Visits to checkpoints are computed, see `visiting`.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ TRAINING = (
 
 
 def visiting(sizes: tuple[str, ...], checkpoints: int = CHECKPOINTS) -> tuple[float, float]:
-    """GPU hours and gigabytes of weights (two bytes a parameter) of a study that visits checkpoints of Pythia models."""
+    """GPU hours and gigabytes of weights (two bytes a parameter) of a study that visits Pythia's checkpoints."""
     weights = checkpoints * sum(2 * SIZES[s] for s in sizes)
     return (weights / BYTES_PER_SECOND + checkpoints * len(sizes) * SECONDS) / 3600, weights / 1e9
 

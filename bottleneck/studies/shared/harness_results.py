@@ -1,7 +1,8 @@
-"""Results of lm-evaluation-harness along training: which file belongs to which model and step, and one number of a task.
+"""Results of lm-evaluation-harness along training: which file belongs to which model and step, and one number of a
+task.
 
-Old files have {"results": {task: {"acc": …, "acc_stderr": …}}}. Current ones write "acc,none" and "acc_stderr,none", with the
-name of a filter after the comma, and "N/A" where there is no error.
+Old files have {"results": {task: {"acc": …, "acc_stderr": …}}}. Current ones write "acc,none" and "acc_stderr,none",
+with the name of a filter after the comma, and "N/A" where there is no error.
 """
 
 from __future__ import annotations
@@ -84,7 +85,8 @@ def scores(table: dict[str, Any], questions: Optional[int] = None) -> dict[str, 
     """The numeric metrics of one task's entry, in either format, each with its error.
 
     Args:
-        questions: number of the task's questions; it gives shares of right answers a binomial error if the file has none.
+        questions: number of the task's questions; it gives shares of right answers a binomial error if the file has
+            none.
     """
     plain: dict[str, dict[str, Any]] = {}
     for key, value in table.items():
@@ -114,9 +116,14 @@ def _number(value: Any) -> Optional[float]:
         return math.inf if value > 0 else -math.inf
 
 
+def _config(content: dict[str, Any]) -> dict[str, Any]:
+    config = content.get("config")
+    return config if isinstance(config, dict) else {}
+
+
 def _argument(content: dict[str, Any], name: str) -> str:
-    """One of the model's arguments in a result file, a dict or text such as pretrained=…,revision=…; empty if missing."""
-    config = content.get("config") if isinstance(content.get("config"), dict) else {}
+    """One argument of the model in a result file, a dict or text such as pretrained=…,revision=…; else empty."""
+    config = _config(content)
     arguments = config.get("model_args")
     if isinstance(arguments, dict):
         return str(arguments.get(name) or "")
@@ -156,7 +163,9 @@ class _Place:
 
 
 def _place(file: Path, content: dict[str, Any]) -> _Place:
-    """The place from the names of file and folders below the folder of results, else from the model's arguments in the file."""
+    """The place from the names of file and folders below the folder of results, else from the model's arguments in the
+    file.
+    """
     parts = [*file.parts[:-1], file.stem]
     numbers = [(i, step_number(part), part) for i, part in enumerate(parts)]
     numbers = [n for n in numbers if n[1] is not None]
@@ -170,7 +179,7 @@ def _place(file: Path, content: dict[str, Any]) -> _Place:
         _, step, part = numbers[-1]
         at = STEP.search(part)
         return _Place(rest, model, step, part[: at.start()].strip("-_.") if at else "")
-    config = content.get("config") if isinstance(content.get("config"), dict) else {}
+    config = _config(content)
     step = step_number(_argument(content, "revision") or str(config.get("model_revision") or ""))
     pieces = named.rstrip("/").split("/")
     if step is None:
@@ -196,7 +205,10 @@ def _apart(found: list[tuple[Path, dict[str, Any], _Place]]) -> set[str]:
 
 
 def _read(root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The result files below a folder, with their content. Output of studies is skipped; other JSON is skipped with a note."""
+    """The result files below a folder, with their content.
+
+    Output of studies is skipped; other JSON is skipped with a note.
+    """
     check(root.is_dir(), f"study.results={root}: no such folder")
     files = sorted(
         p
@@ -229,7 +241,8 @@ def _read(root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 def read_results(root: Path) -> dict[str, list[Results]]:
     """All result files below a folder: model -> results by rising step.
 
-    Raises: UserError naming the file where one cannot be read, has no step, or contradicts a second file of the same step; or
+    Raises: UserError naming the file where one cannot be read, has no step, or contradicts a second file of the same
+        step; or
         where the folder has no results.
     """
     files = [(file, content, _place(file.relative_to(root), content)) for file, content in _read(root)]

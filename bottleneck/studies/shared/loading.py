@@ -38,7 +38,7 @@ def log_memory(series: list[Checkpoint], device: torch.device, work_bytes: float
     for cp in {cp.model: cp for cp in series}.values():
         try:
             count = _parameters(cp.backbone)
-        except Exception as error:  # families whose code needs more than a config; loading reports what is wrong, if it is
+        except Exception as error:  # whatever a family raises; loading reports it
             log.info("memory: the size of %s is unknown before it is loaded (%s)", cp.label, type(error).__name__)
             continue
         wide = cp.backbone.dtype == "float32" or (cp.backbone.dtype == "auto" and device.type == "cpu")
@@ -69,7 +69,8 @@ def _parameters(backbone: BackboneConfig) -> int:
 def loaded(cp: Checkpoint, device: torch.device, shapes: Shapes) -> Iterator[Backbone]:
     """The checkpoint's backbone on a device; its memory is freed afterwards.
 
-    Raises: UserError where it cannot be loaded, has NaN weights, or has another shape than its model's first checkpoint.
+    Raises: UserError where it cannot be loaded, has NaN weights, or has another shape than its model's first
+        checkpoint.
     """
     try:
         backbone = Backbone.load(cp.backbone, device)
@@ -91,7 +92,8 @@ def loaded(cp: Checkpoint, device: torch.device, shapes: Shapes) -> Iterator[Bac
 def visit(cp: Checkpoint, device: torch.device, shapes: Shapes, work: Callable[[Backbone], T]) -> T:
     """`work(backbone)` of one checkpoint, whose weights are freed before this returns.
 
-    In a loop use this, not `with loaded(…) as backbone`: the bound name would hold one model while the next one is loaded.
+    In a loop use this, not `with loaded(…) as backbone`: the bound name would hold one model while the next one is
+    loaded.
     """
     backbone: Optional[Backbone] = None
     try:

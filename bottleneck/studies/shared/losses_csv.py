@@ -27,7 +27,8 @@ def read_losses(file: Path, tokens_per_step: int) -> list[dict[str, Any]]:
     """Losses from a CSV with the columns model, parameters, step (or tokens), loss, and optionally stderr.
 
     Returns: for each model `model`, `parameters` and `checkpoints`, with rising steps.
-    Raises: UserError naming the file and line for missing columns, values that are not numbers or outside `LIMITS`, and steps
+    Raises: UserError naming the file and line for missing columns, values that are not numbers or outside `LIMITS`,
+        and steps
         that do not rise.
     """
     check(file.is_file(), f"study.losses={file}: no such file")

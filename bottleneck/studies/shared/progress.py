@@ -57,7 +57,9 @@ class StudyProgress:
         elif self.shown and now - self.said > LINE_SECONDS:
             self.said = now
             left = (now - self.began) * (1 / max(share, 1e-3) - 1)
-            self._print(f"{self.unit} {self.done + 1}/{self.total} {self.label}: {100 * share:.0f} %, {left:.0f} s left")
+            self._print(
+                f"{self.unit} {self.done + 1}/{self.total} {self.label}: {100 * share:.0f} %, {left:.0f} s left"
+            )
 
     def end(self, note: str, kept: bool = False) -> None:
         """Close the current part. `kept`: it was computed by an earlier run, so its time says nothing."""

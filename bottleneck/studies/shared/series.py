@@ -79,7 +79,9 @@ def _series(backbone: BackboneConfig, name: str, steps: Optional[list[int]]) -> 
     if not folder.is_dir():
         if steps is None:
             return [Checkpoint(name, step_number(backbone.revision or ""), backbone)]
-        named = f"backbone.revision={backbone.revision}: study.steps={steps[0]}, … names the revisions; give one of them"
+        named = (
+            f"backbone.revision={backbone.revision}: study.steps={steps[0]}, … names the revisions; give one of them"
+        )
         check(backbone.revision is None, named)
         return [Checkpoint(name, s, dataclasses.replace(backbone, revision=f"step{s}")) for s in steps]
     subfolders = {} if backbone.gguf_file else _numbered(folder)
@@ -92,7 +94,10 @@ def _series(backbone: BackboneConfig, name: str, steps: Optional[list[int]]) -> 
         log.info("%s: its checkpoints %s are visited, not the model in the folder itself", folder, names)
     absent = [s for s in steps or [] if s not in subfolders]
     present = ", ".join(map(str, sorted(subfolders))) or "none"
-    check(not absent, f"study.steps: {folder} has no subfolder for step {absent[0] if absent else ""}; there are {present}")
+    check(
+        not absent,
+        f"study.steps: {folder} has no subfolder for step {absent[0] if absent else ''}; there are {present}",
+    )
     out = []
     for number in steps or sorted(subfolders):
         sub = subfolders[number]
@@ -117,7 +122,8 @@ def _numbered(folder: Path) -> dict[int, Path]:
 def check_same_shapes(series: list[Checkpoint]) -> Shapes:
     """Hidden size and vocabulary size of each model.
 
-    Of a Hub model only the first checkpoint is read here, since each needs a request; the others are compared when loaded.
+    Of a Hub model only the first checkpoint is read here, since each needs a request; the others are compared when
+    loaded.
     Raises: UserError where a local checkpoint differs from its model's first.
     """
     shapes: Shapes = {}
