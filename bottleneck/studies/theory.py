@@ -99,7 +99,6 @@ def draw(content: dict[str, Any], file: BinaryIO) -> None:
     left.set_ylim(bottom=min(shown, default=1e-3) / 5)
     energy = sorted(row["tail_weighted"] for row in rows if row["tail_weighted"] > 0)
     middle.plot(energy, [x / 4 for x in energy], "-", lw=1, color="C0", label="bound, slope 1")
-    middle.set_ylim(min(shown, default=1e-3) / 5, 10 * trivial)
     for name, values, style, colour in (
         ("W", t["head"], "-", "C4"),
         ("W Σ^½", t["weighted"], "-", "C0"),
@@ -112,8 +111,11 @@ def draw(content: dict[str, Any], file: BinaryIO) -> None:
     for axes in (left, right):
         axes.set_xlabel("rank r")
     for axes in (left, middle, right):
-        axes.set(xscale="log", yscale="log")
+        if energy and trivial > 0:  # a head of zeros has no logarithms
+            axes.set(xscale="log", yscale="log")
         axes.legend(fontsize=7, frameon=False)
+    if shown and trivial > 0:
+        middle.set_ylim(min(shown) / 5, 10 * trivial)
     figure.suptitle(as_text(f"{content['backbone']} on {content['data']}"), fontsize=10)
     save(figure, file)
 

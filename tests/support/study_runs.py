@@ -1,4 +1,4 @@
-"""What the tests of the studies share: a study in this process, and a series of toy checkpoints."""
+"""Helpers of the studies' tests: a study in this process, a series of toy checkpoints."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file, save_file
 
 from bottleneck.studies.shared.config import register
+from bottleneck.study import own_words, study
 from conftest import ROOT
 
 QUICK = [
@@ -30,13 +31,11 @@ def composed(*overrides: str):
     """The config that `python -m bottleneck.study OVERRIDES` sees."""
     register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("study", overrides=list(overrides))
+        return compose("study", overrides=own_words(overrides))
 
 
 def run_study(folder: Path, *overrides: str) -> dict:
-    """A study in this process. Returns NAME.json as it was written."""
-    from bottleneck.study import study
-
+    """Run a study in this process. Returns: the content of NAME.json."""
     cfg = composed(*overrides)
     study(cfg, folder)
     name = cfg.study.name
@@ -56,7 +55,7 @@ def shell(*overrides: str, timeout: float = 300) -> subprocess.CompletedProcess:
 
 
 def toy_series(backbone: Path, folder: Path, noises: dict[str, float]) -> Path:
-    """Checkpoints of a toy: its head with noise of so many times its own deviation, one folder a name."""
+    """Checkpoints of a toy, one folder for each name: noise of so many standard deviations is added to its head."""
     for i, (name, noise) in enumerate(noises.items()):
         shutil.copytree(backbone, folder / name)
         file = folder / name / "model.safetensors"

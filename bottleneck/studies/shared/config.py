@@ -60,6 +60,7 @@ class StudyConfig:
     trainer: TrainerConfig = group(TrainerConfig)
     tokens: int = key(50_000, "Validation tokens to measure on, the same for every checkpoint.", read=Any)
     study: Any = key(None, "Keys of the study that study=NAME chose.")
+    plugin: list[str] = key([], "Python file, or folder, with extensions; or a list of them. Loaded first.", read=Any)
 
 
 def register() -> None:

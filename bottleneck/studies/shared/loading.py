@@ -45,7 +45,7 @@ def log_memory(series: list[Checkpoint], device: torch.device, work_bytes: float
         # GGUF is unpacked to float32 beside the model that takes it
         largest = max(largest, count * ((4 if wide else 2) + (4 if cp.backbone.gguf_file else 0)))
     log.info(
-        "memory: up to %.2f GiB for one model's weights and %.2f GiB of working memory, besides about 0.6 GiB of Python",
+        "memory: up to %.2f GiB for one model's weights and %.2f GiB to work with, besides about 0.6 GiB of Python",
         largest / 2**30,
         work_bytes / 2**30,
     )
