@@ -1,7 +1,7 @@
 """Speed measured against peers: python -m bottleneck.benchmark NAME [--csv FILE]
 
-A benchmark is a module of this package with `NAME`, `add_arguments(parser)` and `run(args) -> list[Row]`; it is imported
-only when it is asked for.
+A benchmark is a module of this package with `NAME`, `add_arguments(parser)` and `run(args) -> list[Row]`. It is
+imported when it is chosen.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from bottleneck.core.errors import Parser, check
 
 WIDTH = 130  # of the table at least, also where the output is a file
 BENCHMARKS = {
-    "heads": "one head step against PyTorch, Liger and cut-cross-entropy: time, memory, error",
-    "sweep": "one pass that trains all ranks against one ordinary Lightning run a rank",
+    "heads": "one head step against PyTorch, QuACK, Liger and cut-cross-entropy: time, memory, error",
+    "sweep": "one pass that trains all ranks against one ordinary Lightning run per rank",
     "scale": "one sweep on 1, 2, 4 … GPUs: tokens/s, where a step's time goes, memory",
-    "killed": "one process of a run killed under torchrun: time lost, heads right or not",
+    "killed": "one process of a run killed under torchrun: time lost, heads compared",
     "data": "preparing tokens against datasets.map, and loading prepared tokens",
-    "forward": "the frozen backbone's hidden states a second, as it is and compiled",
+    "forward": "hidden states per second of the frozen backbone, eager and compiled",
 }
 
 
@@ -49,7 +49,7 @@ def command(argv: list[str]) -> list[table.Row]:
 
 
 def main(argv: Optional[list[str]] = None) -> int:
-    """Returns the exit code: 2 for bad input, told in one line."""
+    """Return the exit code: 2 for bad input, reported in one line."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     work = sys.argv[1:] if argv is None else argv
     return cli.one_line_errors(lambda: command(work), after_interrupt="no rows are written")

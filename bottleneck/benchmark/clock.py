@@ -8,17 +8,20 @@ import torch
 
 from bottleneck.benchmark.table import timed
 
-LONGEST = 2.0  # seconds that the repeats of one measurement take on a GPU; at least 5 are made
+LONGEST = 2.0  # seconds for the repeats of one measurement on a GPU, of which there are at least 5
 
 
 def seconds(work: Callable[[], Any], device: str, repeats: int) -> list[float]:
-    """Times of `repeats` calls after warm-up: events on a GPU (its level-2 cache swept before each), a clock on a CPU."""
+    """Return the seconds of `repeats` calls after warm-up.
+
+    Measured by events on a GPU, whose level-2 cache is swept before each call, and by a clock on a CPU.
+    """
     if device == "cpu":
         work()
         return [timed(work)[0] for _ in range(repeats)]
     work()
     torch.cuda.synchronize()
-    once = timed(lambda: (work(), torch.cuda.synchronize()))[0]
+    once = timed(lambda: _finished(work))[0]
     repeats = min(repeats, max(5, int(LONGEST / once)))
     for _ in range(min(10, repeats)):
         work()
@@ -33,8 +36,13 @@ def seconds(work: Callable[[], Any], device: str, repeats: int) -> list[float]:
     return [start.elapsed_time(end) / 1e3 for start, end in marks]
 
 
+def _finished(work: Callable[[], Any]) -> None:
+    work()
+    torch.cuda.synchronize()
+
+
 def peak_mib(work: Callable[[], Any], device: str) -> float | None:
-    """Most memory that one call holds beyond what was there before, in MiB; None on a CPU, which does not count it."""
+    """Return the peak memory of one call beyond what was in use before, in MiB; None on a CPU."""
     if device == "cpu":
         return None
     torch.cuda.synchronize()

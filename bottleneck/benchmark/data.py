@@ -1,11 +1,12 @@
 """Text to tokens against plain `datasets.map` with the same tokenizer, and prepared tokens to batches.
 
-Every measurement runs in a fresh process; the implementations take turns, so that what else runs on the machine meets all.
+Every measurement runs in a fresh process. The implementations take turns, so other load on the machine meets all.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import multiprocessing
 import resource
 import tempfile
@@ -100,20 +101,18 @@ def _prepare(cfg: DataConfig, backbone: BackboneConfig) -> list[tuple[str, float
 
 
 def _map(cfg: DataConfig, backbone: BackboneConfig) -> list[tuple[str, float, int, float]]:
-    """`load_dataset(…).map(…)` on all cores, as it stands in tutorials; with and without the time of reading the files."""
+    """Measure the tutorials' `load_dataset(…).map(…)` on all cores, with and without the time to read the files."""
     tokenizer = load_tokenizer(backbone)
     source = Source(cfg)
     reading = mapping = 0.0
     tokens = 0
     with tempfile.TemporaryDirectory() as folder:
         for reader, files, options in source.readers(source.files + source.validation_files):
-            seconds, rows = timed(
-                lambda: datasets.load_dataset(reader, data_files=files, split="train", cache_dir=folder, **options)
-            )
+            load = functools.partial(datasets.load_dataset, reader, data_files=files, split="train", **options)
+            seconds, rows = timed(functools.partial(load, cache_dir=folder))
             reading += seconds
-            seconds, mapped = timed(
-                lambda: rows.map(lambda batch: tokenizer(batch[cfg.text_field]), batched=True, num_proc=cores())
-            )
+            tokenize = functools.partial(_tokenize, tokenizer, cfg.text_field)
+            seconds, mapped = timed(functools.partial(rows.map, tokenize, batched=True, num_proc=cores()))
             mapping += seconds
             lengths = (
                 len(ids) for table in mapped.with_format("arrow").iter(1000) for ids in table.column("input_ids")
@@ -124,25 +123,29 @@ def _map(cfg: DataConfig, backbone: BackboneConfig) -> list[tuple[str, float, in
     return [("datasets.map", mapping, tokens, peak), ("load_dataset + map", reading + mapping, tokens, peak)]
 
 
+def _tokenize(tokenizer: Any, column: str, batch: dict[str, Any]) -> Any:
+    return tokenizer(batch[column])
+
+
 def _load(cfg: DataConfig, backbone: BackboneConfig, repeats: int) -> list[Row]:
-    """The training loader over prepared tokens, for each shape that the text has enough tokens for."""
+    """Measure the training loader over prepared tokens, for each shape that the text is long enough for."""
     with tempfile.TemporaryDirectory() as folder:
         corpus = prepare(replace(cfg, cache_dir=folder), load_tokenizer(backbone))
         return list(_loader_rows(corpus, repeats))
 
 
-def _loader_rows(corpus, repeats: int) -> Iterator[Row]:
+def _read(data: TextData) -> None:
+    for _ in StatefulDataLoader(data._steps(0, 1), batch_size=None):
+        pass
+
+
+def _loader_rows(corpus: Any, repeats: int) -> Iterator[Row]:
     for block, batch in SHAPES:
         steps = min(LOADED, len(corpus.train) - 1) // block // batch
         if steps == 0:
             continue
         data = TextData(corpus, block, batch, steps, 1, 0, None)
-
-        def once() -> None:
-            for _ in StatefulDataLoader(data._steps(0, 1), batch_size=None):
-                pass
-
-        seconds = [timed(once)[0] for _ in range(repeats)]
+        seconds = [timed(functools.partial(_read, data))[0] for _ in range(repeats)]
         yield row(
             "load",
             f"{batch} x {block}, {steps} steps",

@@ -1,4 +1,4 @@
-"""Hidden states a second: the frozen backbone without its head, as it is and with its layers compiled."""
+"""Hidden states per second: the frozen backbone without its head, eager and with its layers compiled."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> list[Row]:
         as_count("--" + name.replace("_", "-"), getattr(args, name))
     backbone = Backbone(shapes.random_backbone(args.shape, device), args.shape)
     batch = (args.micro_batch, args.block)
-    ids = torch.randint(shapes.VOCAB, batch, device=device)
+    ids = torch.randint(shapes.shape(args.shape).vocab, batch, device=device)
     case = f"{args.shape}, {args.micro_batch} x {args.block}"
     rows = []
     for label in ("eager", "layers compiled"):

@@ -1,4 +1,4 @@
-"""One process of a run killed by SIGKILL under torchrun: how long until the group is where it was, and whether its heads are right.
+"""Kill one process of a run under torchrun by SIGKILL; measure the time lost and compare the heads.
 
 python -m bottleneck.benchmark killed --shape pythia-1b --processes 4
 """
@@ -41,7 +41,7 @@ def trains(pid: int) -> bool:
 
 
 def differences(a: Path, b: Path) -> float:
-    """The largest difference of two runs' heads, over the largest entry of each tensor; 0 where they are the same bits."""
+    """Return the largest relative difference between two runs' heads; 0 where they are bit-identical."""
     worst = 0.0
     for file in sorted((a / "heads").iterdir()):
         one, other = load_file(file), load_file(b / "heads" / file.name)

@@ -1,4 +1,4 @@
-"""`python train.py` as it stands, in a process of its own, on a shape with random weights and random tokens; and what it logged."""
+"""Run `python train.py` in its own process, on a shape with random weights and random tokens, and read its log."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from bottleneck.config.checks import as_count
 from bottleneck.core.errors import UserError, check
 from bottleneck.core.paths import ROOT
 
-PATIENCE = 100.0  # seconds after a Ctrl-C: a step, a checkpoint, and torch's agent, which waits for its processes
+PATIENCE = 100.0  # seconds after a Ctrl-C: a step, a checkpoint, and torch's agent waiting for its processes
 PARTS = ("forward", "heads", "reduction", "optimizer")
 
 
 class Case(NamedTuple):
-    """A run that is measured. batch: sequences in an optimizer step, of all processes; rates: heads at each rank."""
+    """A measured run. batch: sequences in an optimizer step, over all processes; rates: heads at each rank."""
 
     shape: str
     ranks: list[int]
@@ -47,7 +47,7 @@ class Case(NamedTuple):
 
 
 class Logged(NamedTuple):
-    """seconds of each step after the first; median seconds of each part; most memory of one GPU in MiB, or None."""
+    """Seconds of each step after the first, median seconds of each part, peak memory of one GPU in MiB or None."""
 
     seconds: list[float]
     parts: dict[str, float]
@@ -55,9 +55,9 @@ class Logged(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser, steps: int) -> None:
-    """What a benchmark of `train.py` on a shape takes; `steps`: the default of --steps."""
+    """Declare the arguments of a benchmark of `train.py` on a shape. Args: steps: the default of --steps."""
     parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="of train.py: trainer=fsdp, backbone.compile=true"
+        "overrides", nargs="*", metavar="KEY=VALUE", help="overrides of train.py: trainer=fsdp, backbone.compile=true"
     )
     parser.add_argument(
         "--shape", default="pythia-160m", help=f"one of {', '.join(shapes.SHAPES)} (default: pythia-160m)"
@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser, steps: int) -> None:
 
 
 def read_ranks(args: argparse.Namespace) -> list[int]:
-    """The ranks of a benchmark, its other numbers checked. Raises UserError."""
+    """Check a benchmark's numbers and return its ranks. Raises UserError."""
     for name in ("rates", "steps", "batch", "micro_batch", "block"):
         as_count("--" + name.replace("_", "-"), getattr(args, name))
     if not args.ranks:
@@ -87,7 +87,7 @@ def read_ranks(args: argparse.Namespace) -> list[int]:
         all(w.isdigit() and int(w) > 0 for w in args.ranks.split(",")),
         f"--ranks {args.ranks}: must be whole numbers with commas between",
     )
-    top = shapes.shape(args.shape)[0]
+    top = shapes.shape(args.shape).hidden
     ranks = [int(r) for r in args.ranks.split(",")]
     check(max(ranks) <= top, f"--ranks {args.ranks}: allowed are 1 to {top}, the hidden size of {args.shape}")
     return ranks
@@ -95,14 +95,14 @@ def read_ranks(args: argparse.Namespace) -> list[int]:
 
 @contextlib.contextmanager
 def inputs(shape: str, tokens: int) -> Iterator[tuple[Path, Path]]:
-    """Folders of a backbone's shape and of that many prepared tokens."""
+    """Make temporary folders of a backbone's shape and of that many prepared tokens."""
     with tempfile.TemporaryDirectory() as name:
         backbone = shapes.backbone_folder(shape, Path(name) / "backbone")
-        yield backbone, shapes.tokens_folder(Path(name) / "tokens", tokens)
+        yield backbone, shapes.tokens_folder(Path(name) / "tokens", tokens, shapes.shape(shape).vocab)
 
 
 def overrides(c: Case, backbone: Path, tokens: Path) -> list[str]:
-    """Of train.py, all but the run's folder; the case's own come last."""
+    """Return the overrides of train.py for a case, all but the run's folder; the case's own come last."""
     rates = [round(1e-3 * 1.5**i, 6) for i in range(c.rates)]
     sharded = any(
         o in ("trainer=fsdp", "trainer=deepspeed_zero3") or o.startswith("trainer.shard=") for o in c.overrides
@@ -132,21 +132,19 @@ def overrides(c: Case, backbone: Path, tokens: Path) -> list[str]:
 
 
 def family(pid: int) -> list[int]:
-    """A process and those that it started, however deep, as long as they are there."""
+    """Return a living process and all its descendants."""
     found = [pid]
     for parent in found:
         for path in Path(f"/proc/{parent}/task").glob("*/children"):
-            try:
+            with contextlib.suppress(OSError):
                 found += [int(p) for p in path.read_text().split() if int(p) not in found]
-            except OSError:
-                pass
     return found
 
 
 def stop(process: subprocess.Popen, patience: float = 0.0) -> None:
-    """End a run with all its processes, which torch starts in sessions of their own.
+    """End a run and all its processes, which torch starts in their own sessions.
 
-    Args: patience: seconds that it has after a Ctrl-C to end by itself.
+    Args: patience: seconds for it to end by itself after a Ctrl-C.
     """
     if process.poll() is None and patience:
         process.send_signal(signal.SIGINT)
@@ -160,7 +158,7 @@ def stop(process: subprocess.Popen, patience: float = 0.0) -> None:
 
 
 def _call(command: list[str]) -> int:
-    """Exit code of a command. It is not outlived by what it started, also where this process is interrupted."""
+    """Return the exit code of a command; its processes end with it, also if this process is interrupted."""
     process = subprocess.Popen(command, cwd=ROOT, stdout=sys.stderr)
     try:
         return process.wait()
@@ -169,7 +167,7 @@ def _call(command: list[str]) -> int:
 
 
 def measure(c: Case, backbone: Path, tokens: Path) -> Logged:
-    """Run it. Raises UserError where it fails; its own output is on stderr."""
+    """Run a case. Raises UserError if it fails; its output goes to stderr."""
     with tempfile.TemporaryDirectory() as run:
         command = [sys.executable, str(ROOT / "train.py"), *overrides(c, backbone, tokens), f"hydra.run.dir={run}"]
         code = _call(command)

@@ -10,7 +10,9 @@ A star marks a best rate at the edge of those tried.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from hydra import compose, initialize_config_dir
@@ -28,7 +30,7 @@ def rates(spec: str) -> list[float]:
     return [float(f"{r:.3g}") for r in np.geomspace(float(low), float(high), int(count))]
 
 
-def report(curve: dict, rule) -> None:
+def report(curve: dict[str, Any], rule: Callable[[int], float]) -> None:
     print(f"{'rank':>5} {'best rate':>10} {'loss':>8} {'at start':>9} | {'rule':>9} {'loss':>8} {'worse by':>9}")
     for rank in sorted({h["rank"] for h in curve["heads"]}):
         heads = [h for h in curve["heads"] if h["rank"] == rank and h["status"] == "ok"]

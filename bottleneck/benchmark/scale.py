@@ -1,4 +1,4 @@
-"""The same sweep on 1, 2, 4 … GPUs of this machine, the same batch a GPU: tokens/s, where a step's time goes, memory.
+"""One sweep on 1, 2, 4 … GPUs of this machine with the same batch per GPU: tokens/s, parts of a step, memory.
 
 python -m bottleneck.benchmark scale --shape pythia-1b --processes 1,2,4
 python -m bottleneck.benchmark scale --shape neox-30b --processes 4 --ranks 64,512,2048 trainer=fsdp
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read(args: argparse.Namespace) -> tuple[list[int], list[int], str]:
-    """Numbers of processes, ranks, and the device. Raises UserError for what cannot be measured."""
+    """Return the numbers of processes, the ranks and the device. Raises UserError for what cannot be measured."""
     ranks = ours.read_ranks(args)
     check(args.steps > 2, "--steps: the first step is warm-up, give 3 or more")
     gpus = torch.cuda.device_count()
@@ -44,7 +44,8 @@ def read(args: argparse.Namespace) -> tuple[list[int], list[int], str]:
 
 def run(args: argparse.Namespace) -> list[Row]:
     counts, ranks, device = read(args)
-    said, rows, first = Console(stderr=True), [], None
+    said, first = Console(stderr=True), None
+    rows: list[Row] = []
     with ours.inputs(args.shape, args.steps * max(counts) * args.batch * args.block) as (backbone, tokens):
         faults: list[str] = []
         for n in counts:
@@ -62,7 +63,9 @@ def run(args: argparse.Namespace) -> list[Row]:
             said.print(f"{case.name} on {n}", highlight=False)
             try:
                 found = ours.measure(case, backbone, tokens)
-            except KeyboardInterrupt:  # or the end of its time, see bottleneck/benchmark/gpus.sh: what was measured is not lost
+            except (
+                KeyboardInterrupt
+            ):  # or the end of its time, see bottleneck/benchmark/gpus.sh: what was measured is not lost
                 if not rows:
                     raise
                 said.print(f"interrupted on {n}; the rows before are kept", highlight=False)

@@ -1,11 +1,14 @@
-"""What one writes without this project: an ordinary Lightning script that trains one low-rank head on a frozen backbone.
+"""The script that one writes without this project: Lightning trains one low-rank head on a frozen backbone.
 
-Eager logits and `F.cross_entropy`, AdamW, mixed precision, gradients accumulated by Lightning; one run a rank.
+Eager logits and `F.cross_entropy`, AdamW, mixed precision, gradients accumulated by Lightning; one run per rank.
 """
 
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -19,7 +22,8 @@ class Blocks(Dataset):
     """Sequences of T + 1 token ids in a row of prepared tokens."""
 
     def __init__(self, path: str, block: int):
-        self.tokens, self.block = np.memmap(path, dtype=np.uint16, mode="r"), block
+        dtype = json.loads(Path(path).with_name("manifest.json").read_text())["dtype"]
+        self.tokens, self.block = np.memmap(path, dtype=np.dtype(dtype), mode="r"), block
 
     def __len__(self) -> int:
         return (len(self.tokens) - 1) // self.block
@@ -31,7 +35,7 @@ class Blocks(Dataset):
 class StockHead(pl.LightningModule):
     """A frozen backbone and one head of a rank."""
 
-    def __init__(self, model: nn.Module, rank: int, lr: float):
+    def __init__(self, model: Any, rank: int, lr: float):
         super().__init__()
         self.body, self.lr = model.base_model.requires_grad_(False).eval(), lr
         d, V = model.config.hidden_size, model.config.vocab_size
@@ -48,7 +52,7 @@ class StockHead(pl.LightningModule):
 
 
 class StepTimes(pl.Callback):
-    """When each optimizer step was done."""
+    """Times at which optimizer steps ended."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
@@ -63,7 +67,7 @@ class StepTimes(pl.Callback):
 def step_seconds(
     model: nn.Module, rank: int, tokens: str, block: int, batch: int, micro: int, steps: int
 ) -> list[float]:
-    """Seconds of every optimizer step but the first."""
+    """Return the seconds of every optimizer step but the first."""
     gpu = torch.cuda.is_available()
     times = StepTimes()
     trainer = pl.Trainer(

@@ -1,9 +1,10 @@
-"""One pass that trains every rank against one ordinary Lightning run a rank: same tokens, same batch, same machine.
+"""One pass that trains every rank against one ordinary Lightning run per rank: same tokens, same batch, same machine.
 
-Ours is `python train.py` as it stands, in a process of its own; its speed is the one it logs. The backbone has random weights
-and the tokens are random, since speed depends on shapes alone. A backbone that needs several GPUs:
+Ours is `python train.py` in its own process; its speed is the one it logs. The backbone has random weights and the
+tokens are random, since speed depends on shapes alone. A backbone that needs several GPUs:
 
-    python -m bottleneck.benchmark sweep --shape neox-30b --ranks 64,512,2048 --stock-steps 0 trainer=fsdp trainer.devices=2
+    python -m bottleneck.benchmark sweep --shape neox-30b --ranks 64,512,2048 --stock-steps 0 \\
+        trainer=fsdp trainer.devices=2
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def _stock(args: argparse.Namespace, ranks: list[int], tokens: Path, device: str
         )
         rows.append(row(NAME, f"{args.shape}, r={rank}", "stock, one head", times, step, "tokens", device=device))
         _tell(said, rows[-1])
-        total[0] += rows[-1].p50 * args.rates  # a run a rate; their speed does not depend on the rate
+        total[0] += rows[-1].p50 * args.rates  # one run per rate; speed does not depend on the rate
     heads = len(ranks) * args.rates
     rows.append(row(NAME, f"{args.shape}, {heads} heads", f"stock, {heads} runs", total, step, "tokens", device=device))
     return rows

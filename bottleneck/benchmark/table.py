@@ -95,7 +95,7 @@ def _records(rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def write_csv(rows: list[Row], path: Path) -> None:
-    """Every row with hardware, versions, commit and date. Raises OSError where it cannot be written; then nothing is left."""
+    """Write every row with hardware, versions, commit and date. Raises OSError, and then leaves no file."""
     columns = [f.name for f in fields(Row)] + ["hardware", *environment()]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")

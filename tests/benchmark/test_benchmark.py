@@ -5,11 +5,14 @@ from __future__ import annotations
 import csv
 import json
 
+import numpy as np
 import pytest
+import torch
+import transformers
 from rich.console import Console
 
 from bottleneck.benchmark import __main__ as benchmark
-from bottleneck.benchmark import table
+from bottleneck.benchmark import hidden, shapes, stock, table
 from bottleneck.core.environment import cores
 from conftest import sentences
 
@@ -59,7 +62,7 @@ def test_a_tiny_run_of_data(tmp_path, toy_backbone, capfd):
 
 
 def test_a_tiny_run_of_heads(tmp_path):
-    """Every implementation that is here, on the same tensors, beside float32."""
+    """Every installed implementation on the same tensors, compared with float32."""
     assert (
         benchmark.main(
             [
@@ -87,12 +90,48 @@ def test_a_tiny_run_of_heads(tmp_path):
     assert all(float(r[e]) < 1e-6 for r in compared for e in ("loss_error", "dA_error", "dB_error"))
 
 
+def test_real_hidden_states_and_several_memories(tmp_path, toy_backbone):
+    """A rank-d head on real hidden states has the original head's loss; a note compares with the best peer."""
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(sentences(3, 40, words=60)))
+    argv = ["heads", "--backbone", str(toy_backbone), "--text", str(text), "--tokens", "96", "--ranks", "2"]
+    assert benchmark.main([*argv, "--repeats", "1", "--skip", "torch native", "--csv", str(tmp_path / "r.csv")]) == 0
+    with open(tmp_path / "r.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert {"eager", "bare products"} < {r["implementation"] for r in rows}
+    assert "torch native" not in " ".join(r["implementation"] for r in rows)
+    assert all("x eager" in r["note"] for r in rows if r["implementation"].startswith("ours"))
+    real = hidden.read(toy_backbone, text, 96, "cpu")
+    c = real.case(real.W_VD.shape[1])
+    assert torch.allclose(c.h @ c.B.T @ c.A.T, real.h_ND @ real.W_VD.T, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", shapes.SHAPES)
+def test_every_shape_is_a_model_of_its_family(name):
+    """The config is one that Transformers takes; sizes are those of the table."""
+    config = shapes._config(name)
+    s = shapes.SHAPES[name]
+    assert (config.hidden_size, config.vocab_size, config.num_hidden_layers) == (s.hidden, s.vocab, s.layers)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    assert model.get_output_embeddings().weight.shape == (s.vocab, s.hidden)
+
+
+def test_tokens_of_a_large_vocabulary_need_four_bytes(tmp_path):
+    for vocab, dtype in ((50_304, "uint16"), (262_144, "int32")):
+        folder = shapes.tokens_folder(tmp_path / dtype, 1000, vocab, validation=10)
+        assert json.loads((folder / "manifest.json").read_text())["dtype"] == dtype
+        ids = np.fromfile(folder / "train.bin", dtype=dtype)
+        assert len(ids) == 1001 and ids.min() >= 0 and ids.max() < vocab
+        assert stock.Blocks(str(folder / "train.bin"), 100)[0].tolist() == ids[:101].tolist()
+
+
 SMALL = ["--shape", "tiny", "--batch", "2", "--micro-batch", "2", "--block", "64", "--ranks", "8,64"]
 
 
 @pytest.mark.slow
 def test_a_sweep_on_one_and_two_processes(tmp_path):
-    """bottleneck/benchmark/gpus.sh is these two benchmarks on any number of GPUs."""
+    """bottleneck/benchmark/gpus.sh runs these two benchmarks on any number of GPUs."""
     assert (
         benchmark.main(
             [
@@ -122,7 +161,7 @@ def test_a_sweep_on_one_and_two_processes(tmp_path):
 
 
 @pytest.mark.slow
-def test_one_pass_stands_beside_a_stock_run_a_rank(tmp_path):
+def test_one_pass_is_compared_with_one_stock_run_per_rank(tmp_path):
     assert (
         benchmark.main(
             ["sweep", *SMALL, "--steps", "3", "--stock-steps", "2", "--rates", "3", "--csv", str(tmp_path / "rows.csv")]
@@ -136,7 +175,7 @@ def test_one_pass_stands_beside_a_stock_run_a_rank(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_process_is_told_with_what_it_cost(tmp_path):
+def test_a_killed_process_is_reported_with_its_cost(tmp_path):
     assert (
         benchmark.main(
             [
@@ -172,6 +211,9 @@ def test_a_killed_process_is_told_with_what_it_cost(tmp_path):
         (["sweep", "--ranks", "8,1024"], "--ranks 8,1024: allowed are 1 to 768, the hidden size of pythia-160m"),
         (["scale", "--steps", "2"], "--steps: the first step is warm-up"),
         (["killed", "--steps", "12"], "--steps 12: give 13 or more"),
+        (["heads", "--ranks", "8,x"], "--ranks 8,x: must be whole numbers with commas between"),
+        (["heads", "--backbone", "nowhere"], "--backbone nowhere: no folder of a backbone"),
+        (["heads", "--text", "a.txt"], "--text: is read with --backbone only"),
         (["data", "--repeats", "0"], "--repeats=0: must be a whole number"),
     ],
 )
