@@ -17,10 +17,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import contextlib
 import dataclasses
 import datetime
-import functools
 import logging
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Any, Optional
@@ -41,17 +39,18 @@ from bottleneck.backbone.model import Backbone, FullHead, label, load_shape, loa
 from bottleneck.cli import one_line_errors as cli
 from bottleneck.config import checks
 from bottleneck.config import schema as config
+from bottleneck.config.head_options import head_options
 from bottleneck.config.schema import TrainConfig
 from bottleneck.core.environment import environment
 from bottleneck.core.errors import LostPeers, Stopped, UserError, check
+from bottleneck.core.extensions import HEAD_KINDS, OBJECTIVES, STARTS
 from bottleneck.core.run_file import write_run_file
 from bottleneck.data.module import TextData, leading_bos
 from bottleneck.data.prepare import prepare
 from bottleneck.evaluation.agreement import bands_of
-from bottleneck.heads import closed_forms as initial
 from bottleneck.heads.bank import HeadBank
-from bottleneck.heads.refine import refine
-from bottleneck.losses.distill import Objective
+from bottleneck.heads.starting import start_bank
+from bottleneck.losses.objective import BoundObjective
 from bottleneck.results import curve
 from bottleneck.training import (
     checkpoint,
@@ -159,48 +158,19 @@ def build_trainer(c: TrainConfig, steps: int, run_dir: Path, flag: stopping.Flag
 
 
 def start_heads(c: TrainConfig, backbone: Backbone, full: FullHead, data: TextData, bank: HeadBank) -> None:
-    """Give every head its start, from the first sequences of the training order; closed forms are of the head `full`."""
+    """Give every head its start, from the first sequences of the training order; closed forms approximate the head `full`."""
     log.info("starting heads: %s, %d calibration tokens", c.head.init, c.head.calibration_tokens)
-    if len(c.seed) > 1 and c.head.init in ("fisher", "refined", "svd"):
-        log.warning(
-            "seed=%s: head.init=%s has nothing random, heads of different seeds will be equal", c.seed, c.head.init
-        )
     ids = data.calibration(c.head.calibration_tokens).to(backbone.lm_head.weight.device)
-    hidden: Any = (
-        backbone(part[:, :-1]) for part in report_progress("calibrating", ids.split(c.trainer.micro_batch_size))
-    )
-    if c.head.init == "refined":
-        hidden = list(hidden)  # read once a pass
-    moments = initial.calibrate(hidden, full)
-    start = initial.starts("fisher" if c.head.init == "refined" else c.head.init, full, moments)
-    if c.head.init == "refined":
-        start = _refined(c, full, bank, start, hidden, moments)
-    for key in bank.keys:
-        bank[key].set(*start(key))
-    if bank.whiten_DD is not None:
-        one = torch.eye(backbone.hidden_size, dtype=torch.float64)
-        root, inverse = initial.roots(moments.cov_DD) if c.head.whiten else (one, one)
-        bank.use_coordinates(root / c.optim.lr_ratio, inverse * c.optim.lr_ratio)
-
-
-def _refined(
-    c: TrainConfig, full: FullHead, bank: HeadBank, start: Any, hidden: list[torch.Tensor], moments: initial.Calibration
-) -> Any:
-    """Starts taught on the calibration tokens, as `initial.starts` gives them."""
-    # heads that differ in their rate alone start alike
-    alike = {(key.rank, key.seed): key for key in bank.keys}
-    log.info("refining %d starts: %d passes", len(alike), c.head.passes)
-    began = time.monotonic()
-    taught = refine(
-        [start(key) for key in alike.values()],
-        hidden,
+    start_bank(
+        bank,
+        c.head.init,
         full,
-        moments,
-        c.head.passes,
-        watch=functools.partial(report_progress, "refining"),
+        (backbone(part[:, :-1]) for part in report_progress("calibrating", ids.split(c.trainer.micro_batch_size))),
+        options=head_options(c.head, STARTS[c.head.init].options),
+        whiten=c.head.whiten,
+        lr_ratio=c.optim.lr_ratio,
+        watch=report_progress,
     )
-    log.info("refined in %.1f s", time.monotonic() - began)
-    return lambda key: taught[list(alike).index((key.rank, key.seed))]
 
 
 def train(cfg: DictConfig, run_dir: Path) -> Result:
@@ -274,7 +244,16 @@ def _train(cfg: DictConfig, run_dir: Path, at_end: contextlib.ExitStack) -> Resu
         c.data.epochs,
     )
 
-    keys = bank_keys(c.optim, c.head.init, ranks, c.seed, hidden_size, vocab_size)
+    keys = bank_keys(
+        c.optim,
+        c.head.init,
+        ranks,
+        c.seed,
+        hidden_size,
+        vocab_size,
+        kind=c.head.kind,
+        options=head_options(c.head, HEAD_KINDS[c.head.kind].options),
+    )
     bank = HeadBank(
         keys,
         vocab_size,
@@ -285,7 +264,7 @@ def _train(cfg: DictConfig, run_dir: Path, at_end: contextlib.ExitStack) -> Resu
         c.head.loss_memory,
     )
     if c.head.teacher == "trained":
-        _ = bank.teacher  # there is one
+        _ = bank.teacher_index  # raises unless there is exactly one
 
     start = resume.verify(start, stored, run_dir, steps, bank=bank)
     if start.path is not None:
@@ -338,10 +317,9 @@ def _train(cfg: DictConfig, run_dir: Path, at_end: contextlib.ExitStack) -> Resu
     full = teacher.head(backbone) if teacher is not None else backbone.head
     if c.head.objective != "ce":
         says = full.float_logits if c.head.teacher != "trained" else None
-        whose = f"{c.head.teacher} of {teacher.run.folder}" if teacher is not None else "the full head"
-        bank.objective = Objective(
-            says, c.head.temperature, 1.0 if c.head.objective == "distill" else c.head.mix, whose
-        )
+        whose = f"{c.head.teacher} of {teacher.run.folder}" if teacher is not None else "the original head"
+        objective = OBJECTIVES[c.head.objective]
+        bank.objective = BoundObjective(objective, head_options(c.head, objective.options), says, whose)
     module = HeadSweep(
         backbone,
         bank,

@@ -11,15 +11,12 @@ from typing import Any, Optional
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from bottleneck.config.declare import freeze
-from bottleneck.config.schema import BY_START, SCHEMA_KEYS, TrainConfig, unknown_key
+from bottleneck.config.head_options import check_options
+from bottleneck.config.schema import BY_NAME, SCHEMA_KEYS, TrainConfig, unknown_key
 from bottleneck.core import plugins
 from bottleneck.core.errors import check
-from bottleneck.core.extensions import LOSSES
+from bottleneck.core.extensions import HEAD_KINDS, LOSSES, OBJECTIVES, STARTS
 
-INITS = ("fisher", "refined", "svd", "scaled", "normal")
-OBJECTIVES = ("ce", "distill", "mixed")
-LR_REF = {"fisher": 2e-3, "refined": 4e-4, "svd": 8e-3, "scaled": 8e-3, "normal": 8e-3}
-GAMMA = {"fisher": 0.8, "refined": 0.8, "svd": 0.6, "scaled": 0.6, "normal": 0.6}
 # `ranks: auto`: powers of two, then the paper's half steps, up to and including the hidden size.
 RANK_LADDER = (8, 16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 YEAR = 366 * 24 * 60  # minutes
@@ -75,8 +72,8 @@ def check_config(cfg: DictConfig) -> TrainConfig:
     Raises: UserError with one line, also for missing values.
     """
     for key, value in _leaves(cfg).items():
-        by_start = key.startswith(tuple(f"{name}." for name in BY_START))
-        check(key in SCHEMA_KEYS or by_start or key.startswith("optim.table."), unknown_key(key))
+        by_name = key.startswith(tuple(f"{name}." for name in BY_NAME))
+        check(key in SCHEMA_KEYS or by_name or key.startswith("optim.table."), unknown_key(key))
         check(value != "", f"{key}=: is empty; give a value, or null (an unset shell variable gives an empty one)")
     missing = sorted(OmegaConf.missing_keys(cfg))
     check(not missing, f"{', '.join(missing)}: no value; give {missing[0] if missing else ''}=… on the command line")
@@ -97,6 +94,8 @@ def check_config(cfg: DictConfig) -> TrainConfig:
     _check_data(c.data)
     _check_head(c.head)
     _check_optim(c.optim)
+    ratio = HEAD_KINDS[c.head.kind].coordinates or c.optim.lr_ratio == 1
+    check(ratio, f"optim.lr_ratio: does not go with head.kind={c.head.kind}, which has no A B")
     checked = freeze(TrainConfig, c)
     _check_trainer(checked)
     return checked
@@ -144,25 +143,24 @@ def _check_source(d: Any) -> None:
 
 
 def _check_head(h: Any) -> None:
-    _one_of("head.init", h.init, INITS)
+    """Kind, start and objective exist, go with the loss implementation, and read every option that is given."""
     _one_of("head.loss_impl", h.loss_impl, ("auto", *LOSSES.names()))
     if h.loss_memory != "auto":
         h.loss_memory = as_count("head.loss_memory", h.loss_memory)
-    _one_of("head.objective", h.objective, OBJECTIVES)
+    kind, objective = HEAD_KINDS[h.kind], OBJECTIVES[h.objective]
+    check_options(h)
     h.calibration_tokens = as_count("head.calibration_tokens", h.calibration_tokens)
     h.passes = as_count("head.passes", h.passes)
     as_rate("head.temperature", h.temperature)
     check(0 < h.mix < 1, f"head.mix={h.mix}: must be between 0 and 1")
-    if h.objective != "ce":
-        impls = ("auto", "chunked", "fused")
-        runs = f"head.objective={h.objective} runs in chunks; allowed are {', '.join(impls)}"
-        check(h.loss_impl in impls, f"head.loss_impl={h.loss_impl}: {runs}")
-    unused = "head.objective=ce does not use it"
-    check(h.objective != "ce" or h.temperature == 1, f"head.temperature={h.temperature}: {unused}")
+    for key, impls in ((f"head.objective={h.objective}", objective.impls), (f"head.kind={h.kind}", kind.impls)):
+        allowed = f"does not go with {key}; allowed are {', '.join(impls or ())}"
+        check(impls is None or h.loss_impl in impls, f"head.loss_impl={h.loss_impl}: {allowed}")
     known = h.teacher in ("own", "trained") or Path(h.teacher).expanduser().is_dir()
     check(known, f"head.teacher={h.teacher}: must be own, trained, or the folder of a finished run")
-    check(h.objective != "ce" or h.teacher == "own", f"head.teacher={h.teacher}: {unused}")
-    check(h.objective == "mixed" or h.mix == 0.5, f"head.mix={h.mix}: only head.objective=mixed uses it")
+    unused = f"head.objective={h.objective} does not use it"
+    check(objective.teacher or h.teacher == "own", f"head.teacher={h.teacher}: {unused}")
+    check(kind.coordinates or not h.whiten, f"head.whiten: does not go with head.kind={h.kind}, which has no A B")
 
 
 def _check_optim(o: Any) -> None:
@@ -184,8 +182,8 @@ def _check_optim(o: Any) -> None:
         unused = f"is given, but optim.lr_rule={o.lr_rule} does not use it; give optim=table"
         check(o.table is None, f"optim.table: {unused}")
     _unique("optim.grid_factors", [as_rate("optim.grid_factors", v) for v in o.grid_factors])
-    o.lr_ref = _by_start("optim.lr_ref", o.lr_ref, LR_REF)
-    o.gamma = _by_start("optim.gamma", o.gamma, GAMMA)
+    o.lr_ref = _by_start("optim.lr_ref", o.lr_ref, {s.name: s.lr_ref for s in STARTS})
+    o.gamma = _by_start("optim.gamma", o.gamma, {s.name: s.gamma for s in STARTS})
     if o.n_ref is not None:
         o.n_ref = as_count("optim.n_ref", o.n_ref)
     two = len(o.betas) == 2 and all(0 <= b < 1 for b in o.betas)
@@ -252,7 +250,11 @@ def check_shapes(c: TrainConfig, hidden_size: int, context: Optional[int]) -> li
         hidden_size: width of what the backbone's head receives.
         context: longest sequence the backbone takes, or None where it has no limit.
     """
-    if c.ranks == "auto":
+    if HEAD_KINDS[c.head.kind].full_rank:
+        full = f"ranks: head.kind={c.head.kind} exists at rank {hidden_size} only; leave ranks out"
+        check(c.ranks in ("auto", [hidden_size]), full)
+        ranks = [hidden_size]
+    elif c.ranks == "auto":
         ranks = [r for r in RANK_LADDER if r < hidden_size] + [hidden_size]
     else:
         ranks = list(c.ranks)

@@ -95,12 +95,16 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """How heads start, and the loss that they are trained on."""
+    """What heads are, how they start, and the loss that they are trained on."""
 
+    kind: str = key("low_rank", "Kind of head: low_rank (W = A B), full (one matrix, rank d).", registry="HEAD_KINDS")
+    options: dict[str, bool | int | float | str | list[int]] = key(
+        {}, "Options of a kind, start or objective that have no key of their own, such as {components: 4}."
+    )
     init: str = key(
         "fisher",
-        "Start: fisher (closed form), refined (fisher, then taught by the full head), svd (of it), scaled (unit "
-        "logits), normal (N(0, 1)).",
+        "Start: fisher (closed form: SVD weighted by a diagonal, token-averaged Fisher matrix), refined (fisher, then "
+        "trained on the original head's predictions), svd (of W), scaled (random, unit logits), normal (N(0, 1)).",
         registry="STARTS",
     )
     calibration_tokens: int = key(
@@ -117,11 +121,15 @@ class HeadConfig:
     )
     objective: str = key(
         "ce",
-        "Loss: ce (cross-entropy on the text), distill (KL from the teacher), mixed (mix * KL + (1 - mix) * "
-        "cross-entropy).",
+        "Loss: ce (cross-entropy on the text), distill (T^2 * KL from the teacher), mixed (mix * T^2 * KL + (1 - mix) "
+        "* cross-entropy).",
         registry="OBJECTIVES",
     )
-    temperature: float = key(1.0, "Objectives distill and mixed: temperature of both softmaxes.")
+    temperature: float = key(
+        1.0,
+        "Objectives distill and mixed: temperature T of both softmaxes. The KL is multiplied by T^2, which keeps its "
+        "gradient about as large at every T.",
+    )
     mix: float = key(0.5, "Objective mixed: share of the KL.")
     teacher: str = key(
         "own",
@@ -241,12 +249,13 @@ class TrainConfig:
 
 TrainNode = composable(TrainConfig)
 BY_START = ("optim.lr_ref", "optim.gamma")  # keys that hold a number, or a number per start
+BY_NAME = (*BY_START, "head.options")  # keys whose entries are checked later: plugins bring their own
 
 
 def register() -> None:
     """Make the schema and the resolvers known to Hydra. Called before a config is composed or read."""
     node = OmegaConf.structured(TrainNode)
-    for name in BY_START:  # which starts there are is checked later: plugins bring their own
+    for name in BY_NAME:
         OmegaConf.set_struct(OmegaConf.select(node, name), False)
     ConfigStore.instance().store(name="train_schema", node=node)
     # ${repo:data/sample}: a path inside this repository, wherever the command is run from

@@ -1,8 +1,8 @@
 """What can be added to the project by one file: starts, head kinds, objectives, losses, metrics and studies.
 
 Each kind of extension has a dataclass that says what a declared object must tell about itself, and a registry of the declared
-objects. Config checks, help, plots and docs read the registries, so no module keeps a list of names. Rooms above `core` declare
-their objects; a registry imports the folder of its built-in objects on first use. Heavy types appear in annotations only.
+objects. Config checks, help, plots and docs read the registries, so no module keeps a list of names. Rooms above `core`
+declare their objects; a registry imports the folder of its built-in objects on first use. Heavy types appear in annotations only.
 
 Dims: n tokens of a chunk, D hidden size, R rank, V vocabulary.
 """
@@ -26,21 +26,23 @@ class Start:
     """How heads begin: `head.init=NAME`.
 
     Attributes:
-        make: (StartInputs) -> function from a head's key to its factors (A [V, R], B [R, D]); see `heads.starting`.
+        make: (`heads.starting.StartInputs`) -> function from a head's key to its factors (A [V, R], B [R, D]).
         closed_form: nothing in it is random, so heads of different seeds start equal.
+        nested: the factors of rank r are the first r columns of A and rows of B of every higher rank.
+        reads_hidden: it reads the hidden states of the calibration tokens, which are then kept until it is done.
         lr_ref, gamma: defaults of `optim.lr_ref` and `optim.gamma` for heads that start so.
-        options: names of the `head.*` keys it reads besides `calibration_tokens`, with their defaults.
-        reads_hidden: it reads the calibration tokens' hidden states themselves, which are then kept until it is done.
+        options: the `head.*` keys it reads besides `calibration_tokens`, with their defaults.
     """
 
     name: str
     summary: str
     make: Callable[..., Any]
     closed_form: bool
+    nested: bool = False
+    reads_hidden: bool = False
     lr_ref: float = 8e-3
     gamma: float = 0.6
     options: Mapping[str, Any] = field(default_factory=dict)
-    reads_hidden: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,19 @@ class HeadKind:
 
     Attributes:
         build: (vocab_size, rank, hidden_size, **options) -> `heads.head.Head`, an nn.Module.
-        options: names of its own `head.options.*` keys, with their defaults.
+        options: its own options (`head.options.*`), with their defaults.
+        impls: values of `head.loss_impl` that can train it; None: any.
+        full_rank: it exists at r = d only; `ranks` is then d.
+        coordinates: it can be trained in other coordinates of h (`head.whiten`, `optim.lr_ratio`).
     """
 
     name: str
     summary: str
     build: Callable[..., Any]
     options: Mapping[str, Any] = field(default_factory=dict)
+    impls: Optional[tuple[str, ...]] = ("auto", "chunked")
+    full_rank: bool = False
+    coordinates: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,11 +71,13 @@ class Objective:
     """What heads are trained on: `head.objective=NAME`.
 
     Attributes:
-        loss: (logits [n, V], targets [n], log_teacher [n, V] or None, options) -> loss [n], nats; differentiable, float32.
-        teacher: it needs one; log_teacher then holds the teacher's log-probabilities at the option `temperature` (or at 1).
-        options: names of the `head.*` keys it reads, with their defaults.
-        impls: values of `head.loss_impl` that can compute it.
-        fast: name of a faster path that computes the same, see `losses.distill`; None: the readable path alone.
+        loss: (logits [n, V], targets [n], log_teacher [n, V] or None, options) -> loss [n] in nats; plain PyTorch on float32
+            or float64 logits, which defines the objective. Without `fast` it is also what runs, its gradient by autograd.
+        teacher: it compares with a head that teaches; log_teacher then holds that head's log-probabilities at the option
+            `temperature` (1 where the objective has none).
+        options: the `head.*` keys it reads besides `teacher`, with their defaults.
+        impls: values of `head.loss_impl` that can compute it; None: any.
+        fast: (options) -> the share m of the KL for which `losses.distill.steps` computes the same faster.
     """
 
     name: str
@@ -75,8 +85,8 @@ class Objective:
     loss: Callable[..., Tensor]
     teacher: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
-    impls: tuple[str, ...] = ("auto", "chunked")
-    fast: Optional[str] = None
+    impls: Optional[tuple[str, ...]] = ("auto", "chunked", "fused")
+    fast: Optional[Callable[[Mapping[str, Any]], float]] = None
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,6 @@ from bottleneck.backbone.model import Backbone
 from bottleneck.core.extensions import Metric, Predictions, metrics
 from bottleneck.heads.bank import HeadBank
 from bottleneck.losses.chunked import chunk_rows
-from bottleneck.losses.products import matmul_f32
 
 # Ranks in the order of frequency, from 1. The last band has the rest, and tokens that the training text lacks.
 BANDS = ((1, 10), (11, 100), (101, 1_000), (1_001, 10_000), (10_001, None))
@@ -125,7 +124,7 @@ def compare(
     """
     device = backbone.lm_head.weight.device
     band_V = band_V.to(device)
-    weights = [tuple(t.to(backbone.dtype) for t in bank.factors(key)) for key in bank.keys]
+    heads = [(bank[key], read) for key, read in zip(bank.keys, bank.cast(backbone.dtype, "chunked"))]
     H, rows = len(bank), chunk_rows(len(band_V), device.type)
     sums = _Sums(H, metrics(), device)
     for inputs, goals in batches:
@@ -139,10 +138,10 @@ def compare(
             sums.counts += member_nB.sum(0)
             original = Predictions(torch.log_softmax(backbone.head.float_logits(h_nD), -1), y_n)
             chunk = []
-            for i, (A, B) in enumerate(weights):
-                head = Predictions(torch.log_softmax(matmul_f32(h_nD @ B.T, A.T), -1), y_n)
-                sums.metrics_HK[i] += metric_sums(original, head, sums.wanted)
-                chunk.append(sums.add_losses(i, head, member_nB))
+            for i, (head, read) in enumerate(heads):
+                found = Predictions(torch.log_softmax(head.float_logits(h_nD, read), -1), y_n)
+                sums.metrics_HK[i] += metric_sums(original, found, sums.wanted)
+                chunk.append(sums.add_losses(i, found, member_nB))
             chunk.append(sums.add_losses(H, original, member_nB))
             losses.append(torch.stack(chunk))
         if losses:

@@ -1,58 +1,29 @@
-"""Low-rank heads `W = A B` and the bank that trains many of them on one hidden state.
+"""The bank that trains many heads on one hidden state.
 
-Dims: N tokens, D hidden size, R rank, V vocabulary, H heads. W_VD = A_VR @ B_RD (Godey et al. 2024, Sec. 5.1).
+Dims: N tokens, D hidden size, R rank, V vocabulary, H heads. W_VD = A_VR @ B_RD for low-rank heads (Godey et al. 2024, Sec. 5.1).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from decimal import Decimal
+import dataclasses
+from collections.abc import Iterable
 from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
 
-import bottleneck.losses.distill as distill
-from bottleneck.core.errors import UserError, check
-from bottleneck.losses import Weights, choose, step, targets, weights
+from bottleneck.core.errors import check
+from bottleneck.core.extensions import HEAD_KINDS, OBJECTIVES
+from bottleneck.heads.head import Head, build_head
+from bottleneck.heads.key import HeadKey
+from bottleneck.losses import targets
+from bottleneck.losses.objective import BoundObjective
 
-
-@dataclass(frozen=True)
-class HeadKey:
-    """What tells one head of a bank from another. Everything about a head follows from its key and the run's config."""
-
-    rank: int
-    lr: float
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """File and module name without dots, such as r64_lr1e-2_s0; exact to 6 digits of the rate."""
-        d = Decimal(f"{self.lr:.6g}").normalize().as_tuple()
-        return f"r{self.rank}_lr{''.join(map(str, d.digits))}e{d.exponent}_s{self.seed}"
-
-
-class LowRankHead(nn.Module):
-    """One head: parameters A [V, R] and B [R, D] in float32."""
-
-    def __init__(self, vocab_size: int, rank: int, hidden_size: int):
-        super().__init__()
-        self.A = nn.Parameter(torch.zeros(vocab_size, rank))
-        self.B = nn.Parameter(torch.zeros(rank, hidden_size))
-
-    @property
-    def parameters_count(self) -> int:
-        """r (V + d): what the learning rate is scaled by."""
-        return self.A.numel() + self.B.numel()
-
-    @torch.no_grad()
-    def set(self, A_VR: Tensor, B_RD: Tensor) -> None:
-        self.A.copy_(A_VR)
-        self.B.copy_(B_RD)
+__all__ = ["HeadBank", "HeadKey"]
 
 
 class HeadBank(nn.Module):
-    """Heads keyed by (rank, learning rate, seed), all reading the same hidden states.
+    """Heads keyed by (rank, learning rate, seed, kind), all reading the same hidden states.
 
     Heads share nothing but their input: the sum of their losses has for each head the gradient of its own loss alone,
     so a head trained in a bank is the head trained by itself, bit for bit on a CPU.
@@ -61,15 +32,17 @@ class HeadBank(nn.Module):
         loss_impl: see `losses.linear_cross_entropy`; "auto" picks for each rank.
         tokens: tokens of one micro-batch, which "auto" picks by.
         loss_memory: see `losses.memory`; auto or bytes.
-        coordinates: B is trained in other coordinates, from `use_coordinates`, see `head.whiten` and `optim.lr_ratio`.
+        coordinates: heads are trained in other coordinates, from `use_coordinates`; see `head.whiten` and `optim.lr_ratio`.
 
     Attributes:
         keys: the heads' keys, in order.
-        objective: what heads are trained on instead of cross-entropy, see `losses.distill`; their `losses` stay cross-entropy.
-            Where it has no teacher, the one head of rank D is that: it is trained on cross-entropy, the others on what it says
-            at that step. Any of them has the bits that it has with its teacher alone.
+        objective: what heads are trained on; None: cross-entropy. Their validation losses are cross-entropy in any case. If it
+            wants a teacher and has none, the one head of rank D is the teacher: it is trained on cross-entropy, the others on
+            its logits at that step. Every head has the same bits as it has with its teacher alone.
         diverged: [H] flags, 1.0 for heads whose gradient has been non-finite; on the device, saved with the heads.
-        whiten_DD: what `use_coordinates` was given, None where B is trained as it is; saved with the heads.
+        whiten_DD: M^-1 of `use_coordinates`, None where heads are trained as they are; saved with the heads.
+
+    Raises: UserError for a duplicate head, or a kind that cannot be trained in other coordinates.
     """
 
     def __init__(
@@ -84,106 +57,138 @@ class HeadBank(nn.Module):
     ):
         super().__init__()
         names = [k.name for k in keys]
-        doubled = {n for n in names if names.count(n) > 1}
-        if doubled:
-            raise UserError(
-                f"ranks, rates and seeds: the head {', '.join(sorted(doubled))} is there twice (rates count to 6 digits)"
+        doubled = sorted({n for n in names if names.count(n) > 1})
+        check(
+            not doubled, f"ranks, rates and seeds: duplicate head {', '.join(doubled)} (rates are compared to 6 digits)"
+        )
+        for key in keys if coordinates else ():
+            check(
+                HEAD_KINDS[key.kind].coordinates,
+                f"head.kind={key.kind}: does not go with head.whiten or optim.lr_ratio, which need factors A B",
             )
-        self.keys, self.loss_impl, self.tokens = keys, loss_impl, tokens
+        self.keys, self.loss_impl, self.tokens, self.hidden_size = keys, loss_impl, tokens, hidden_size
         self.loss_memory = loss_memory
-        self.memory: Optional[int] = None  # bytes of a head step once they are decided
-        self.objective: Optional[distill.Objective] = None
-        self.heads = nn.ModuleDict({k.name: LowRankHead(vocab_size, k.rank, hidden_size) for k in keys})
+        self.memory: Optional[int] = None  # bytes of a head step, once they are decided
+        self.objective: Optional[BoundObjective] = None
+        self.heads = nn.ModuleDict({k.name: build_head(k, vocab_size, hidden_size) for k in keys})
         self.register_buffer("diverged", torch.zeros(len(keys)))
         self.register_buffer("whiten_DD", torch.eye(hidden_size) if coordinates else None)
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def __getitem__(self, key: HeadKey) -> LowRankHead:
-        return self.heads[key.name]  # type: ignore[return-value]
+    def __getitem__(self, key: HeadKey) -> Any:
+        return self.heads[key.name]
 
     @torch.no_grad()
     def use_coordinates(self, root_DD: Tensor, inverse_DD: Tensor) -> None:
-        """Heads stay what they are; from now on their parameter B holds C = B M [R, D], which reads x = M^-1 h.
+        """Train B in other coordinates: from now on the parameter B holds C = B M [R, D], which reads x = M^-1 h.
 
-        A step of AdamW moves every entry of a parameter alike. Where one entry of h is a thousand times the others, as in many
-        language models, a rate at which the others learn throws its column of B about; with M = Σ^½ entries of x are all of
-        variance 1. With M / s a step of C is s times as long, in B.
+        The heads stay the same functions of h. A step of AdamW moves every entry of a parameter alike. Where one entry of h is
+        a thousand times the others, as in many language models, a rate at which the others learn moves its column of B far too
+        much; with M = Σ^½ all entries of x have variance 1. With M / s a step of C is s times as long in B.
 
-        Args: M and its inverse: Σ^½ and Σ^-½ of the hidden states' covariance from `initial.roots`, or a multiple of them.
+        Args: M and its inverse: Σ^½ and Σ^-½ of the hidden states' covariance from `calibration.roots`, or a multiple of them.
         """
-        for head in self.heads.values():
-            head.B.copy_(head.B.double() @ root_DD.to(head.B.device))
+        for head in self._heads():
+            head.use_coordinates(root_DD)
         self.whiten_DD.copy_(inverse_DD)
 
     def factors(self, key: HeadKey) -> tuple[Tensor, Tensor]:
-        """A [V, R] and B [R, D] of a head, which reads hidden states as they are."""
-        head = self[key]
-        return head.A.detach(), head.B.detach() if self.whiten_DD is None else head.B.detach() @ self.whiten_DD
+        """A [V, R] and B [R, D] of a low-rank head, for hidden states as they are."""
+        factors: tuple[Tensor, Tensor] = self[key].factors(self.whiten_DD)
+        return factors
+
+    def tensors(self, key: HeadKey) -> dict[str, Tensor]:
+        """What the file of a head holds: tensors by name, for hidden states as they are."""
+        tensors: dict[str, Tensor] = self[key].tensors(self.whiten_DD)
+        return tensors
 
     @torch.no_grad()
     def finish_gradients(self) -> None:
-        """`accumulate` adds to gradients of B; once all tokens of a step are in, those of C are dC = dB Σ^-½."""
-        for head in self.heads.values() if self.whiten_DD is not None else ():
-            head.B.grad.copy_(head.B.grad @ self.whiten_DD.T)  # in place: it may be a part of a bucket of DDP's
+        """Once all tokens of a step are in, turn the gradients of B into those of C: dC = dB M^-1."""
+        for head in self._heads() if self.whiten_DD is not None else ():
+            head.finish_gradients(self.whiten_DD)
 
     def impl(self, key: HeadKey, dtype: torch.dtype) -> str:
         """The implementation of the loss that a head runs on for hidden states of a dtype: never "auto"."""
-        A = self[key].A
-        return choose(A.device, dtype, self.tokens, *A.shape) if self.loss_impl == "auto" else self.loss_impl
+        impl: str = self[key].impl(dtype, self.tokens, self.loss_impl)
+        return impl
 
-    def cast(self, dtype: torch.dtype) -> list[Weights]:
-        """All heads as the products read them, for `accumulate` and `losses`; good until the parameters change."""
-        return [weights(*self.factors(key), dtype, self.impl(key, dtype), self.memory) for key in self.keys]
+    def cast(self, dtype: torch.dtype, impl: Optional[str] = None) -> list[Any]:
+        """What `accumulate`, `losses` and `float_logits` read of every head; valid until the parameters change.
+
+        Args: impl: in place of each head's own.
+        """
+        return [
+            self[key].read(dtype, impl or self.impl(key, dtype), self.whiten_DD, memory=self.memory)
+            for key in self.keys
+        ]
 
     def zero_gradients(self) -> None:
-        """Gradients of zeros, in place where there are some: `accumulate` adds to them."""
+        """Set all gradients to zeros, in place where they exist: `accumulate` adds to them."""
+        gradients = []
         for p in self.parameters():
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        torch._foreach_zero_([p.grad for p in self.parameters()])
+            gradients.append(p.grad)
+        torch._foreach_zero_(gradients)
 
     @torch.no_grad()
-    def accumulate(self, h_ND: Tensor, y_N: Tensor, cast: list[Weights], scale: float) -> Tensor:
-        """Add scale · gradient of every head's summed loss to its .grad, without autograd and without a copy.
+    def accumulate(self, h_ND: Tensor, y_N: Tensor, cast: list[Any], scale: float) -> Tensor:
+        """Add scale · gradient of every head's summed loss to its .grad.
 
         Returns: summed losses of the heads, [H], nats, float64.
         """
-        t = targets(y_N)
-        heads = [self[key] for key in self.keys]
-        o = self.objective
-        teacher = self.teacher if o is not None and o.teacher is None else None
+        t, heads, o = targets(y_N), self._heads(), self.objective
+        teacher = self.teacher_index if self._teaches_itself else None
         taught = [i for i in range(len(heads)) if i != teacher] if o is not None else []
-        found = {
-            i: step(h_ND, cast[i], t, heads[i].A.grad, heads[i].B.grad, scale)
-            for i in range(len(heads))
-            if i not in taught
-        }
-        if taught:
-            if teacher is not None:
-                o = o._replace(teacher=lambda h_nD: distill.head_logits(h_nD, cast[teacher]))
-            gradients = [(heads[i].A.grad, heads[i].B.grad) for i in taught]
-            found |= zip(taught, distill.steps(h_ND, [cast[i] for i in taught], t, gradients, scale, o))
+        found = {i: heads[i].step(h_ND, t, cast[i], scale) for i in range(len(heads)) if i not in taught}
+        if o is not None and teacher is not None:
+            o = dataclasses.replace(o, teacher_logits=lambda h_nD: heads[teacher].float_logits(h_nD, cast[teacher]))
+        for kind in dict.fromkeys(type(heads[i]) for i in taught):
+            group = [i for i in taught if type(heads[i]) is kind]
+            assert o is not None
+            losses = kind.taught_steps([heads[i] for i in group], h_ND, t, [cast[i] for i in group], scale, o)
+            found |= zip(group, losses)
         return _sums(found[i] for i in range(len(heads)))
 
     @property
-    def teacher(self) -> int:
-        """Which of `keys` has the rank of the hidden state. Raises UserError where not exactly one has."""
-        hidden_size = self[self.keys[0]].B.shape[1]
-        full = [i for i, key in enumerate(self.keys) if key.rank == hidden_size]
+    def _teaches_itself(self) -> bool:
+        o = self.objective
+        return o is not None and o.declared.teacher and o.teacher_logits is None
+
+    def describe_objective(self) -> str:
+        """One line for the log: the objective, its options, and the head that teaches."""
+        o = self.objective
+        if o is None:
+            return OBJECTIVES["ce"].summary
+        options = "".join(f", {name} {value}" for name, value in o.options.items())
+        whose = (
+            f"{self.keys[self.teacher_index].name}, the head trained beside them" if self._teaches_itself else o.whose
+        )
+        return f"{o.declared.summary}{options}" + (f"; teacher: {whose}" if o.declared.teacher else "")
+
+    @property
+    def teacher_index(self) -> int:
+        """Which of `keys` teaches under head.teacher=trained: the head of rank D. Raises UserError unless it is exactly one."""
+        full = [i for i, key in enumerate(self.keys) if key.rank == self.hidden_size]
         check(
             len(full) == 1,
-            f"head.teacher=trained: wants one head of the full rank {hidden_size} in the run, with one rate and one seed; here are {len(full)}",
+            f"head.teacher=trained: needs exactly one head of the full rank {self.hidden_size} in the run, "
+            f"with one rate and one seed; found {len(full)}",
         )
         return full[0]
 
     @torch.no_grad()
-    def losses(self, h_ND: Tensor, y_N: Tensor, cast: list[Weights]) -> Tensor:
-        """Summed cross-entropy of every head on the same tokens: [H], nats, float64."""
+    def losses(self, h_ND: Tensor, y_N: Tensor, cast: list[Any]) -> Tensor:
+        """Summed cross-entropy of every head on the same tokens: [H], nats, float64 sums of float32 losses."""
         t = targets(y_N)
-        return _sums(step(h_ND, w, t) for w in cast)
+        return _sums(head.token_losses(h_ND, t, read) for head, read in zip(self._heads(), cast))
+
+    def _heads(self) -> list[Head]:
+        return [self[key] for key in self.keys]
 
 
-def _sums(losses: Any) -> Tensor:
+def _sums(losses: Iterable[Tensor]) -> Tensor:
     return torch.stack([loss_N.sum(dtype=torch.float64) for loss_N in losses])

@@ -1,13 +1,13 @@
-"""Training on what a full head says: KL from its softmax at a temperature, alone or mixed with cross-entropy on the data.
+"""The fast path of distillation: KL from a teacher's softmax at a temperature, alone or mixed with cross-entropy on the data.
 
-For a token with the full head's logits s* and a head's logits s = A z, z = B h (Hinton et al. 2015):
+For a token with the teacher's logits s* and a head's logits s = A z, z = B h (Hinton et al. 2015):
 
     loss = (1 − m) · CE(y, softmax(s)) + m · T² · KL(softmax(s*/T) ‖ softmax(s/T))
     d loss / d s = (1 − m) · (softmax(s) − onehot(y)) + m · T · (softmax(s/T) − softmax(s*/T))
 
-A chunk of tokens at a time; the full head's softmax is made once for all heads of a bank, which share nothing else, so each head
-has the bits that it has alone. Heads on `fused` have one Triton kernel turn a chunk of their logits into its gradient; the rest,
-on any device, is plain PyTorch.
+The factor T² keeps the gradient of the KL about as large at every temperature. Tokens are processed in chunks. The teacher's
+softmax is computed once for all heads of a bank, which share nothing else, so each head has the same bits alone and in company.
+For heads on `fused` one Triton kernel turns a chunk of their logits into its gradient; the rest is plain PyTorch on any device.
 
 Dims: n tokens of a chunk, D hidden size, R rank, V vocabulary.
 """
@@ -26,23 +26,28 @@ from bottleneck.losses.linear import Weights
 from bottleneck.losses.products import add_product, matmul_f32
 
 
-class Objective(NamedTuple):
-    """What heads are trained on: the full head's logits [n, V] of hidden states [n, D], T and the share m of the KL.
+class Distillation(NamedTuple):
+    """The loss above.
 
-    Without a teacher it is the bank's own head of rank D, which learns from the data meanwhile: see `heads.HeadBank`.
+    Attributes:
+        teacher_logits: hidden states [n, D] -> the teacher's logits [n, V], float32.
+        temperature: T.
+        mix: m, the share of the KL; 0: cross-entropy alone, 1: KL alone.
     """
 
-    teacher: Optional[Callable[[Tensor], Tensor]]
+    teacher_logits: Callable[[Tensor], Tensor]
     temperature: float
-    mix: float  # 0: cross-entropy alone, 1: KL alone
-    whose: str = "the full head"  # the teacher, in messages
+    mix: float
 
 
 class Goal(NamedTuple):
-    """weight · (least − Σ_v target_v log softmax(s / temperature)_v) is a part of the loss; `least` is Σ_v of what the full head says."""
+    """One term of the loss: weight · (entropy − Σ_v target_v log softmax(s / temperature)_v).
+
+    `entropy_n` is Σ_v target_v log target_v of the teacher, the least value of the sum, so that the term is a KL.
+    """
 
     target_nV: Tensor
-    least_n: Tensor
+    entropy_n: Tensor
     temperature: float
     weight: float
 
@@ -52,34 +57,39 @@ def head_logits(h_nD: Tensor, w: Weights) -> Tensor:
     return matmul_f32(h_nD @ w.B.T, w.A.T)
 
 
-def _goals(o: Objective, h_nD: Tensor, y_n1: Tensor) -> Iterator[Goal]:
-    """The parts of the loss of some tokens, the same for every head. At T = 1 they are one, with one softmax for both."""
+def _goals(o: Distillation, h_nD: Tensor, y_n1: Tensor) -> Iterator[Goal]:
+    """The terms of the loss of some tokens, the same for every head. At T = 1 they are one, with one softmax for both."""
     T, m = o.temperature, o.mix
-    log_p = torch.log_softmax(o.teacher(h_nD) if T == 1 else o.teacher(h_nD) / T, -1)
+    log_p = torch.log_softmax(o.teacher_logits(h_nD) if T == 1 else o.teacher_logits(h_nD) / T, -1)
     p = log_p.exp()
-    least = log_p.mul_(p).sum(-1)
+    entropy = log_p.mul_(p).sum(-1)
     if T == 1:
         target = p.mul_(m).scatter_add_(1, y_n1, p.new_full(y_n1.shape, 1 - m)) if m < 1 else p
-        yield Goal(target, m * least, 1.0, 1.0)
+        yield Goal(target, m * entropy, 1.0, 1.0)
         return
-    yield Goal(p, least, T, m * T * T)
+    yield Goal(p, entropy, T, m * T * T)
     if m < 1:
-        yield Goal(torch.zeros_like(p).scatter_(1, y_n1, 1.0), torch.zeros_like(least), 1.0, 1 - m)
+        yield Goal(torch.zeros_like(p).scatter_(1, y_n1, 1.0), torch.zeros_like(entropy), 1.0, 1 - m)
 
 
 def steps(
-    h_ND: Tensor, heads: list[Weights], y_N: Tensor, gradients: list[tuple[Tensor, Tensor]], scale: float, o: Objective
+    h_ND: Tensor,
+    heads: list[Weights],
+    y_N: Tensor,
+    gradients: list[tuple[Tensor, Tensor]],
+    scale: float,
+    o: Distillation,
 ) -> Tensor:
-    """Losses [H, N] of heads on the same tokens; scale · the gradient of each summed loss is added to its (dA [V, R], dB [R, D]).
+    """Losses [H, N] of heads on the same tokens; adds scale · the gradient of each sum to its (dA [V, R], dB [R, D]).
 
-    Args: y_N: from `linear.targets`; tokens with -1 do not count, nor does their KL.
+    Args: y_N: from `linear.targets`; tokens with -1 contribute neither cross-entropy nor KL.
     """
     N, V = len(h_ND), len(heads[0].A)
     losses = torch.zeros(len(heads), N, dtype=torch.float32, device=h_ND.device)
     kernels = fused() if all(w.impl == "fused" for w in heads) else None
-    # more chunks of V-wide numbers are held than without a teacher
+    # more V-wide buffers are held than without a teacher
     rows = kernels.goal_rows(N, V, h_ND.element_size()) if kernels else max(1, chunk_rows(V, h_ND.device.type) // 2)
-    work = functools.partial(_fast, kernels) if kernels else _plain
+    work: Callable[..., None] = functools.partial(_fast, kernels) if kernels else _plain
     for start in range(0, N, rows):
         part = slice(start, start + rows)
         work(h_ND[part], heads, y_N[part], gradients, scale, o, losses[:, part])
@@ -93,18 +103,18 @@ def _fast(
     y_n: Tensor,
     gradients: list[tuple[Tensor, Tensor]],
     scale: float,
-    o: Objective,
+    o: Distillation,
     losses_Hn: Tensor,
 ) -> None:
-    """A chunk of tokens in few launches: what does not count is zero in G, and so in all that follows."""
-    p, least = kernels.teach(o.teacher(h_nD), o.temperature, h_nD.element_size())
+    """One chunk of tokens in few kernel launches. Ignored tokens are zero in G, and so in all gradients."""
+    p, entropy = kernels.teach(o.teacher_logits(h_nD), o.temperature, h_nD.element_size())
     for w, (dA, dB), loss in zip(heads, gradients, losses_Hn):
         z = h_nD @ w.B.T
         G = z @ w.A.T
-        kernels.follow(G, p, least, y_n, o.temperature, o.mix, loss)
+        kernels.follow(G, p, entropy, y_n, o.temperature, o.mix, loss)
         add_product(dA, G.T, z[:, : w.rank], scale)
         add_product(dB, (G @ w.A)[:, : w.rank].T, h_nD, scale)
-        del G  # before there is another
+        del G  # free it before the next head allocates its own
 
 
 def _plain(
@@ -113,29 +123,31 @@ def _plain(
     y_n: Tensor,
     gradients: list[tuple[Tensor, Tensor]],
     scale: float,
-    o: Objective,
+    o: Distillation,
     losses_Hn: Tensor,
 ) -> None:
-    """The same on any device."""
+    """One chunk of tokens on any device."""
     keep = (y_n >= 0)[:, None]
     goals = list(_goals(o, h_nD, y_n.clamp(min=0).long()[:, None]))
     for w, (dA, dB), loss in zip(heads, gradients, losses_Hn):
         z = h_nD @ w.B.T
-        found, G = _follow(matmul_f32(z, w.A.T), goals)
+        found, G = _loss_and_gradient(matmul_f32(z, w.A.T), goals)
         loss.copy_(found.masked_fill(~keep[:, 0], 0.0))
         G = G.to(z.dtype)
         add_product(dA, G.T, (z * keep)[:, : w.rank], scale)
         add_product(dB, ((G @ w.A) * keep)[:, : w.rank].T, h_nD, scale)
 
 
-def _follow(logits_nV: Tensor, goals: list[Goal]) -> tuple[Tensor, Tensor]:
+def _loss_and_gradient(logits_nV: Tensor, goals: list[Goal]) -> tuple[Tensor, Tensor]:
     """Loss [n], and its gradient at the logits [n, V]."""
-    total, G = 0.0, None
+    total: Any = 0.0
+    G: Optional[Tensor] = None
     for goal in goals:
         log_q = torch.log_softmax(logits_nV if goal.temperature == 1 else logits_nV / goal.temperature, -1)
-        total = total + goal.weight * (goal.least_n - (goal.target_nV * log_q).sum(-1))
+        total = total + goal.weight * (goal.entropy_n - (goal.target_nV * log_q).sum(-1))
         g = log_q.exp_().sub_(goal.target_nV)
         slope = goal.weight / goal.temperature
         g = g if slope == 1 else g.mul_(slope)
         G = g if G is None else G.add_(g)
+    assert G is not None  # there is at least one goal
     return total, G

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Iterable, Optional
 
 from bottleneck.core.errors import UserError, check
 from bottleneck.core.files import leftovers, write_atomic
-from bottleneck.heads.bank import HeadKey
+from bottleneck.heads.key import HeadKey
 from bottleneck.results.details import draw_details, has_details
 from bottleneck.results.merging import band_losses
 from bottleneck.results.metric_names import columns
@@ -138,7 +138,7 @@ def complete(run_dir: Path) -> dict[str, Any] | None:
     try:
         (found,) = _read(run_dir / "curve.json")
         files = [
-            run_dir / "heads" / f"{HeadKey(h['rank'], h['lr'], h['seed']).name}.safetensors" for h in found["heads"]
+            run_dir / "heads" / f"{HeadKey.of(h).name}.safetensors" for h in found["heads"]
         ]
     except (UserError, ValueError):
         return None

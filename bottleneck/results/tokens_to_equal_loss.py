@@ -26,7 +26,7 @@ from rich.table import Table
 from bottleneck.cli import one_line_errors as cli
 from bottleneck.core.errors import Parser, UserError, check
 from bottleneck.core.files import write_atomic
-from bottleneck.heads.bank import HeadKey
+from bottleneck.heads.key import HeadKey
 from bottleneck.results import curve
 from bottleneck.results.labels import as_text
 from bottleneck.results.picture import pyplot
@@ -68,7 +68,7 @@ class Finding(NamedTuple):
 
 
 def _name(h: dict[str, Any]) -> str:
-    return HeadKey(h["rank"], h["lr"], h["seed"]).name
+    return HeadKey.of(h).name
 
 
 def read(folder: Path) -> RaceRun:

@@ -48,6 +48,7 @@ def _heads(c: TrainConfig, module: HeadSweep, corpus: Corpus) -> list[dict[str, 
         ok = not flag and numbers["loss"] is not None and numbers["loss"] <= limit
         rows.append(
             {
+                **key.facts,
                 "rank": key.rank,
                 "lr": key.lr,
                 "seed": key.seed,

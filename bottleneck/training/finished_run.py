@@ -19,7 +19,8 @@ from bottleneck.backbone.model import Backbone, load_model
 from bottleneck.config.schema import BackboneConfig, register
 from bottleneck.core.errors import UserError, check
 from bottleneck.core.run_file import HYDRA_CONFIG, RUN_FILE, read_run_config, read_run_file
-from bottleneck.heads.bank import HeadKey
+from bottleneck.heads.head import Head, build_head
+from bottleneck.heads.key import LOW_RANK, HeadKey
 from bottleneck.results import curve
 from bottleneck.training.checkpoint import read_checkpoint
 from bottleneck.training.run_folder import LAST
@@ -63,7 +64,7 @@ class FinishedRun:
 
     def file(self, row: dict[str, Any]) -> Path:
         """The safetensors file of a head."""
-        return self.folder / "heads" / f"{HeadKey(row['rank'], row['lr'], row['seed']).name}.safetensors"
+        return self.folder / "heads" / f"{HeadKey.of(row).name}.safetensors"
 
     def hash(self, row: dict[str, Any]) -> str:
         """Hash of a head's file, which identifies the head. Raises UserError where there is no such file."""
@@ -72,8 +73,38 @@ class FinishedRun:
         with open(path, "rb") as f:
             return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 
+    def dense(self, row: dict[str, Any]) -> Tensor:
+        """W [V, D] of a head, float32. Raises UserError as `tensors`, and where the head's kind is not one matrix."""
+        if HeadKey.of(row).kind == LOW_RANK:
+            A, B = self.factors(row)
+            return A @ B
+        W = self.head(row).dense()
+        if W is None:
+            raise UserError(f"{self.file(row)}: a head of kind {HeadKey.of(row).kind} is not one matrix")
+        return W
+
+    def head(self, row: dict[str, Any]) -> Head:
+        """A head of any kind, float32 on the CPU. Raises UserError as `tensors`."""
+        head = build_head(HeadKey.of(row), self.curve["vocab_size"], self.curve["hidden_size"])
+        try:
+            head.load(self.tensors(row))
+        except UserError as error:
+            raise UserError(f"{self.file(row)}: {error}") from error
+        return head
+
     def factors(self, row: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """A [V, R] and B [R, D] of a head, float32. Raises UserError where the file is missing, damaged, or of another run."""
+        """A [V, R] and B [R, D] of a low-rank head, float32. Raises UserError as `tensors`, and for another kind of head."""
+        path, kind = self.file(row), HeadKey.of(row).kind
+        check(kind == LOW_RANK, f"{path}: a head of kind {kind} has no factors A and B")
+        tensors = self.tensors(row)
+        check(tensors.keys() == {"A", "B"}, f"{path}: not a head file of bottleneck")
+        V, R, D = self.curve["vocab_size"], row["rank"], self.curve["hidden_size"]
+        a, b = list(tensors["A"].shape), list(tensors["B"].shape)
+        check([a, b] == [[V, R], [R, D]], f"{path}: A and B are {a} and {b}, curve.json says {[V, R]} and {[R, D]}")
+        return tensors["A"], tensors["B"]
+
+    def tensors(self, row: dict[str, Any]) -> dict[str, Tensor]:
+        """What a head's file holds, float32. Raises UserError where it is missing, damaged, or of another run."""
         path = self.file(row)
         check(path.is_file(), f"{path}: no such file; the folder of a finished run has its heads there")
         try:
@@ -82,15 +113,12 @@ class FinishedRun:
                 tensors = {name: f.get_tensor(name) for name in f.keys()}
         except (OSError, SafetensorError, ValueError) as error:
             raise UserError(f"{path}: damaged or not a head file: {error}") from error
-        check(isinstance(about, dict) and tensors.keys() == {"A", "B"}, f"{path}: not a head file of bottleneck")
-        V, R, D = self.curve["vocab_size"], row["rank"], self.curve["hidden_size"]
-        a, b = list(tensors["A"].shape), list(tensors["B"].shape)
-        check([a, b] == [[V, R], [R, D]], f"{path}: A and B are {a} and {b}, curve.json says {[V, R]} and {[R, D]}")
+        check(isinstance(about, dict), f"{path}: not a head file of bottleneck")
         trained_on, wanted = about.get("backbone_hash"), self.curve["backbone_hash"]
         check(trained_on == wanted, f"{path}: a head of backbone {trained_on}, the run's is {wanted}")
         finite = all(bool(t.isfinite().all()) for t in tensors.values())
         check(finite, f"{path}: holds values that are not finite")
-        return tensors["A"].float(), tensors["B"].float()
+        return {name: t.float() for name, t in tensors.items()}
 
     def model(self, dtype: str, device_type: str = "cpu") -> tuple[Any, Backbone]:
         """The run's backbone as a whole model, and as a `Backbone` over the same weights.

@@ -7,6 +7,7 @@ that, and tests/training/test_private_hooks.py fails where torch changes it.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -42,6 +43,13 @@ class HeadAdamW(torch.optim.AdamW):
 
 @torch.no_grad()
 def group_norms(groups: list[list[Tensor]]) -> Tensor:
-    """Norms of the gradients of groups of parameters, [groups]. All groups have equally many parameters."""
-    parts = torch._foreach_norm([p.grad for group in groups for p in group])
-    return torch.linalg.vector_norm(torch.stack(parts).view(len(groups), -1), dim=1)
+    """Norms of the gradients of groups of parameters, [groups]. The bits of a norm depend on its group alone."""
+    parts = iter(torch._foreach_norm([p.grad for group in groups for p in group]))
+    norms = [[next(parts) for _ in group] for group in groups]
+    if {len(n) for n in norms} == {2}:  # low-rank heads only: one operation for all
+        return torch.linalg.vector_norm(torch.stack([x for n in norms for x in n]).view(-1, 2), dim=1)
+    return torch.stack([functools.reduce(_joined, n) for n in norms])
+
+
+def _joined(a: Tensor, b: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(torch.stack([a, b]).view(1, 2), dim=1).squeeze(0)

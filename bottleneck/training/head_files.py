@@ -1,4 +1,4 @@
-"""Trained heads as safetensors files. Dims: R rank, D hidden size, V vocabulary."""
+"""Trained heads as safetensors files."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from bottleneck.heads.bank import HeadBank
 
 
 def save_heads(bank: HeadBank, folder: Path, metadata: dict[str, str]) -> None:
-    """Write `<key>.safetensors` with tensors A [V, R] and B [R, D] for each head. Equal heads are equal files.
+    """Write `<key>.safetensors` with the tensors of each head: A [V, R] and B [R, D] if low-rank. Equal heads, equal files.
 
     Raises: UserError on a full disk.
     """
     for key in bank.keys:
-        tensors = {name: t.cpu().contiguous() for name, t in zip("AB", bank.factors(key))}
-        about = metadata | {"rank": key.rank, "lr": key.lr, "seed": key.seed}
+        tensors = {name: t.cpu().contiguous() for name, t in bank.tensors(key).items()}
+        about = metadata | {"rank": key.rank, "lr": key.lr, "seed": key.seed} | key.facts
         # one metadata entry: safetensors writes several in random order
         content = save(tensors, metadata={"bottleneck": json.dumps(about, sort_keys=True)})
         write_atomic(folder / f"{key.name}.safetensors", lambda part, content=content: part.write_bytes(content))

@@ -129,14 +129,7 @@ class HeadSweep(pl.LightningModule):
         for key in self.bank.keys:
             chosen.setdefault(self.bank.impl(key, self.backbone.dtype), set()).add(key.rank)
         if self.bank.objective is not None:
-            share = self.bank.objective.mix
-            whose = (
-                self.bank.objective.whose
-                if self.bank.objective.teacher is not None
-                else f"{self.bank.keys[self.bank.teacher].name}, the head trained beside them"
-            )
-            mixed = "" if share == 1 else f", {share:g} of it, and {1 - share:g} cross-entropy"
-            log.info("objective: KL from %s%s, a chunk of logits at a time", whose, mixed)
+            log.info("objective: %s", self.bank.describe_objective())
         else:
             log.info(
                 "loss: %s",

@@ -2,54 +2,84 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import Callable, Optional
+from collections.abc import Callable, Mapping
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
 
 from bottleneck.config.schema import OptimConfig
-from bottleneck.heads.bank import HeadBank, HeadKey
+from bottleneck.core.extensions import HEAD_KINDS, STARTS
+from bottleneck.heads.bank import HeadBank
+from bottleneck.heads.head import count_parameters
+from bottleneck.heads.key import LOW_RANK, HeadKey
 from bottleneck.training.fused_adamw import HeadAdamW, group_norms
 
 
-def power_rate(c: OptimConfig, init: str, rank: int, hidden_size: int, vocab_size: int) -> float:
-    """lr = lr_ref · (n_ref / n)^γ with n = r (V + d) trainable parameters, to 3 significant digits.
+def power_rate(
+    c: OptimConfig, init: str, rank: int, hidden_size: int, vocab_size: int, *, parameters: Optional[int] = None
+) -> float:
+    """lr = lr_ref · (n_ref / n)^γ with n trainable parameters, to 3 significant digits.
 
     The paper searches a rate per rank because n changes with r (its Fig. 11); this is the rule through such a search.
+
+    Args: parameters: n; default: r (V + d), those of a low-rank head.
     """
-    lr_ref, gamma = (float(v[init] if isinstance(v, dict) else v) for v in (c.lr_ref, c.gamma))
+    start = STARTS[init]
+    lr_ref, gamma = (
+        float(given.get(init, declared) if isinstance(given, dict) else given)
+        for given, declared in ((c.lr_ref, start.lr_ref), (c.gamma, start.gamma))
+    )
     n_ref = hidden_size * (vocab_size + hidden_size) if c.n_ref is None else c.n_ref
-    return float(f"{lr_ref * (n_ref / (rank * (vocab_size + hidden_size))) ** gamma:.3g}")
+    n = rank * (vocab_size + hidden_size) if parameters is None else parameters
+    return float(f"{lr_ref * (n_ref / n) ** gamma:.3g}")
 
 
-def rates(c: OptimConfig, init: str, rank: int, hidden_size: int, vocab_size: int) -> list[float]:
-    """The learning rates to train at one rank."""
+def rates(
+    c: OptimConfig, init: str, rank: int, hidden_size: int, vocab_size: int, *, parameters: Optional[int] = None
+) -> list[float]:
+    """The learning rates to train at one rank. Args: parameters: see `power_rate`."""
     if c.lr is not None:
         return list(c.lr)
     if c.lr_rule == "table":
         return list(c.table[rank])
-    power = power_rate(c, init, rank, hidden_size, vocab_size)
+    power = power_rate(c, init, rank, hidden_size, vocab_size, parameters=parameters)
     if c.lr_rule == "power":
         return [power]
     return list(c.lrs) if c.lrs is not None else [float(f"{power * f:.3g}") for f in c.grid_factors]
 
 
 def bank_keys(
-    c: OptimConfig, init: str, ranks: list[int], seeds: list[int], hidden_size: int, vocab_size: int
+    c: OptimConfig,
+    init: str,
+    ranks: list[int],
+    seeds: list[int],
+    hidden_size: int,
+    vocab_size: int,
+    *,
+    kind: str = LOW_RANK,
+    options: Mapping[str, Any] | None = None,
 ) -> list[HeadKey]:
-    """The keys of the bank: ranks x rates x seeds."""
-    return [
-        HeadKey(rank, lr, seed)
-        for rank in ranks
-        for lr in rates(c, init, rank, hidden_size, vocab_size)
-        for seed in seeds
-    ]
+    """The keys of the bank: ranks x rates x seeds.
+
+    Args: kind: `head.kind`; options: values of the kind's options, of which those that are not the default enter the keys.
+    """
+    declared = HEAD_KINDS[kind].options
+    chosen = tuple(sorted((name, value) for name, value in (options or {}).items() if value != declared[name]))
+    keys = []
+    for rank in ranks:
+        first = HeadKey(rank, 1.0, 0, kind, chosen)
+        parameters = count_parameters(first, vocab_size, hidden_size)
+        for lr in rates(c, init, rank, hidden_size, vocab_size, parameters=parameters):
+            keys += [dataclasses.replace(first, lr=lr, seed=seed) for seed in seeds]
+    return keys
 
 
 def trained_parameters(bank: HeadBank, key: HeadKey) -> list[nn.Parameter]:
     """A head's parameters in the order in which the optimizer and checkpoints have them."""
-    return [bank[key].A, bank[key].B]
+    return list(bank[key].parameters())
 
 
 def build_optimizer(bank: HeadBank, c: OptimConfig) -> HeadAdamW:

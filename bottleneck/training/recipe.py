@@ -9,9 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Callable, Optional
 
+from bottleneck.config.head_options import all_options, head_options
 from bottleneck.config.schema import TrainConfig
 from bottleneck.core.environment import commit
-from bottleneck.heads.bank import HeadKey
+from bottleneck.core.extensions import OBJECTIVES, STARTS
+from bottleneck.heads.head import count_parameters
+from bottleneck.heads.key import HeadKey
 
 ALWAYS = object()  # no value of a setting
 
@@ -36,7 +39,7 @@ class Setting:
 
 
 def _taught(c: TrainConfig) -> bool:
-    return c.head.objective != "ce"
+    return OBJECTIVES[c.head.objective].teacher
 
 
 SETTINGS = (
@@ -51,13 +54,10 @@ SETTINGS = (
     Setting("clip", lambda c: c.optim.clip),
     Setting("calibration_tokens", lambda c: c.head.calibration_tokens),
     Setting("dtype", lambda c: c.backbone.dtype),
-    Setting("passes", lambda c: c.head.passes, used=lambda c: c.head.init == "refined"),
     Setting("epochs", lambda c: c.data.epochs, silent=1),
     Setting("whiten", lambda c: c.head.whiten, silent=False),
     Setting("lr_ratio", lambda c: c.optim.lr_ratio, silent=1),
     Setting("objective", lambda c: c.head.objective, silent="ce"),
-    Setting("temperature", lambda c: c.head.temperature, used=_taught),
-    Setting("mix", lambda c: c.head.mix, used=lambda c: c.head.objective == "mixed"),
     Setting("teacher", lambda c: c.head.teacher, used=_taught, silent="own"),
 )
 
@@ -65,6 +65,8 @@ SETTINGS = (
 def recipe(c: TrainConfig, dtype: str) -> dict[str, Any]:
     """The recipe in curve.json. Args: dtype: of the backbone as it was loaded, such as float32."""
     found = {s.name: s.value(c) for s in SETTINGS if s.applies(c) and s.value(c) != s.silent}
+    for declared in (STARTS[c.head.init], OBJECTIVES[c.head.objective]):  # a kind's options are in the heads' rows
+        found |= head_options(c.head, declared.options)
     return found | {"dtype": dtype}
 
 
@@ -78,7 +80,7 @@ def head_facts(
     step_tokens = c.batch_size * c.data.block_size
     return {
         "rank": key.rank,
-        "parameters": key.rank * (vocab_size + hidden_size),
+        "parameters": count_parameters(key, vocab_size, hidden_size),
         "lr": key.lr,
         "seed": key.seed,
         "init": c.head.init,
@@ -89,5 +91,7 @@ def head_facts(
         "data": data,
         "tokens": c.tokens // step_tokens * step_tokens,
         **{s.name: s.value(c) if s.applies(c) else None for s in SETTINGS},
+        **all_options(c.head),
+        **key.facts,
         "git_commit": commit(),
     }

@@ -9,11 +9,11 @@ import torch
 
 from bottleneck.backbone.model import Backbone, FullHead
 from bottleneck.core.errors import check
-from bottleneck.heads.bank import HeadKey
+from bottleneck.heads.key import LOW_RANK, HeadKey
 from bottleneck.training.finished_run import FinishedRun, open_run
 
 
-class Teacher(NamedTuple):
+class EarlierHead(NamedTuple):
     """The best head of the highest rank of a finished run, and that run."""
 
     run: FinishedRun
@@ -22,7 +22,7 @@ class Teacher(NamedTuple):
     @property
     def name(self) -> str:
         """The head's name and the hash of its file: the same wherever its folder lies. Runs are resumed and compared by it."""
-        return f"{HeadKey(self.row['rank'], self.row['lr'], self.row['seed']).name}:{self.run.hash(self.row)}"
+        return f"{HeadKey.of(self.row).name}:{self.run.hash(self.row)}"
 
     def check_shape(self, hidden_size: int, vocab_size: int) -> None:
         """Raises UserError where this run's backbone has another shape. Needs no weights."""
@@ -32,21 +32,23 @@ class Teacher(NamedTuple):
 
     @torch.no_grad()
     def head(self, backbone: Backbone) -> FullHead:
-        """W = A B on the device and in the dtype of the original head. Raises UserError where it is of another backbone."""
+        """The head as a `FullHead` on the device and in the dtype of the original head. Raises UserError for another backbone."""
         theirs = self.run.curve["backbone_hash"]
         check(
             theirs == backbone.hash,
             f"head.teacher={self.run.folder}: its heads were trained on backbone {theirs}, this run's is {backbone.hash}",
         )
         original = backbone.lm_head.weight
+        if HeadKey.of(self.row).kind != LOW_RANK:
+            return FullHead(self.run.dense(self.row).to(original))
         A, B = (t.to(original.device) for t in self.run.factors(self.row))
         return FullHead((A @ B).to(original.dtype))
 
 
-def open_teacher(value: str) -> Optional[Teacher]:
-    """The teacher in a folder, or None where `value` is own or trained. Raises UserError where it is not a finished run's."""
+def open_teacher(value: str) -> Optional[EarlierHead]:
+    """The head in a folder, or None where `value` is own or trained. Raises UserError where it is not a finished run's."""
     if value in ("own", "trained"):
         return None
     run = open_run(Path(value).expanduser())
     check(bool(run.ranks), f"head.teacher={value}: all heads there diverged")
-    return Teacher(run, run.pick(run.ranks[-1]))
+    return EarlierHead(run, run.pick(run.ranks[-1]))

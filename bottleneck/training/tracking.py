@@ -165,7 +165,7 @@ class WandbHeads(Logger):
     @rank_zero_only
     def finish(self, curve: Optional[dict[str, Any]], alone: bool) -> None:
         """End the runs; with their results, where there is a curve, and that as a run of its own unless this is one job of several."""
-        results = {} if curve is None else {HeadKey(h["rank"], h["lr"], h["seed"]).name: h for h in curve["heads"]}
+        results = {} if curve is None else {HeadKey.of(h).name: h for h in curve["heads"]}
         wanted = {*FINAL, *(m.name for m in metrics())}
         for name, run in self.runs.items():
             if name in results:

@@ -17,7 +17,7 @@ from bottleneck.backbone.model import Backbone, load_model, load_shape, load_tok
 from bottleneck.backbone.tiny_configs import tiny_config
 from bottleneck.config.schema import BackboneConfig
 from bottleneck.core.errors import UserError
-from bottleneck.heads.closed_forms import calibrate
+from bottleneck.heads.calibration import calibrate
 
 
 def refused(words: str, call: Callable) -> str:

@@ -113,7 +113,7 @@ def test_counts_and_lists():
         ("tokens=1.5", "whole number"),
         ("batch_size=0", "batch_size"),
         ("trainer.devices=3", "multiple of the 3 processes"),
-        ("head.init=magic", "head.init=magic: must be one of fisher, refined, svd, scaled, normal"),
+        ("head.init=magic", "head.init=magic: no such start; allowed are fisher, normal, refined, scaled, svd"),
         ("optim.lr_rule=magic", "must be one of power, table, grid"),
         ("data.files=null", "either data.files"),
         ("data.files=", "data.files=: is empty; give a value, or null (an unset shell variable"),

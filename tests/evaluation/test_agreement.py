@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -11,11 +12,11 @@ import torch
 
 import bottleneck.losses.fused as fused
 from bottleneck.core.errors import UserError
-from bottleneck.core.extensions import METRICS, Predictions
+from bottleneck.core.extensions import METRICS, OBJECTIVES, Predictions
 from bottleneck.evaluation.agreement import BANDS, bands_of, compare
 from bottleneck.heads.bank import HeadBank, HeadKey
-from bottleneck.losses.distill import Objective, steps
 from bottleneck.losses.linear import targets, weights
+from bottleneck.losses.objective import BoundObjective, steps
 from bottleneck.losses.products import matmul_f32
 from bottleneck.results.knee import crossing, knee_lines, knees
 
@@ -116,7 +117,8 @@ def taught(heads, W, h, y, temperature, mix, impl, dtype=torch.float32):
     """Losses [H, N] and gradients of heads that the full head W teaches; scale 0.5."""
     grads = [(torch.zeros_like(A), torch.zeros_like(B)) for A, B in heads]
     full = W.to(dtype)
-    o = Objective(lambda x: matmul_f32(x, full.T), temperature, mix)
+    options = {"temperature": temperature, "mix": mix}
+    o = BoundObjective(OBJECTIVES["mixed"], options, lambda x: matmul_f32(x, full.T))
     return steps(h.to(dtype), [weights(A, B, dtype, impl) for A, B in heads], targets(y), grads, 0.5, o), grads
 
 
@@ -205,17 +207,18 @@ def test_a_trained_teacher_learns_from_the_data_and_teaches_the_others():
         losses = bank.accumulate(h, y, bank.cast(torch.float32), 1 / N)
         return {key: (loss, bank[key].A.grad, bank[key].B.grad) for key, loss in zip(bank.keys, losses)}
 
-    found = gradients(bank_of(keys), Objective(None, 1.0, 0.9))
+    trained = BoundObjective(OBJECTIVES["mixed"], {"temperature": 1.0, "mix": 0.9})
+    found = gradients(bank_of(keys), trained)
     teacher = bank_of(keys)[keys[1]]
-    fixed = gradients(bank_of(keys), Objective(lambda x: (x @ teacher.B.T) @ teacher.A.T, 1.0, 0.9))
+    fixed = gradients(bank_of(keys), dataclasses.replace(trained, teacher_logits=lambda x: (x @ teacher.B.T) @ teacher.A.T))
     plain = gradients(bank_of(keys), None)
-    pair = gradients(bank_of(keys[1:]), Objective(None, 1.0, 0.9))
+    pair = gradients(bank_of(keys[1:]), trained)
     for key, want in ((keys[0], fixed), (keys[1], plain), (keys[2], fixed), (keys[2], pair), (keys[1], pair)):
         assert all(torch.equal(a, b) for a, b in zip(found[key], want[key])), key
     assert not torch.equal(found[keys[0]][1], plain[keys[0]][1])
     for wrong in (keys[:1], [*keys, HeadKey(D, 2e-2, 0)]):
         with pytest.raises(UserError, match="head.teacher=trained"):
-            gradients(bank_of(wrong), Objective(None, 1.0, 0.9))
+            gradients(bank_of(wrong), trained)
 
 
 def test_a_trained_teacher_through_a_run(run, tmp_path):

@@ -11,7 +11,8 @@ from bottleneck.backbone.model import FullHead
 from bottleneck.config.schema import OptimConfig
 from bottleneck.core.errors import UserError
 from bottleneck.heads.bank import HeadBank, HeadKey
-from bottleneck.heads.closed_forms import Calibration, calibrate, starts
+from bottleneck.heads.calibration import Calibration, calibrate
+from bottleneck.heads.starting import make_start
 from bottleneck.training.optim import bank_keys, build_optimizer, clip_per_head, power_rate, rates, schedule
 
 V, D, N = 60, 12, 4000
@@ -45,7 +46,7 @@ def test_full_rank_closed_forms_are_the_full_head(setting):
     h, head, c = setting
     want = torch.log_softmax(head.logits(h).double(), -1)
     for init in ("fisher", "svd"):
-        A, B = starts(init, head, c)(HeadKey(D, 0.1, 0))
+        A, B = make_start(init, head, c)(HeadKey(D, 0.1, 0))
         assert torch.allclose(torch.log_softmax(logits(h, A, B), -1), want, atol=1e-4), init
 
 
@@ -62,7 +63,7 @@ def test_fisher_is_the_optimum_of_its_objective(setting):
         return torch.linalg.matrix_norm(q * (M - centred) @ root).item()
 
     spectrum = torch.linalg.svdvals(q * centred @ root)
-    start = starts("fisher", head, c)
+    start = make_start("fisher", head, c)
     g = torch.Generator().manual_seed(1)
     for r in (1, 3, 7):
         A, B = start(HeadKey(r, 0.1, 0))
@@ -83,7 +84,7 @@ def test_fisher_loses_less_than_svd(setting):
     for r in (2, 4, 8):
         kl = {}
         for init in ("fisher", "svd"):
-            log_q = torch.log_softmax(logits(h, *starts(init, head, c)(HeadKey(r, 0.1, 0))), -1)
+            log_q = torch.log_softmax(logits(h, *make_start(init, head, c)(HeadKey(r, 0.1, 0))), -1)
             kl[init] = (p * (p.log() - log_q)).sum(-1).mean().item()
         assert kl["fisher"] < kl["svd"]
 
@@ -91,24 +92,24 @@ def test_fisher_loses_less_than_svd(setting):
 def test_starts_have_the_variances_they_promise(setting):
     h, head, c = setting
     for init in ("fisher", "svd", "scaled"):
-        A, B = starts(init, head, c)(HeadKey(8, 0.1, 0))
+        A, B = make_start(init, head, c)(HeadKey(8, 0.1, 0))
         z = h.double() @ B.double().T
         assert 0.3 < z.square().mean() < 3, init
         if init != "scaled":  # second moments are exact for the closed forms
             assert torch.allclose(z.square().mean(0), torch.ones(8, dtype=torch.float64), rtol=1e-3)
     white = Calibration(torch.eye(256, dtype=torch.float64) * 4, torch.ones(1), torch.ones(1))
     wide = FullHead(torch.zeros(4000, 256))
-    A, B = starts("scaled", wide, white)(HeadKey(64, 0.1, 0))
+    A, B = make_start("scaled", wide, white)(HeadKey(64, 0.1, 0))
     x = torch.randn(500, 256) * 2
     assert 0.9 < (x @ B.T @ A.T).std() < 1.1
-    A, B = starts("normal", wide, white)(HeadKey(64, 0.1, 0))
+    A, B = make_start("normal", wide, white)(HeadKey(64, 0.1, 0))
     assert abs(A.std() - 1) < 0.02 and abs(B.std() - 1) < 0.02
     assert math.isclose((x @ B.T @ A.T).std(), 2 * math.sqrt(64 * 256), rel_tol=0.1)  # √(r·d) for h of unit entries
 
 
 def test_random_start_depends_on_rank_and_seed_alone(setting):
     _, head, c = setting
-    start = starts("scaled", head, c)
+    start = make_start("scaled", head, c)
     assert torch.equal(start(HeadKey(4, 0.1, 3))[0], start(HeadKey(4, 0.7, 3))[0])
     assert not torch.equal(start(HeadKey(4, 0.1, 3))[0], start(HeadKey(4, 0.1, 4))[0])
 
@@ -117,7 +118,7 @@ def test_names_are_exact_and_doubles_refused():
     assert HeadKey(64, 0.01, 0).name == "r64_lr1e-2_s0"
     assert HeadKey(8, 0.0123, 5).name == "r8_lr123e-4_s5"
     assert HeadKey(8, 10.0, 5).name == "r8_lr1e1_s5"
-    with pytest.raises(UserError, match="there twice"):
+    with pytest.raises(UserError, match="duplicate head"):
         HeadBank([HeadKey(2, 0.1, 0), HeadKey(2, 0.1 + 1e-12, 0)], 5, 3)
 
 

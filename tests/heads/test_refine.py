@@ -12,8 +12,9 @@ import bottleneck.training.progress as progress
 from bottleneck.backbone.model import Backbone, FullHead, load_tokenizer
 from bottleneck.config.schema import BackboneConfig
 from bottleneck.heads.bank import HeadKey
-from bottleneck.heads.closed_forms import calibrate, starts
-from bottleneck.heads.refine import _Pupil, divergence, refine
+from bottleneck.heads.calibration import calibrate
+from bottleneck.heads.starting import make_start
+from bottleneck.heads.starts.refined import _Pupil, divergence, refine
 from conftest import ROOT
 
 V, D, N = 60, 12, 4096
@@ -37,7 +38,7 @@ def brute_force(h, head, A, B):
 
 def closed(setting, ranks, init="fisher"):
     _, head, c = setting
-    start = starts(init, head, c)
+    start = make_start(init, head, c)
     return [start(HeadKey(r, 0.1, 0)) for r in ranks]
 
 
@@ -70,7 +71,7 @@ def test_kl_falls(setting, init):
 def test_kl_never_rises(setting, monkeypatch):
     """With steps that can only do harm the start itself comes back."""
     h, head, c = setting
-    monkeypatch.setattr("bottleneck.heads.refine.STEP", 100.0)
+    monkeypatch.setattr("bottleneck.heads.starts.refined.STEP", 100.0)
     before = closed(setting, [4])
     after = refine(before, [h], head, c, passes=1)
     assert torch.equal(before[0][0], after[0][0]) and torch.equal(before[0][1], after[0][1])
@@ -102,7 +103,7 @@ def test_a_planted_head_is_recovered(setting):
     g = torch.Generator().manual_seed(2)
     head = FullHead(torch.randn(V, 3, generator=g) @ torch.randn(3, D, generator=g) * 0.5)
     c = calibrate([h], head)
-    start = starts("scaled", head, c)(HeadKey(3, 0.1, 0))
+    start = make_start("scaled", head, c)(HeadKey(3, 0.1, 0))
     (done,) = refine([start], [h], head, c, passes=40, batch=256)
     assert brute_force(h, head, *done) < 0.01 * brute_force(h, head, *start)
 
@@ -112,9 +113,9 @@ def test_full_rank_loses_nothing(setting, monkeypatch):
     h, head, c = setting
     start = closed(setting, [D])
     assert refine(start, [h], head, c) == start
-    monkeypatch.setattr("bottleneck.heads.refine.ENOUGH", -1.0)
+    monkeypatch.setattr("bottleneck.heads.starts.refined.ENOUGH", -1.0)
     monkeypatch.setattr(
-        "bottleneck.heads.refine.divergence", lambda heads, *_: [1e-7 - 1e-9 * (heads is not start)] * len(heads)
+        "bottleneck.heads.starts.refined.divergence", lambda heads, *_: [1e-7 - 1e-9 * (heads is not start)] * len(heads)
     )
     ((A, B),) = refine(start, [h], head, c)
     assert A is not start[0][0]
@@ -153,7 +154,7 @@ def test_everything_the_full_head_does_is_learned(setting):
     g = torch.Generator().manual_seed(3)
     head = FullHead(plain.W_VD, torch.randn(V, generator=g), 1.0, 5.0)
     c = calibrate([h], head)
-    start = starts("fisher", head, c)(HeadKey(D, 0.1, 0))
+    start = make_start("fisher", head, c)(HeadKey(D, 0.1, 0))
     (done,) = refine([start], [h], head, c, passes=8, batch=256)
     assert brute_force(h, head, *done) < 0.7 * brute_force(h, head, *start)
 
@@ -175,7 +176,7 @@ def test_lower_held_out_loss_on_the_embedded_backbone():
     held_out = blocks("validation", 8)
     h, y = backbone(held_out[:, :-1]).flatten(0, 1), held_out[:, 1:].flatten()
     c = calibrate(hidden, backbone.head)
-    start = starts("fisher", backbone.head, c)
+    start = make_start("fisher", backbone.head, c)
     before = [start(HeadKey(r, 0.1, 0)) for r in (8, 64)]
     after = refine(before, hidden, backbone.head, c)
     old, new = (

@@ -10,9 +10,9 @@ import torch
 from bottleneck.config.schema import OptimConfig
 from bottleneck.core.errors import UserError
 from bottleneck.heads.bank import HeadBank, HeadKey
-from bottleneck.heads.closed_forms import roots
-from bottleneck.training.run_folder import LAST
+from bottleneck.heads.calibration import roots
 from bottleneck.training.optim import build_optimizer, clip_per_head
+from bottleneck.training.run_folder import LAST
 from conftest import assert_same_heads, heads_of, shell
 
 V, D, N = 60, 10, 400

@@ -9,8 +9,8 @@ import torch
 
 from bottleneck.backbone.model import FullHead
 from bottleneck.core.errors import UserError
-from bottleneck.heads.closed_forms import calibrate
-from bottleneck.heads.refine import divergence
+from bottleneck.heads.calibration import calibrate
+from bottleneck.heads.starts.refined import divergence
 from bottleneck.losses import linear_cross_entropy
 from bottleneck.studies.anisotropy import reading
 from bottleneck.studies.formulas.agreement import Agreement

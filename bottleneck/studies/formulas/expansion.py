@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from bottleneck.backbone.model import FullHead
-from bottleneck.heads.closed_forms import Calibration, roots
+from bottleneck.heads.calibration import Calibration, roots
 from bottleneck.losses.chunked import chunk_rows
 from bottleneck.studies.formulas.singular import singular_values, tails, triangle
 

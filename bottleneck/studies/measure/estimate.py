@@ -18,9 +18,9 @@ from torch import Tensor
 from bottleneck.backbone.model import Backbone
 from bottleneck.core.errors import check
 from bottleneck.data.module import IGNORE
-from bottleneck.heads import closed_forms as initial
-from bottleneck.heads.bank import HeadKey
-from bottleneck.heads.refine import refine
+from bottleneck.heads.calibration import Calibration, calibrate
+from bottleneck.heads.key import HeadKey
+from bottleneck.heads.starting import make_start
 from bottleneck.losses.chunked import chunk_rows
 from bottleneck.studies.formulas.agreement import Agreement
 from bottleneck.studies.shared.config import StudyConfig, ranks_of
@@ -41,17 +41,17 @@ class Calibrated:
     def __init__(self, c: StudyConfig, cp: Checkpoint, backbone: Backbone, text: StudyText):
         self.c, self.cp, self.backbone, self.text = c, cp, backbone, text
         self.hidden: list[Tensor] = []
-        self._moments: Optional[initial.Calibration] = None
+        self._moments: Optional[Calibration] = None
 
     @property
-    def moments(self) -> initial.Calibration:
+    def moments(self) -> Calibration:
         """Raises: UserError where the hidden states are not finite."""
         if self._moments is None:
             device = self.backbone.lm_head.weight.device
             ids = self.text.calibration(self.c.study.calibration_tokens, self.c.data.seed)
             pieces = ids.split(self.c.trainer.micro_batch_size)
             self.hidden = [self.backbone(b[:, :-1].to(device)) for b in pieces]
-            self._moments = initial.calibrate(self.hidden, self.backbone.head)
+            self._moments = calibrate(self.hidden, self.backbone.head)
             check_moments(self.cp, self._moments)
         return self._moments
 
@@ -61,11 +61,9 @@ def start_heads(
 ) -> list[Factors]:
     """Factors of every rank for one `head.init`, as train.py starts them; float32 on the backbone's device."""
     head, moments = calibrated.backbone.head, calibrated.moments
-    start = initial.starts("fisher" if init == "refined" else init, head, moments)
-    heads = [start(HeadKey(r, 1.0, seed)) for r in ranks]
-    if init == "refined":
-        heads = refine(heads, calibrated.hidden, head, moments, passes)
-    return on_device(heads, head.W_VD.device)
+    keys = [HeadKey(r, 1.0, seed) for r in ranks]
+    start = make_start(init, head, moments, hidden=calibrated.hidden, keys=keys, options={"passes": passes})
+    return on_device([start(key) for key in keys], head.W_VD.device)
 
 
 def on_device(heads: Sequence[Factors], device: torch.device) -> list[Factors]:

@@ -14,8 +14,9 @@ import torch
 
 from bottleneck.backbone.model import Backbone, FullHead
 from bottleneck.data.module import IGNORE
-from bottleneck.heads import closed_forms as initial
-from bottleneck.heads.bank import HeadKey
+from bottleneck.heads.calibration import calibrate
+from bottleneck.heads.key import HeadKey
+from bottleneck.heads.starting import make_start
 from bottleneck.losses.chunked import chunk_rows
 from bottleneck.studies.formulas.expansion import expansion, slope, theory_tails, truncated
 from bottleneck.studies.formulas.singular import ROWS
@@ -89,14 +90,14 @@ def _numbers(
         hidden.append(backbone(inputs.to(device))[targets.to(device) != IGNORE].float())
         done += len(inputs)
         progress.at(0.4 * done / len(text))
-    moments = initial.calibrate(hidden, head)
+    moments = calibrate(hidden, head)
     check_moments(cp, moments)
     t = theory_tails(head.W_VD, moments)
     progress.at(0.5)
     h_ND = torch.cat(hidden)
     svd = expansion(truncated(head.W_VD, moments, ranks), h_ND, head)
     progress.at(0.75)
-    start = initial.starts("fisher", head, moments)
+    start = make_start("fisher", head, moments)
     fisher = expansion([start(HeadKey(r, 1.0, 0)) for r in ranks], h_ND, head)
     return {
         **{k: getattr(t, k).tolist() for k in vars(t)},

@@ -16,7 +16,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from bottleneck.config import schema
-from bottleneck.config.checks import INITS, RANK_LADDER, as_count, as_list, check_config
+from bottleneck.config.checks import RANK_LADDER, as_count, as_list, check_config
 from bottleneck.config.declare import composable, freeze, group, key
 from bottleneck.config.schema import BackboneConfig, DataConfig, TrainConfig, TrainerConfig, TrainNode
 from bottleneck.core.errors import check
@@ -177,7 +177,7 @@ def check_ranks(keys: Any) -> None:
 
 def check_starts(name: str, starts: list[str], closed_form: bool = False) -> None:
     """Check names of starts (`head.init`); with `closed_form`, only those without randomness are allowed."""
-    allowed = [start.name for start in STARTS if start.closed_form or not closed_form] or list(INITS)
+    allowed = [start.name for start in STARTS if start.closed_form or not closed_form]
     check(len(starts) > 0, f"{name}=[]: give at least one start")
     for start in starts:
         check(start in allowed, f"{name}={start}: must be one of {', '.join(allowed)}")

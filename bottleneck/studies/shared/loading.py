@@ -117,7 +117,7 @@ def load_head(cp: Checkpoint, shapes: Shapes) -> Head:
 
 
 def check_moments(cp: Checkpoint, moments: Any) -> None:
-    """Raise UserError where the moments of its hidden states (`closed_forms.Calibration`) are not finite."""
+    """Raise UserError where the moments of its hidden states (`heads.calibration.Calibration`) are not finite."""
     finite = bool(torch.isfinite(moments.cov_DD).all())
     check(finite, f"{cp.where}: its hidden states are not numbers; are its weights whole?")
 

@@ -1,0 +1,75 @@
+"""The options that the chosen head kind, start and objective declare, and their values in a config."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from bottleneck.config.schema import HeadConfig
+from bottleneck.core.errors import check
+from bottleneck.core.extensions import HEAD_KINDS, OBJECTIVES, STARTS, HeadKind, Objective, Start
+
+FIELDS = {f.name: f for f in dataclasses.fields(HeadConfig)}  # options with a key of their own
+
+
+def chosen(h: HeadConfig) -> dict[str, Start | HeadKind | Objective]:
+    """The declared objects of a run by the key that chooses them. Raises UserError for a name that does not exist."""
+    return {
+        "head.kind": HEAD_KINDS[h.kind],
+        "head.init": STARTS[h.init],
+        "head.objective": OBJECTIVES[h.objective],
+    }
+
+
+def head_options(h: HeadConfig, declared: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of declared options: from `head.NAME` or `head.options.NAME`, else the declared default."""
+    return {
+        name: getattr(h, name) if name in FIELDS else h.options.get(name, default) for name, default in declared.items()
+    }
+
+
+def all_options(h: HeadConfig) -> dict[str, Any]:
+    """Every option that has a key of its own or is used by this run: its value, None where nothing uses it."""
+    used: dict[str, Any] = {}
+    for item in chosen(h).values():
+        used |= head_options(h, item.options)
+    return dict.fromkeys(sorted(_with_keys())) | used
+
+
+def check_options(h: HeadConfig) -> None:
+    """Raises UserError for an option that is given but that nothing in this run reads."""
+    used = {name: key for key, item in chosen(h).items() for name in item.options}
+    defaults = HeadConfig()
+    for name, (key, users) in _with_keys().items():
+        value = getattr(h, name)
+        check(
+            name in used or value == getattr(defaults, name),
+            f"head.{name}={value}: {key}={chosen(h)[key].name} does not use it; {', '.join(users)} {_verb(users)}",
+        )
+    own = sorted(used.keys() - FIELDS.keys())
+    for name in h.options:
+        check(
+            name in own,
+            f"head.options.{name}: not an option of this run's kind, start and objective; "
+            f"they have {', '.join(own) or 'none'}",
+        )
+
+
+def _verb(users: list[str]) -> str:
+    return "does" if len(users) == 1 else "do"
+
+
+def _with_keys() -> dict[str, tuple[str, list[str]]]:
+    """Options with a key of their own: the key that decides whether they are used, and the names that use them."""
+    out: dict[str, tuple[str, list[str]]] = {}
+    for key, items in (
+        ("head.kind", [*HEAD_KINDS]),
+        ("head.init", [*STARTS]),
+        ("head.objective", [*OBJECTIVES]),
+    ):
+        for item in items:
+            for name in item.options:
+                if name in FIELDS:
+                    out.setdefault(name, (key, []))[1].append(item.name)
+    return out

@@ -1,0 +1,190 @@
+"""What every kind of head is: parameters, logits of hidden states, and what the bank and the evaluation ask of it.
+
+A kind needs to define its parameters, `logits` and `begin`. `Head` then trains it with autograd, a chunk of tokens at a time, so
+that no more than a few chunks of logits are held; it saves and loads the parameters and evaluates them. A kind that can do
+better, as `low_rank` does, overrides `read`, `token_losses`, `step` and `taught_steps`.
+
+Dims: N tokens, n tokens of a chunk, D hidden size, R rank, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Optional
+
+import torch
+from torch import Tensor, nn
+
+from bottleneck.backbone.model import FullHead
+from bottleneck.core.errors import check
+from bottleneck.core.extensions import HEAD_KINDS
+from bottleneck.heads.calibration import Calibration
+from bottleneck.heads.key import HeadKey
+from bottleneck.losses.chunked import chunk_rows
+from bottleneck.losses.objective import BoundObjective
+from bottleneck.losses.products import add_product, matmul_f32
+
+TokenLoss = Callable[[Tensor, Tensor, Tensor], Tensor]  # (logits [n, V], targets [n], hidden [n, D]) -> loss [n]
+
+
+class Head(nn.Module):
+    """One head of a bank. Its parameters are float32 and must all receive a gradient.
+
+    Args:
+        start_rank: rank of the factors that `begin` is given.
+
+    Attributes:
+        wide: how many float32 numbers per token and vocabulary entry its forward and backward pass hold, about.
+    """
+
+    wide: int = 4
+
+    def __init__(self, vocab_size: int, start_rank: int):
+        super().__init__()
+        self.vocab_size, self.start_rank = vocab_size, start_rank
+
+    def logits(self, h_nD: Tensor) -> Tensor:
+        """Logits [n, V] of hidden states, differentiable; float32 for 16-bit states, see `product`."""
+        raise NotImplementedError
+
+    def begin(self, key: HeadKey, A_VR: Tensor, B_RD: Tensor, *, head: FullHead, moments: Calibration) -> None:
+        """Set the parameters from the factors of a start of rank `start_rank`."""
+        raise NotImplementedError
+
+    def dense(self) -> Optional[Tensor]:
+        """W [V, D] with logits = h Wᵀ, or None where the logits are not linear in h."""
+        return None
+
+    @property
+    def parameters_count(self) -> int:
+        """Trainable numbers: what the learning rate is scaled by."""
+        return sum(p.numel() for p in self.parameters())
+
+    def tensors(self, whiten_DD: Optional[Tensor] = None) -> dict[str, Tensor]:
+        """What its file holds, by name; reads hidden states as they are."""
+        return {name: p.detach() for name, p in self.named_parameters()}
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set the parameters from `tensors`. Raises UserError where names or shapes differ."""
+        own = dict(self.named_parameters())
+        for what, ours, theirs in (
+            ("tensors", sorted(own), sorted(tensors)),
+            ("shapes", *([list(t[k].shape) for k in sorted(own) if k in t] for t in (own, tensors))),
+        ):
+            check(ours == theirs, f"head file: its {what} are {theirs}; a head of this kind and rank has {ours}")
+        for name, p in own.items():
+            p.copy_(tensors[name])
+
+    def use_coordinates(self, root_DD: Tensor) -> None:
+        """See `HeadBank.use_coordinates`; only for kinds that declare `coordinates`."""
+        raise NotImplementedError
+
+    def finish_gradients(self, whiten_DD: Tensor) -> None:
+        """See `HeadBank.finish_gradients`; only for kinds that declare `coordinates`."""
+        raise NotImplementedError
+
+    def impl(self, dtype: torch.dtype, tokens: int, wanted: str) -> str:
+        """Name of what its training step runs on, for the log."""
+        return "autograd, chunked"
+
+    def read(
+        self, dtype: torch.dtype, impl: str, whiten_DD: Optional[Tensor] = None, *, memory: Optional[int] = None
+    ) -> Any:
+        """Whatever can be prepared once for a step; given back to the methods below until the parameters change.
+
+        Args: memory: bytes that a step may take on a GPU, see `losses.memory`.
+        """
+        return None
+
+    @torch.no_grad()
+    def float_logits(self, h_nD: Tensor, read: Any) -> Tensor:
+        """Logits [n, V] in float32, without a graph."""
+        return self.logits(h_nD).float()
+
+    @torch.no_grad()
+    def token_losses(self, h_ND: Tensor, y_N: Tensor, read: Any) -> Tensor:
+        """Cross-entropy [N] of every token in nats, float32; 0 where the target is -1."""
+        parts = []
+        for h, y in self._chunks(h_ND, y_N):
+            loss = cross_entropy(self.float_logits(h, read), y.clamp(min=0).long())
+            parts.append(loss.masked_fill(y < 0, 0.0))
+        return torch.cat(parts)
+
+    def step(self, h_ND: Tensor, y_N: Tensor, read: Any, scale: float) -> Tensor:
+        """Cross-entropy [N] of every token; scale · the gradient of its sum is added to every parameter's .grad."""
+        return self._autograd_step(h_ND, y_N, scale, lambda logits, y, h: cross_entropy(logits, y))
+
+    @classmethod
+    def taught_steps(
+        cls, heads: Sequence[Head], h_ND: Tensor, y_N: Tensor, reads: Sequence[Any], scale: float, o: BoundObjective
+    ) -> list[Tensor]:
+        """`step` of several heads of this kind for an objective other than cross-entropy."""
+
+        def loss(logits: Tensor, y: Tensor, h: Tensor) -> Tensor:
+            return o.loss(logits, y, o.log_teacher(h))
+
+        return [head._autograd_step(h_ND, y_N, scale, loss) for head in heads]
+
+    def _chunks(self, h_ND: Tensor, y_N: Tensor) -> list[tuple[Tensor, Tensor]]:
+        rows = max(1, chunk_rows(self.vocab_size, h_ND.device.type) // max(1, self.wide // 2))
+        return list(zip(h_ND.split(rows), y_N.split(rows)))
+
+    def _autograd_step(self, h_ND: Tensor, y_N: Tensor, scale: float, loss: TokenLoss) -> Tensor:
+        parameters, parts = list(self.parameters()), []
+        for h, y in self._chunks(h_ND.detach(), y_N):
+            with torch.enable_grad():
+                found = loss(self.logits(h), y.clamp(min=0).long(), h).masked_fill(y < 0, 0.0)
+                gradients = torch.autograd.grad(found.sum(), parameters)
+            for p, gradient in zip(parameters, gradients):
+                assert p.grad is not None  # of zeros at least, from `HeadBank.zero_gradients`
+                p.grad.add_(gradient, alpha=scale)
+            parts.append(found.detach().float())
+        return torch.cat(parts)
+
+
+def build_head(key: HeadKey, vocab_size: int, hidden_size: int) -> Head:
+    """The head of a key, with parameters that are not yet started."""
+    kind = HEAD_KINDS[key.kind]
+    head: Head = kind.build(vocab_size, key.rank, hidden_size, **{**kind.options, **dict(key.options)})
+    return head
+
+
+def count_parameters(key: HeadKey, vocab_size: int, hidden_size: int) -> int:
+    """Trainable numbers of the head of a key, without allocating it."""
+    with torch.device("meta"):
+        return build_head(key, vocab_size, hidden_size).parameters_count
+
+
+def cross_entropy(logits_nV: Tensor, y_n: Tensor) -> Tensor:
+    """Loss [n] of targets, nats."""
+    return nn.functional.cross_entropy(logits_nV, y_n, reduction="none")
+
+
+def product(x_nR: Tensor, W_VR: Tensor) -> Tensor:
+    """x Wᵀ [n, V], differentiable, for use in `Head.logits`.
+
+    16-bit x are multiplied with W rounded to their dtype; sums, result and the gradient of W are float32, as in the other losses.
+    """
+    if x_nR.dtype in (torch.float32, torch.float64):
+        return x_nR @ W_VR.to(x_nR.dtype).T
+    result: Tensor = _Product.apply(x_nR, W_VR)
+    return result
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_nR: Tensor, W_VR: Tensor) -> Tensor:
+        ctx.save_for_backward(x_nR, W_VR)
+        return matmul_f32(x_nR, W_VR.to(x_nR.dtype).T)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Optional[Tensor], Optional[Tensor]]:
+        x_nR, W_VR = ctx.saved_tensors
+        G_nV = grads[0].to(x_nR.dtype)
+        dx = G_nV @ W_VR.to(x_nR.dtype) if ctx.needs_input_grad[0] else None
+        dW = None
+        if ctx.needs_input_grad[1]:
+            dW = torch.zeros_like(W_VR)
+            add_product(dW, G_nV.T, x_nR, 1.0)
+        return dx, dW

@@ -1,0 +1,73 @@
+"""What identifies a head within a run, and the file and module name that follows from it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+import torch
+
+LOW_RANK = "low_rank"
+
+
+@dataclass(frozen=True)
+class HeadKey:
+    """What distinguishes one head of a bank from another. Everything about a head follows from its key and the run's config.
+
+    Attributes:
+        kind: name of its `HeadKind`.
+        options: the kind's own options that differ from their defaults, sorted by name.
+    """
+
+    rank: int
+    lr: float
+    seed: int
+    kind: str = LOW_RANK
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """File and module name without dots, such as r64_lr1e-2_s0 or mos-components4_r64_lr1e-2_s0.
+
+        The rate is exact to 6 digits.
+        """
+        kind = (
+            "" if self.kind == LOW_RANK else "-".join([self.kind, *(f"{k}{_word(v)}" for k, v in self.options)]) + "_"
+        )
+        return f"{kind}r{self.rank}_lr{_digits(self.lr)}_s{self.seed}"
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> HeadKey:
+        """The key of a head from its row in curve.json."""
+        options = tuple(sorted((row.get("options") or {}).items()))
+        return cls(row["rank"], row["lr"], row["seed"], row.get("kind", LOW_RANK), options)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What its row in curve.json says beyond rank, rate and seed: nothing for a low-rank head."""
+        if self.kind == LOW_RANK:
+            return {}
+        return {"kind": self.kind} | ({"options": dict(self.options)} if self.options else {})
+
+
+def generator(key: HeadKey) -> torch.Generator:
+    """A CPU generator seeded by a head's rank and seed only, so that heads of several rates begin at the same values."""
+    digest = hashlib.sha256(f"{key.rank}/{key.seed}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def _digits(number: float) -> str:
+    d = Decimal(f"{number:.6g}").normalize().as_tuple()
+    return f"{''.join(map(str, d.digits))}e{d.exponent}"
+
+
+def _word(value: Any) -> str:
+    """An option's value in a file name: letters, digits and signs only."""
+    if isinstance(value, float):
+        return ("m" if value < 0 else "") + _digits(abs(value))
+    if isinstance(value, (list, tuple)):
+        return "x".join(map(_word, value))
+    return "".join(c if c.isalnum() else "x" for c in str(value).lower())
