@@ -6,9 +6,9 @@
     python -m data.recipes.pretrain --out OUT --do train --minutes 7        the model on those files
 
 OUT then holds `tokenizer/`, `tokens/{train,validation}.bin` (uint16, documents joined by the end token) and `model/`, a
-Hugging Face folder in bfloat16. `--tokens` or `--minutes` sets the length; the learning rate follows warm-up and cosine over
-that length. `--save-at pythia` also keeps `step0`, `step1`, `step2`, … `step512`, `step1000`, … for studies of training.
-A GPU trains in bf16 autocast over float32 weights, compiled. A CPU runs the same code slowly, for trials.
+Hugging Face folder in bfloat16. `--tokens` or `--minutes` sets the length; the learning rate follows warm-up and cosine
+over that length. `--save-at pythia` also keeps `step0`, `step1`, `step2`, … `step512`, `step1000`, … for studies of
+training. A GPU trains in bf16 autocast over float32 weights, compiled. A CPU runs the same code slowly, for trials.
 """
 
 from __future__ import annotations
