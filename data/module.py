@@ -18,6 +18,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from bottleneck.core.errors import check
 from bottleneck.data.cache import Corpus
+from bottleneck.data.token_corpus import TokenCorpus
 
 IGNORE = -100  # a target that does not count
 
@@ -43,10 +44,14 @@ class StepBatches(Dataset):
         world: int = 1,
         epochs: int = 1,
     ):
-        self.tokens, self.block, self.batch, self.steps, self.bos = corpus.train, block, batch, steps, bos
+        self.corpus, self.block, self.batch, self.steps, self.bos = corpus, block, batch, steps, bos
         self.rank, self.share = rank, batch // world
-        blocks = (len(self.tokens) - 1) // block
-        self.order = np.random.default_rng(seed).permutation(blocks)
+        if isinstance(corpus, TokenCorpus):
+            assert corpus.block == block, "token files are opened for one length of sequence"
+            self.order: Any = corpus.order(seed)
+        else:
+            self.order = np.random.default_rng(seed).permutation((len(corpus.train) - 1) // block)
+        blocks = len(self.order)
         needed = math.ceil(steps / epochs) * batch  # blocks of one epoch
         once = "" if epochs == 1 else f" for each of {epochs} epochs"
         check(
@@ -63,9 +68,12 @@ class StepBatches(Dataset):
         return self.steps
 
     def blocks(self, indices: np.ndarray) -> Tensor:
-        """Token ids [len(indices), T+1] of some blocks of the stream."""
-        starts = indices[:, None] * self.block + np.arange(self.block + 1)
-        ids = torch.from_numpy(self.tokens[starts].astype(np.int64))
+        """Token ids [len(indices), T+1] of some blocks of the stream, or of some rows."""
+        if isinstance(self.corpus, TokenCorpus):
+            ids = torch.from_numpy(self.corpus.read(indices))
+        else:
+            starts = indices[:, None] * self.block + np.arange(self.block + 1)
+            ids = torch.from_numpy(self.corpus.train[starts].astype(np.int64))
         if self.bos is not None:
             ids[:, 0] = self.bos
         return ids
@@ -85,13 +93,14 @@ class ValidationBlocks(Dataset):
 
     def __init__(self, corpus: Corpus, block: int, bos: Optional[int], rank: int = 0, world: int = 1):
         self.tokens, self.block, self.bos = corpus.validation, block, bos
-        self.indices = range(rank, math.ceil((len(self.tokens) - 1) / block), world)
+        self.stride = corpus.stride if isinstance(corpus, TokenCorpus) else block
+        self.indices = range(rank, math.ceil((len(self.tokens) - 1) / self.stride), world)
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, item: int) -> tuple[Tensor, Tensor]:
-        start = self.indices[item] * self.block
+        start = self.indices[item] * self.stride
         ids = torch.from_numpy(self.tokens[start : start + self.block + 1].astype(np.int64))
         inputs = torch.full((self.block,), int(ids[0]))
         targets = torch.full((self.block,), IGNORE)

@@ -31,13 +31,14 @@ from bottleneck.data.encode import Writer, background, encoder
 from bottleneck.data.held_out import HashSplit, document_hash
 from bottleneck.data.readers import local_path, readable
 from bottleneck.data.sources import Source
+from bottleneck.data.token_corpus import TokenCorpus
 
 log = logging.getLogger(__name__)
 PROGRESS_SECONDS = 5.0  # between two lines about the progress
 
 
 def prepare(cfg: DataConfig, tokenizer: Any) -> Corpus:
-    """The tokens of this text: the folder `data.prepared`, or the cache, which is built first if missing or damaged.
+    """The tokens of this text: the folder `data.prepared`, the files `data.tokens`, or the cache, built first if missing.
 
     A complete cache is opened without its lock, so it may be shared and read-only.
 
@@ -46,6 +47,8 @@ def prepare(cfg: DataConfig, tokenizer: Any) -> Corpus:
     """
     if cfg.prepared is not None:
         return open_prepared(cfg, tokenizer)
+    if cfg.tokens is not None:
+        return TokenCorpus(cfg, tokenizer)
     source = Source(cfg)
     key = _key(cfg, source, tokenizer)
     root = local_path(cfg.cache_dir)
@@ -189,6 +192,8 @@ def _account(source: Source, train: Writer, validation: Writer, *, copies: int, 
 def command(overrides: list[str]) -> Corpus:
     """Prepare the tokens of the run that `python train.py OVERRIDES` would be, without loading weights."""
     c = check_config(cli.composed(overrides))
+    in_place = "data.tokens: token files are read in place, there is nothing to prepare; give them to train.py"
+    check(c.data.tokens is None, in_place)
     corpus = prepare(c.data, load_tokenizer(c.backbone))
     counts = {part: int(corpus.manifest[part]["tokens"]) for part in PARTS}
     took = "already there"

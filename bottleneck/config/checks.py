@@ -111,7 +111,7 @@ def _check_data(d: Any) -> None:
     as_count("data.block_size", d.block_size, 2)
     as_count("data.seed", d.seed, 0)
     d.epochs = as_count("data.epochs", d.epochs)
-    for name in ("files", "validation_files"):
+    for name in ("files", "validation_files", "tokens"):
         value = getattr(d, name)
         check("" not in as_list(value), f"data.{name}: holds an empty path; an unset shell variable gives one")
         if value is not None:  # a folder whose name is a number is read as one
@@ -129,11 +129,20 @@ def _check_data(d: Any) -> None:
 
 def _check_source(d: Any) -> None:
     """There is exactly one source of text, and only keys that it reads."""
-    given = [name for name in ("files", "dataset", "prepared") if getattr(d, name) is not None]
-    either = "either data.files (local) or data.dataset (Hub name) or data.prepared (folder of prepared tokens)"
+    given = [name for name in ("files", "dataset", "prepared", "tokens") if getattr(d, name) is not None]
+    either = (
+        "either data.files (local) or data.dataset (Hub name) or data.prepared (folder of prepared tokens)"
+        " or data.tokens (files of token ids)"
+    )
     both = f"; {' and '.join(given)} are given" if given else ""
     both += " (data=prepared sets no other)" if "prepared" in given else ""
     check(len(given) == 1, f"data: give {either}{both}")
+    if d.tokens is None:
+        unread = [k for k in ("format", "ids_field", "packing", "order", "skip") if getattr(d, k) != TOKEN_DEFAULTS[k]]
+        check(not unread, f"data.{unread[0] if unread else ''}: only data.tokens uses it")
+    else:
+        text_only = [k for k in ("subset", "validation_split", "document_start", "max_tokens") if getattr(d, k) is not None]
+        check(not text_only, f"data.{text_only[0] if text_only else ''}: data.tokens does not use it; leave it out")
     if d.prepared is None:
         return
     decided = ("validation_files", "subset", "validation_split", "document_start", "max_tokens")

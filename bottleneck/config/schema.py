@@ -63,6 +63,22 @@ class DataConfig:
     prepared: Optional[str] = key(
         None, "Folder made by python -m bottleneck.data.prepare, instead of files or dataset; all its tokens are used."
     )
+    tokens: str | list[str] | None = key(
+        None, "Files of token ids, read in place instead of files or dataset: a file, a folder, a glob, or a list of them."
+    )
+    format: Literal["auto", "megatron", "llmc", "nanogpt", "npy", "safetensors", "arrow", "parquet"] = key(
+        "auto", "Format of data.tokens. auto reads it from endings and headers."
+    )
+    ids_field: str = key("input_ids", "Column or tensor of data.tokens that holds the ids.")
+    packing: Literal["join", "rows"] = key(
+        "join", "data.tokens: join documents into one stream, or take rows of block_size + 1 ids as they are."
+    )
+    order: Literal["shuffled", "source"] = key(
+        "shuffled", "data.tokens: read blocks or rows in the order of data.seed, or in the order of the source."
+    )
+    skip: int | str = key(
+        0, "data.tokens: leave out so many blocks or rows at the start; stepN means N of Pythia's steps of 1,024 rows."
+    )
     subset: Optional[str] = key(None, "Configuration name of the Hub dataset, such as wikitext-103-raw-v1.")
     split: str = key("train", "Training split of the Hub dataset.")
     validation_split: Optional[str] = key(

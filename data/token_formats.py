@@ -1,0 +1,363 @@
+"""Files of token ids as other projects write them, opened in place: memory-mapped, neither copied nor converted.
+
+    megatron     NAME.bin + NAME.idx of Megatron-LM and GPT-NeoX; also one NAME.idx for NAME-00000-of-00020.bin …, as
+                 Pythia's preshuffled Pile is stored
+    llmc         shards of llm.c, modded-nanogpt and FineWeb: 256 int32 of header, then uint16 or uint32 ids
+    nanogpt      a .bin of nothing but uint16 ids
+    npy          an array of ids [N] or of rows [N, T]
+    safetensors  such an array in a .safetensors file
+    arrow        a column of id lists in .arrow files, as `datasets.save_to_disk` writes them
+    parquet      a column of id lists; it is compressed, so it is decoded into memory
+
+Every fault names the file. References: Megatron-LM's and GPT-NeoX's indexed_dataset, llm.c's data_common, the formats of
+NumPy and safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Iterable, Optional
+
+import numpy as np
+
+from bottleneck.core.errors import UserError, check
+from bottleneck.data.readers import readable
+
+FORMATS = ("megatron", "llmc", "nanogpt", "npy", "safetensors", "arrow", "parquet")
+ENDINGS = (".bin", ".npy", ".safetensors", ".arrow", ".parquet")
+IN_MEMORY = 1 << 28  # most ids of a source that has to be decoded into memory
+MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
+MEGATRON_HEADER = 34  # bytes: magic, version, dtype code, sequences, documents
+MEGATRON_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
+LLMC_MAGICS = (20240520, 20240801)
+LLMC_HEADER = 1024  # bytes
+SHARD_OF = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.bin")
+OTHER_MAGICS = {
+    b"PK\x03\x04": "a zip file",
+    b"\x7fELF": "a program",
+    b"GGUF": "a GGUF model",
+    b"\x93NUMPY": "an npy file",
+}
+SAFETENSORS_DTYPES = {"I64": "int64", "I32": "int32", "I16": "int16", "U8": "uint8", "U16": "uint16", "U32": "uint32"}
+
+
+@dataclass
+class Shard:
+    """The ids of one file.
+
+    Attributes:
+        ids: the ids [N], sliced as an array.
+        documents: start of each document in `ids`, and N at the end; indexed like an array, but perhaps not one. None
+            if the file has no boundaries but end-of-text tokens.
+        rows: the same for rows; None if the file has no rows.
+    """
+
+    name: str
+    ids: Any
+    documents: Optional[Any] = None
+    rows: Optional[Any] = None
+
+
+class EvenStarts:
+    """Starts of rows of one length: 0, length, 2 · length …"""
+
+    def __init__(self, rows: int, length: int):
+        self.rows, self.length = rows, length
+
+    def __len__(self) -> int:
+        return self.rows + 1
+
+    def __getitem__(self, i: int) -> int:
+        return i * self.length
+
+
+class MegatronStarts:
+    """Starts of sequences or documents, looked up in the index file; the index is never read as a whole."""
+
+    def __init__(self, pointers: np.ndarray, itemsize: int, total: int, documents: Optional[np.ndarray] = None):
+        self.pointers, self.itemsize, self.total, self.documents = pointers, itemsize, total, documents
+
+    def __len__(self) -> int:
+        return len(self.documents) if self.documents is not None else len(self.pointers) + 1
+
+    def __getitem__(self, i: int) -> int:
+        sequence = i if self.documents is None else int(self.documents[i])
+        return self.total if sequence == len(self.pointers) else int(self.pointers[sequence]) // self.itemsize
+
+
+class SplitFile:
+    """One array of ids that is stored in several files, cut at any byte."""
+
+    def __init__(self, paths: list[Path], dtype: np.dtype):
+        self.dtype = dtype
+        self.maps = [np.memmap(p, np.uint8, "r") for p in paths]
+        self.ends = np.cumsum([len(m) for m in self.maps])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) // self.dtype.itemsize
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, stop, _ = part.indices(len(self))
+        at, end = start * self.dtype.itemsize, max(start, stop) * self.dtype.itemsize
+        out = np.empty(end - at, np.uint8)
+        filled = 0
+        while at < end:
+            file = int(np.searchsorted(self.ends, at, side="right"))
+            first = int(self.ends[file]) - len(self.maps[file])
+            count = min(end, int(self.ends[file])) - at
+            out[filled : filled + count] = self.maps[file][at - first : at - first + count]
+            at, filled = at + count, filled + count
+        return out.view(self.dtype)
+
+
+# ---------------------------------------------------------------- which format
+def format_of(path: Path) -> str:
+    """The format of one file, by its ending, its companion or its header. Raises UserError if it is none of them."""
+    ending = path.suffix.lower()
+    if ending in (".npy", ".safetensors", ".arrow", ".parquet"):
+        return ending[1:]
+    where = readable(path)
+    check(ending == ".bin", f"{where}: not a file of token ids; known are {', '.join(ENDINGS)}")
+    if index_of(path) is not None:
+        return "megatron"
+    with open(path, "rb") as f:
+        head = f.read(8)
+    if len(head) >= 4 and int.from_bytes(head[:4], "little") in LLMC_MAGICS:
+        return "llmc"
+    other = next((name for magic, name in OTHER_MAGICS.items() if head.startswith(magic)), None)
+    check(other is None, f"{where}: is {other}, not token ids")
+    check(not head.startswith(MEGATRON_MAGIC[:7]), f"{where}: is a Megatron index; its name must end with .idx")
+    return "nanogpt"
+
+
+def index_of(path: Path) -> Optional[Path]:
+    """The .idx file of a .bin file or of one of its shards, or None."""
+    own = path.with_suffix(".idx")
+    match = SHARD_OF.fullmatch(path.name)
+    shared = path.with_name(f"{match[1]}.idx") if match else own
+    return next((p for p in (own, shared) if p.is_file()), None)
+
+
+def files_in(folder: Path) -> list[str]:
+    """Names of the token files in a folder, relative to it, sorted; of a `datasets` folder those that it lists."""
+    found: list[str] = []
+    for here, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(f for f in folders if not f.startswith((".", "__")))
+        relative = Path(here).relative_to(folder)
+        if "index.json" in files:
+            kind = "litdata" if "chunks" in (Path(here) / "index.json").read_text()[:4096] else "MosaicML MDS"
+            raise UserError(
+                f"{readable(here)}: {kind} data cannot be read; write it with datasets.save_to_disk, or as .npy or .bin"
+            )
+        if "state.json" in files:  # other .arrow files there are caches
+            listed = json.loads((Path(here) / "state.json").read_text()).get("_data_files", [])
+            files = [f["filename"] for f in listed]
+        found += [str(relative / f) for f in files if Path(f).suffix.lower() in ENDINGS and not f.startswith(".")]
+    return sorted(found)
+
+
+def open_shards(paths: list[Path], kind: str, ids_field: str) -> list[Shard]:
+    """Open files of token ids in the given order.
+
+    Args:
+        kind: one of `FORMATS`, or auto.
+        ids_field: column or tensor of the ids, for arrow, parquet and safetensors.
+
+    Raises: UserError for a file that is missing, truncated, or of another format.
+    """
+    shards: list[Shard] = []
+    done: set[Path] = set()  # Megatron indices whose files are opened
+    budget = IN_MEMORY
+    for path in paths:
+        where = readable(path)
+        found = format_of(path) if kind == "auto" else kind
+        try:
+            if found == "megatron":
+                index = index_of(path)
+                check(index is not None, f"{where}: there is no .idx file beside it")
+                if index is not None and index not in done:
+                    done.add(index)
+                    shards.append(_megatron(path, index))
+            elif found in ("arrow", "parquet"):
+                opened = _arrow(path, ids_field) if found == "arrow" else _parquet(path, ids_field, budget)
+                budget -= sum(len(s.ids) for s in opened) if found == "parquet" else 0
+                shards += opened
+            else:
+                openers: dict[str, Callable[[Path, str], Shard]] = {
+                    "llmc": _llmc,
+                    "nanogpt": _nanogpt,
+                    "npy": _npy,
+                    "safetensors": _safetensors,
+                }
+                shards.append(openers[found](path, ids_field))
+        except UserError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+            raise UserError(f"{where}: cannot be read as {found}: {type(error).__name__}: {error}") from error
+    return [shard for shard in shards if len(shard.ids)]
+
+
+# ---------------------------------------------------------------- one function for each format
+def _megatron(path: Path, index: Path) -> Shard:
+    where = readable(index)
+    size = index.stat().st_size
+    check(size >= MEGATRON_HEADER, f"{where}: too short for a Megatron index; it was truncated")
+    with open(index, "rb") as f:
+        head = f.read(MEGATRON_HEADER)
+    check(head[:9] == MEGATRON_MAGIC, f"{where}: not a Megatron index (it begins with {head[:9]!r})")
+    version, code, sequences, documents = struct.unpack("<QBQQ", head[9:])
+    check(version == 1, f"{where}: Megatron index of version {version}; version 1 is known")
+    check(code in MEGATRON_DTYPES, f"{where}: data type code {code}; known are {sorted(MEGATRON_DTYPES)}")
+    expected = MEGATRON_HEADER + 12 * sequences + 8 * documents
+    whole = size in (expected, expected + sequences)  # with modes of multimodal sequences
+    check(whole, f"{where}: has {size} bytes, its header says {expected}; it was truncated or is another file")
+    check(sequences > 0, f"{where}: holds no sequence")
+    dtype = np.dtype(MEGATRON_DTYPES[code]).newbyteorder("<")
+    sizes = np.memmap(index, "<i4", "r", MEGATRON_HEADER, (sequences,))
+    pointers = np.memmap(index, "<i8", "r", MEGATRON_HEADER + 4 * sequences, (sequences,))
+    starts = np.memmap(index, "<i8", "r", MEGATRON_HEADER + 12 * sequences, (documents,)) if documents else None
+    files = [path] if path.with_suffix(".idx") == index else _all_shards(path)
+    ids: Any = np.memmap(path, dtype, "r") if len(files) == 1 else SplitFile(files, dtype)
+    end = int(pointers[-1]) // dtype.itemsize + int(sizes[-1])
+    name = readable(path) if len(files) == 1 else f"{readable(path)} … ({len(files)} files)"
+    check(len(ids) == end, f"{name}: has {len(ids)} ids, {where} says {end}; it was truncated or is another file")
+    for i in {int(i) for i in np.linspace(0, sequences - 1, 1000)} - {sequences - 1}:
+        joined = int(pointers[i]) + int(sizes[i]) * dtype.itemsize == int(pointers[i + 1])
+        check(joined, f"{where}: sequences {i} and {i + 1} are not stored one after the other")
+    rows = MegatronStarts(pointers, dtype.itemsize, end)
+    if starts is None or int(starts[0]) != 0 or int(starts[-1]) != sequences:
+        return Shard(name, ids, rows, rows)
+    return Shard(name, ids, MegatronStarts(pointers, dtype.itemsize, end, starts), rows)
+
+
+def _all_shards(path: Path) -> list[Path]:
+    match = SHARD_OF.fullmatch(path.name)
+    assert match is not None, path
+    last = int(match[3])  # Pythia counts 00000-of-00020 to 00020-of-00020, most others to 00019-of-00020
+    names = [f"{match[1]}-{i:05d}-of-{match[3]}.bin" for i in range(last + 1)]
+    files = [path.with_name(name) for name in names]
+    if not files[-1].is_file():
+        files.pop()
+    missing = [f.name for f in files if not f.is_file()]
+    check(not missing, f"{readable(path.parent)}: {missing[0] if missing else ''} is missing")
+    return files
+
+
+def _llmc(path: Path, _: str) -> Shard:
+    where, size = readable(path), path.stat().st_size
+    check(size >= LLMC_HEADER, f"{where}: too short for the header of an llm.c shard; it was truncated")
+    header = np.memmap(path, "<i4", "r", 0, (256,))
+    check(int(header[0]) in LLMC_MAGICS, f"{where}: not an llm.c shard (its magic number is {int(header[0])})")
+    count = int(header[2])
+    width, rest = divmod(size - LLMC_HEADER, max(count, 1))
+    whole = count > 0 and rest == 0 and width in (2, 4)
+    check(whole, f"{where}: has {size} bytes, its header says {count} ids; it was truncated")
+    return Shard(where, np.memmap(path, f"<u{width}", "r", LLMC_HEADER, (count,)))
+
+
+def _nanogpt(path: Path, _: str) -> Shard:
+    size = path.stat().st_size
+    even = size > 0 and size % 2 == 0
+    check(even, f"{readable(path)}: has {size} bytes, which is no whole number of uint16 ids; it was truncated")
+    return Shard(readable(path), np.memmap(path, "<u2", "r"))
+
+
+def _npy(path: Path, _: str) -> Shard:
+    return _array(path, np.load(path, mmap_mode="r", allow_pickle=False))
+
+
+def _array(path: Path, array: Any) -> Shard:
+    where = readable(path)
+    good = np.issubdtype(array.dtype, np.integer) and array.ndim in (1, 2)
+    check(good, f"{where}: holds {array.dtype} {list(array.shape)}; ids are whole numbers [N] or rows [N, T]")
+    if array.ndim == 1:
+        return Shard(where, array)
+    check(array.flags.c_contiguous, f"{where}: is stored by columns (Fortran order); write it by rows")
+    starts = EvenStarts(*array.shape)
+    return Shard(where, array.reshape(-1), starts, starts)
+
+
+def _safetensors(path: Path, ids_field: str) -> Shard:
+    where, size = readable(path), path.stat().st_size
+    with open(path, "rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        check(8 + length <= size, f"{where}: not a safetensors file, or truncated")
+        header = json.loads(f.read(length))
+    header.pop("__metadata__", None)
+    name = ids_field if ids_field in header or len(header) != 1 else next(iter(header))
+    check(name in header, f"data.ids_field={ids_field}: no such tensor in {where}; tensors there: {', '.join(header)}")
+    about = header[name]
+    kind = SAFETENSORS_DTYPES.get(about["dtype"])
+    check(kind is not None, f"{where}: {name} holds {about['dtype']}; ids are whole numbers")
+    begin, end = about["data_offsets"]
+    check(8 + length + end <= size, f"{where}: ends before {name} does; it was truncated")
+    data = np.memmap(path, np.uint8, "r", 8 + length + begin, (end - begin,))
+    return _array(path, data.view(np.dtype(str(kind)).newbyteorder("<")).reshape(about["shape"]))
+
+
+def _arrow(path: Path, ids_field: str) -> list[Shard]:
+    import pyarrow as pa
+
+    source = pa.memory_map(str(path))
+    try:
+        reader: Any = pa.ipc.open_stream(source)  # as `datasets` writes it
+        batches: Iterable[Any] = reader
+    except pa.ArrowInvalid:
+        source.seek(0)
+        reader = pa.ipc.open_file(source)
+        batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+    _check_column(path, reader.schema, ids_field)
+    shards = [_list_shard(path, batch.column(reader.schema.names.index(ids_field))) for batch in batches]
+    return [s for s in shards if len(s.ids)]
+
+
+def _parquet(path: Path, ids_field: str, budget: int) -> list[Shard]:
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(path)
+    _check_column(path, file.schema_arrow, ids_field)
+    shards: list[Shard] = []
+    for group in range(file.num_row_groups):
+        column = file.read_row_group(group, columns=[ids_field]).column(0).combine_chunks()
+        chunks = column.chunks if hasattr(column, "chunks") else [column]
+        shards += [_list_shard(path, chunk) for chunk in chunks]
+        budget -= sum(len(s.ids) for s in shards[-len(chunks) :])
+        check(
+            budget >= 0,
+            f"{readable(path)}: parquet is compressed and has to fit in memory, which ends at {IN_MEMORY:,} ids;"
+            " write it with datasets.save_to_disk, or as .npy or .bin",
+        )
+    return shards
+
+
+def _check_column(path: Path, schema: Any, ids_field: str) -> None:
+    import pyarrow as pa
+
+    there = ", ".join(schema.names)
+    check(
+        ids_field in schema.names,
+        f"data.ids_field={ids_field}: no such column in {readable(path)}; columns there: {there}",
+    )
+    kind = schema.field(ids_field).type
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    good = lists and pa.types.is_integer(kind.value_type)
+    check(good, f"data.ids_field={ids_field}: holds {kind} in {readable(path)}; ids are lists of whole numbers")
+
+
+def _list_shard(path: Path, column: Any) -> Shard:
+    import pyarrow as pa
+
+    nulls = column.null_count or column.flatten().null_count
+    check(not nulls, f"{readable(path)}: holds nulls among its ids")
+    ids = column.flatten().to_numpy(zero_copy_only=True)
+    if pa.types.is_fixed_size_list(column.type):
+        starts: Any = EvenStarts(len(column), column.type.list_size)
+    else:
+        offsets = column.offsets.to_numpy(zero_copy_only=True)
+        starts = offsets - offsets[0] if len(offsets) and offsets[0] else offsets
+    return Shard(readable(path), ids, starts, starts)
