@@ -38,7 +38,7 @@ PROGRESS_SECONDS = 5.0  # between two lines about the progress
 
 
 def prepare(cfg: DataConfig, tokenizer: Any) -> Corpus:
-    """The tokens of this text: the folder `data.prepared`, the files `data.tokens`, or the cache, built first if missing.
+    """The tokens of this text: the folder `data.prepared`, the files `data.tokens`, or the cache, built if missing.
 
     A complete cache is opened without its lock, so it may be shared and read-only.
 

@@ -1,7 +1,7 @@
 """Token files as the corpus of a run: joined into one stream, or rows as they are, with validation text apart.
 
-Nothing is copied and no index is read as a whole, so opening 10^11 tokens takes a second. A joined stream is the one that
-prepared text has: end-of-text, document, end-of-text, document …, end-of-text.
+Nothing is copied and no index is read as a whole, so opening 10^11 tokens takes seconds. A joined stream is the one
+that prepared text has: end-of-text, document, end-of-text, document …, end-of-text.
 
 Dims: N sequences, T tokens predicted per sequence.
 """
@@ -34,6 +34,7 @@ SAMPLED = 64  # ids at each of them
 SCANNED = 1 << 24  # ids scanned at once
 REACH = 1 << 22  # ids searched for the end of a document
 SMALL = 1 << 24  # blocks up to which an order is a permutation in memory, as that of prepared text
+TRIES = 1000  # places at which documents to hold out are looked for, at least
 PYTHIA_ROWS = 1024  # rows of one training step of Pythia: data.skip=stepN
 
 
@@ -340,12 +341,12 @@ class TokenCorpus(Corpus):
         return np.concatenate([self.table[i] for i in self.held_out.tolist()]).astype(np.int64)
 
     def _hold_out_documents(self) -> np.ndarray:
-        """Keep some documents apart, and all blocks that overlap them: the last ones of the source, or a random choice."""
+        """Keep documents apart, and all blocks that overlap them: the last ones of the source, or a random choice."""
         T, stream, wanted, begin = self.block, self.stream, self._wanted(), self.skip * self.block
         spans: dict[int, int] = {}  # first id of a document: the end-of-text after it
         rng = np.random.default_rng([self.cfg.seed, 1])
         position, kept = len(stream) - 1, 0
-        for _ in range(100_000):
+        for _ in range(TRIES + wanted // 100):
             if kept >= wanted or position <= begin:
                 break
             at = position - 1 if self.cfg.order == "source" else int(rng.integers(begin, len(stream) - 1))
@@ -386,7 +387,9 @@ class TokenCorpus(Corpus):
         ids = self.validation
         ends = np.flatnonzero(ids == self.eos)
         pieces = np.split(ids, ends)
-        return sum(len(tokenizer.decode(p[p != self.eos].tolist()).encode("utf-8", "replace")) for p in pieces if len(p))
+        return sum(
+            len(tokenizer.decode(p[p != self.eos].tolist()).encode("utf-8", "replace")) for p in pieces if len(p)
+        )
 
     def _fingerprint(self, dtype: np.dtype) -> tuple[str, bool]:
         """Identity of the tokens, and whether it rests on samples. Joined tokens have the identity of prepared text."""
@@ -426,7 +429,7 @@ def skipped(cfg: DataConfig) -> int:
 
 
 def _files(cfg: DataConfig) -> tuple[list[str], list[str]]:
-    """Training and validation files: of `data.tokens` and `data.validation_files`, or as a folder's names split them."""
+    """Training and validation files: of `data.tokens` and `data.validation_files`, or split by names in a folder."""
     train: list[str] = []
     validation: list[str] = []
     for pattern in patterns_of("data.tokens", cfg.tokens):
@@ -459,7 +462,9 @@ def _matching(key: str, pattern: str) -> list[str]:
         return found
     if path.suffix == ".idx" and path.is_file():
         own = path.with_suffix(".bin")
-        found = [str(own)] if own.is_file() else sorted(glob.glob(f"{glob.escape(str(path.with_suffix('')))}-*-of-*.bin"))
+        found = (
+            [str(own)] if own.is_file() else sorted(glob.glob(f"{glob.escape(str(path.with_suffix('')))}-*-of-*.bin"))
+        )
         check(bool(found), f"{where}: there is no .bin file to this index")
         return found
     if path.is_file():

@@ -1,4 +1,4 @@
-"""Files of token ids as other projects write them, opened in place: memory-mapped, neither copied nor converted.
+"""Files of token ids as other projects write them, read in place: neither copied nor converted.
 
     megatron     NAME.bin + NAME.idx of Megatron-LM and GPT-NeoX; also one NAME.idx for NAME-00000-of-00020.bin …, as
                  Pythia's preshuffled Pile is stored
@@ -9,8 +9,8 @@
     arrow        a column of id lists in .arrow files, as `datasets.save_to_disk` writes them
     parquet      a column of id lists; it is compressed, so it is decoded into memory
 
-Every fault names the file. References: Megatron-LM's and GPT-NeoX's indexed_dataset, llm.c's data_common, the formats of
-NumPy and safetensors.
+Every fault names the file. References: indexed_dataset of Megatron-LM and GPT-NeoX, data_common of llm.c, the formats
+of NumPy and safetensors.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
 MEGATRON_HEADER = 34  # bytes: magic, version, dtype code, sequences, documents
 MEGATRON_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
 LLMC_MAGICS = (20240520, 20240801)
+SMALL_INDEX = 1 << 28  # bytes of an index table up to which it is kept in memory
 LLMC_HEADER = 1024  # bytes
 SHARD_OF = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.bin")
 OTHER_MAGICS = {
@@ -79,7 +80,7 @@ class EvenStarts:
 class MegatronStarts:
     """Starts of sequences or documents, looked up in the index file; the index is never read as a whole."""
 
-    def __init__(self, pointers: np.ndarray, itemsize: int, total: int, documents: Optional[np.ndarray] = None):
+    def __init__(self, pointers: Any, itemsize: int, total: int, documents: Optional[Any] = None):
         self.pointers, self.itemsize, self.total, self.documents = pointers, itemsize, total, documents
 
     def __len__(self) -> int:
@@ -90,13 +91,51 @@ class MegatronStarts:
         return self.total if sequence == len(self.pointers) else int(self.pointers[sequence]) // self.itemsize
 
 
+class FileArray:
+    """An array in a file, of which only the asked parts are read.
+
+    Not a memory map: with random access over a large file, page faults cost far more than reads of the same bytes.
+    """
+
+    def __init__(self, path: Path, dtype: Any, offset: int = 0, count: Optional[int] = None):
+        self.dtype, self.offset = np.dtype(dtype), offset
+        self.file = open(path, "rb", buffering=0)
+        size = os.fstat(self.file.fileno()).st_size - offset
+        self.count = size // self.dtype.itemsize if count is None else count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, part: Any) -> Any:
+        """A slice as an array, or one element."""
+        if not isinstance(part, slice):
+            at = int(part) + (self.count if part < 0 else 0)
+            return self[at : at + 1][0]
+        start, stop, _ = part.indices(self.count)
+        size, at = max(0, stop - start) * self.dtype.itemsize, self.offset + start * self.dtype.itemsize
+        raw = bytearray(size)
+        done = 0
+        while done < size:  # one read ends after 2 GiB
+            piece = os.pread(self.file.fileno(), size - done, at + done)
+            check(len(piece) > 0, f"{readable(self.file.name)}: became shorter while it was read")
+            raw[done : done + len(piece)] = piece
+            done += len(piece)
+        return np.frombuffer(raw, self.dtype)
+
+
+def index_array(path: Path, dtype: str, offset: int, count: int) -> Any:
+    """A table of an index file: in memory if it is small, because looking up is faster there."""
+    array = FileArray(path, dtype, offset, count)
+    return array[:] if count * array.dtype.itemsize <= SMALL_INDEX else array
+
+
 class SplitFile:
     """One array of ids that is stored in several files, cut at any byte."""
 
     def __init__(self, paths: list[Path], dtype: np.dtype):
         self.dtype = dtype
-        self.maps = [np.memmap(p, np.uint8, "r") for p in paths]
-        self.ends = np.cumsum([len(m) for m in self.maps])
+        self.files = [FileArray(p, np.uint8) for p in paths]
+        self.ends = np.cumsum([len(f) for f in self.files])
 
     def __len__(self) -> int:
         return int(self.ends[-1]) // self.dtype.itemsize
@@ -104,15 +143,14 @@ class SplitFile:
     def __getitem__(self, part: slice) -> np.ndarray:
         start, stop, _ = part.indices(len(self))
         at, end = start * self.dtype.itemsize, max(start, stop) * self.dtype.itemsize
-        out = np.empty(end - at, np.uint8)
-        filled = 0
+        pieces = [np.empty(0, np.uint8)]
         while at < end:
-            file = int(np.searchsorted(self.ends, at, side="right"))
-            first = int(self.ends[file]) - len(self.maps[file])
-            count = min(end, int(self.ends[file])) - at
-            out[filled : filled + count] = self.maps[file][at - first : at - first + count]
-            at, filled = at + count, filled + count
-        return out.view(self.dtype)
+            i = int(np.searchsorted(self.ends, at, side="right"))
+            first = int(self.ends[i]) - len(self.files[i])
+            count = min(end, int(self.ends[i])) - at
+            pieces.append(self.files[i][at - first : at - first + count])
+            at += count
+        return np.concatenate(pieces).view(self.dtype)
 
 
 # ---------------------------------------------------------------- which format
@@ -218,11 +256,11 @@ def _megatron(path: Path, index: Path) -> Shard:
     check(whole, f"{where}: has {size} bytes, its header says {expected}; it was truncated or is another file")
     check(sequences > 0, f"{where}: holds no sequence")
     dtype = np.dtype(MEGATRON_DTYPES[code]).newbyteorder("<")
-    sizes = np.memmap(index, "<i4", "r", MEGATRON_HEADER, (sequences,))
-    pointers = np.memmap(index, "<i8", "r", MEGATRON_HEADER + 4 * sequences, (sequences,))
-    starts = np.memmap(index, "<i8", "r", MEGATRON_HEADER + 12 * sequences, (documents,)) if documents else None
+    sizes = index_array(index, "<i4", MEGATRON_HEADER, sequences)
+    pointers = index_array(index, "<i8", MEGATRON_HEADER + 4 * sequences, sequences)
+    starts = index_array(index, "<i8", MEGATRON_HEADER + 12 * sequences, documents) if documents else None
     files = [path] if path.with_suffix(".idx") == index else _all_shards(path)
-    ids: Any = np.memmap(path, dtype, "r") if len(files) == 1 else SplitFile(files, dtype)
+    ids: Any = FileArray(path, dtype) if len(files) == 1 else SplitFile(files, dtype)
     end = int(pointers[-1]) // dtype.itemsize + int(sizes[-1])
     name = readable(path) if len(files) == 1 else f"{readable(path)} … ({len(files)} files)"
     check(len(ids) == end, f"{name}: has {len(ids)} ids, {where} says {end}; it was truncated or is another file")
@@ -251,20 +289,20 @@ def _all_shards(path: Path) -> list[Path]:
 def _llmc(path: Path, _: str) -> Shard:
     where, size = readable(path), path.stat().st_size
     check(size >= LLMC_HEADER, f"{where}: too short for the header of an llm.c shard; it was truncated")
-    header = np.memmap(path, "<i4", "r", 0, (256,))
+    header = FileArray(path, "<i4", 0, 256)[:]
     check(int(header[0]) in LLMC_MAGICS, f"{where}: not an llm.c shard (its magic number is {int(header[0])})")
     count = int(header[2])
     width, rest = divmod(size - LLMC_HEADER, max(count, 1))
     whole = count > 0 and rest == 0 and width in (2, 4)
     check(whole, f"{where}: has {size} bytes, its header says {count} ids; it was truncated")
-    return Shard(where, np.memmap(path, f"<u{width}", "r", LLMC_HEADER, (count,)))
+    return Shard(where, FileArray(path, f"<u{width}", LLMC_HEADER, count))
 
 
 def _nanogpt(path: Path, _: str) -> Shard:
     size = path.stat().st_size
     even = size > 0 and size % 2 == 0
     check(even, f"{readable(path)}: has {size} bytes, which is no whole number of uint16 ids; it was truncated")
-    return Shard(readable(path), np.memmap(path, "<u2", "r"))
+    return Shard(readable(path), FileArray(path, "<u2"))
 
 
 def _npy(path: Path, _: str) -> Shard:

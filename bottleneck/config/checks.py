@@ -12,13 +12,15 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from bottleneck.config.declare import freeze
 from bottleneck.config.head_options import check_options
-from bottleneck.config.schema import BY_NAME, SCHEMA_KEYS, TrainConfig, unknown_key
+from bottleneck.config.schema import BY_NAME, SCHEMA_KEYS, DataConfig, TrainConfig, unknown_key
 from bottleneck.core import plugins
 from bottleneck.core.errors import check
 from bottleneck.core.extensions import HEAD_KINDS, LOSSES, OBJECTIVES, STARTS
 
 # `ranks: auto`: powers of two, then the paper's half steps, up to and including the hidden size.
 RANK_LADDER = (8, 16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+# keys that only data.tokens reads
+TOKEN_KEYS = ("format", "ids_field", "packing", "order", "skip")
 YEAR = 366 * 24 * 60  # minutes
 
 
@@ -138,10 +140,13 @@ def _check_source(d: Any) -> None:
     both += " (data=prepared sets no other)" if "prepared" in given else ""
     check(len(given) == 1, f"data: give {either}{both}")
     if d.tokens is None:
-        unread = [k for k in ("format", "ids_field", "packing", "order", "skip") if getattr(d, k) != TOKEN_DEFAULTS[k]]
+        defaults = DataConfig()
+        unread = [k for k in TOKEN_KEYS if getattr(d, k) != getattr(defaults, k)]
         check(not unread, f"data.{unread[0] if unread else ''}: only data.tokens uses it")
     else:
-        text_only = [k for k in ("subset", "validation_split", "document_start", "max_tokens") if getattr(d, k) is not None]
+        text_only = [
+            k for k in ("subset", "validation_split", "document_start", "max_tokens") if getattr(d, k) is not None
+        ]
         check(not text_only, f"data.{text_only[0] if text_only else ''}: data.tokens does not use it; leave it out")
     if d.prepared is None:
         return

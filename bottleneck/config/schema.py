@@ -64,7 +64,8 @@ class DataConfig:
         None, "Folder made by python -m bottleneck.data.prepare, instead of files or dataset; all its tokens are used."
     )
     tokens: str | list[str] | None = key(
-        None, "Files of token ids, read in place instead of files or dataset: a file, a folder, a glob, or a list of them."
+        None,
+        "Files of token ids, read in place instead of files or dataset: a file, a folder, a glob, or a list of them.",
     )
     format: Literal["auto", "megatron", "llmc", "nanogpt", "npy", "safetensors", "arrow", "parquet"] = key(
         "auto", "Format of data.tokens. auto reads it from endings and headers."

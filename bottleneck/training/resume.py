@@ -165,6 +165,7 @@ FREE = (
     "data.files",
     "data.validation_files",
     "data.prepared",
+    "data.tokens",
     "data.name",
     "backbone.path",
     "backbone.name",

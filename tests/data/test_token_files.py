@@ -1,0 +1,406 @@
+"""Token files of other projects, written here from their layouts or by their own packages, and read in place."""
+
+from __future__ import annotations
+
+import json
+import resource
+import struct
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from bottleneck.backbone.model import load_tokenizer
+from bottleneck.config.checks import check_config
+from bottleneck.config.schema import BackboneConfig, DataConfig
+from bottleneck.core.errors import UserError
+from bottleneck.data import token_corpus as token_corpus_module
+from bottleneck.data.module import IGNORE, StepBatches, TextData, ValidationBlocks
+from bottleneck.data.prepare import prepare
+from bottleneck.data.token_corpus import Order, shuffled
+from conftest import composed, sentences
+
+DOCS = sentences(21, 120, words=30)
+CODES = {np.dtype("uint16"): 8, np.dtype("int32"): 4, np.dtype("int64"): 5}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(toy_backbone):
+    return load_tokenizer(BackboneConfig(path=str(toy_backbone)))
+
+
+@pytest.fixture(scope="module")
+def ids(tokenizer) -> list[list[int]]:
+    """The ids of the documents, without end-of-text."""
+    return [tokenizer(d, add_special_tokens=False)["input_ids"] for d in DOCS]
+
+
+def config(**kw) -> DataConfig:
+    return DataConfig(**{"block_size": 16, "validation_fraction": 0.2, "validation_tokens": 600, **kw})
+
+
+# ---------------------------------------------------------------- writers, from the layouts alone
+def megatron(prefix: Path, docs, dtype="uint16", sequences_a_document=1) -> Path:
+    """A Megatron pair. Sequences may be parts of documents."""
+    dtype = np.dtype(dtype)
+    sequences, starts = [], [0]
+    for d in docs:
+        parts = np.array_split(np.array(d, dtype), sequences_a_document)
+        sequences += parts
+        starts.append(len(sequences))
+    sizes = np.array([len(s) for s in sequences], "<i4")
+    pointers = np.concatenate([[0], np.cumsum(sizes[:-1], dtype=np.int64)]) * dtype.itemsize
+    np.concatenate(sequences).astype(dtype).tofile(f"{prefix}.bin")
+    head = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, CODES[dtype], len(sizes), len(starts))
+    tables = sizes.tobytes() + pointers.astype("<i8").tobytes() + np.array(starts, "<i8").tobytes()
+    Path(f"{prefix}.idx").write_bytes(head + tables)
+    return Path(f"{prefix}.bin")
+
+
+def llmc(path: Path, stream, dtype="uint16", magic=20240520) -> Path:
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, 1 if dtype == "uint16" else 7, len(stream)
+    path.write_bytes(header.tobytes() + np.array(stream, dtype).tobytes())
+    return path
+
+
+def closed(docs, eos) -> list[int]:
+    return [i for d in docs for i in [*d, eos]]
+
+
+def write(kind: str, folder: Path, docs, eos: int) -> str:
+    """Documents in one of the formats, joined by end-of-text where the format has no boundaries. Returns the path."""
+    import datasets
+    import pandas as pd
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    stream = closed(docs, eos)
+    if kind.startswith("megatron"):
+        kept = [[*d, eos] for d in docs] if "eod" in kind else docs
+        dtype = "int32" if "int32" in kind else "uint16"
+        return str(megatron(folder / "m_text_document", kept, dtype, 3 if "parts" in kind else 1))
+    if kind == "nanogpt":
+        np.array(stream, "<u2").tofile(folder / "n.bin")
+        return str(folder / "n.bin")
+    if kind == "llmc":  # llm.c puts end-of-text before each document, and cuts documents at the end of a shard
+        before = [eos, *stream[:-1]]
+        llmc(folder / "x_000001.bin", before[:500])
+        llmc(folder / "x_000002.bin", before[500:], "uint32", 20240801)
+        return str(folder)
+    if kind == "npy":
+        np.save(folder / "a.npy", np.array(stream, np.int32))
+        return str(folder / "a.npy")
+    if kind == "safetensors":
+        save_file({"tokens": np.array(stream, np.int64)}, str(folder / "a.safetensors"))
+        return str(folder / "a.safetensors")
+    rows = [{"input_ids": d, "other": str(i)} for i, d in enumerate(docs)]
+    if kind == "parquet":
+        pd.DataFrame(rows).to_parquet(folder / "a.parquet", row_group_size=7)
+        return str(folder / "a.parquet")
+    if kind == "arrow":
+        datasets.Dataset.from_list(rows).save_to_disk(str(folder / "d"), num_shards=3)
+        (folder / "d/cache-123.arrow").write_bytes(b"not listed")
+        return str(folder / "d")
+    raise ValueError(kind)
+
+
+KINDS = [
+    "megatron",
+    "megatron-eod",
+    "megatron-parts-int32",
+    "nanogpt",
+    "llmc",
+    "npy",
+    "safetensors",
+    "parquet",
+    "arrow",
+]
+
+
+def text_corpus(tmp_path, tokenizer, **kw):
+    for name, docs in (("train", DOCS[:100]), ("validation", DOCS[100:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in docs))
+    files = {"files": str(tmp_path / "train.jsonl"), "validation_files": str(tmp_path / "validation.jsonl")}
+    return prepare(config(**files, cache_dir=str(tmp_path / "cache"), **kw), tokenizer)
+
+
+# ---------------------------------------------------------------- the same as text
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("limit", [600, 100_000])
+def test_every_format_gives_the_batches_of_the_same_text(tmp_path, tokenizer, ids, kind, limit):
+    """Stream, identity, batches of two epochs, calibration, validation and bytes are those of data=local."""
+    text = text_corpus(tmp_path, tokenizer, validation_tokens=limit)
+    eos = tokenizer.eos_token_id
+    train, held = write(kind, tmp_path / "t", ids[:100], eos), write(kind, tmp_path / "v", ids[100:], eos)
+    corpus = prepare(config(tokens=train, validation_files=held, validation_tokens=limit), tokenizer)
+    assert len(corpus.train) == len(text.train) and np.array_equal(corpus.train[: len(text.train)], text.train)
+    assert np.array_equal(corpus.validation, text.validation) and corpus.fingerprint == text.fingerprint
+    assert corpus.validation_bytes == text.validation_bytes and corpus.train.max() == text.train.max()
+    for a, b in [(7, 8), (0, 1), (493, 505), (len(text.train) - 3, len(text.train)), (5, 900)]:
+        assert np.array_equal(corpus.train[a:b], text.train[a:b])
+    ours, theirs = (StepBatches(c, 16, 8, 12, 3, None, epochs=2) for c in (corpus, text))
+    assert all(torch.equal(ours[i], theirs[i]) for i in range(12))
+    assert torch.equal(ours.calibration(100), theirs.calibration(100))
+    ours, theirs = (ValidationBlocks(c, 16, None) for c in (corpus, text))
+    assert len(ours) == len(theirs) and all(
+        torch.equal(a, b) for i in range(len(ours)) for a, b in zip(ours[i], theirs[i])
+    )
+
+
+def test_a_run_has_the_curve_of_the_same_text(run, toy, tmp_path, tokenizer, ids):
+    """Heads, losses and identity of a run on a Megatron pair equal those on the text that it was made of."""
+    few = ["ranks=[2]", "tokens=1024", "data.validation_files=" + str(tmp_path / "validation.jsonl")]
+    text_corpus(tmp_path, tokenizer)
+    train = write("megatron", tmp_path / "t", ids[:100], tokenizer.eos_token_id)
+    held = write("megatron", tmp_path / "v", ids[100:], tokenizer.eos_token_id)
+    first = run(*few, f"data.files={tmp_path / 'train.jsonl'}", run_dir=tmp_path / "a").curve
+    tokens = ["data=tokens", f"data.tokens={train}", f"data.validation_files={held}", "data.files=null"]
+    again = run(*few[:2], *tokens, run_dir=tmp_path / "b").curve
+    assert first["heads"] == again["heads"] and first["data_hash"] == again["data_hash"]
+    assert first["reference"] == again["reference"]
+
+
+# ---------------------------------------------------------------- rows in the order of the source
+def pythia(folder: Path, rows: np.ndarray, shards: int = 21) -> str:
+    """Pythia's layout: one index, and the tokens in shards document-000NN-of-00020.bin that are cut at any byte."""
+    folder.mkdir()
+    whole = megatron(folder / "document", rows)
+    raw = whole.read_bytes()
+    whole.unlink()
+    for i, part in enumerate(np.array_split(np.frombuffer(raw, np.uint8), shards)):
+        (folder / f"document-{i:05d}-of-{shards - 1:05d}.bin").write_bytes(part.tobytes())
+    return str(folder)
+
+
+def test_a_step_of_pythia_is_read_exactly(tmp_path, tokenizer, monkeypatch):
+    """Step k's batch of a model that saw the rows in order, k counted in its own steps; the last rows are held out."""
+    monkeypatch.setattr(token_corpus_module, "PYTHIA_ROWS", 8)
+    rows = np.random.default_rng(0).integers(1, 300, (403, 17))
+    path = pythia(tmp_path / "p", rows)
+    common = dict(tokens=path, packing="rows", order="source", validation_tokens=48)
+    corpus = prepare(config(**common, skip="step3"), tokenizer)
+    batches = StepBatches(corpus, 16, 8, 40, seed=5, bos=None)
+    for k in range(40):
+        assert np.array_equal(batches[k].numpy(), rows[8 * (3 + k) : 8 * (4 + k)])
+    assert np.array_equal(corpus.validation.reshape(-1, 17), rows[-3:])
+    held = ValidationBlocks(corpus, 16, None)
+    assert len(held) == 3 and all(torch.equal(held[i][1], torch.tensor(rows[400 + i][1:])) for i in range(3))
+    assert all((held[i][1] != IGNORE).all() for i in range(3))
+    with pytest.raises(UserError, match="tokens: .* are asked for"):  # the held-out rows are never read
+        StepBatches(corpus, 16, 8, 48, seed=5, bos=None)
+    shuffled_rows = prepare(config(**common | {"order": "shuffled"}, skip=24), tokenizer)
+    seen = np.concatenate([b.numpy() for b in (StepBatches(shuffled_rows, 16, 8, 47, 5, None)[k] for k in range(47))])
+    held_rows = {tuple(r) for r in shuffled_rows.validation.reshape(-1, 17).tolist()}
+    assert (
+        len(held_rows) == 3 and {tuple(r) for r in seen.tolist()} <= {tuple(r) for r in rows[24:].tolist()} - held_rows
+    )
+    loader = StatefulDataLoader(batches, batch_size=None)
+    iterator = iter(loader)
+    for _ in range(7):
+        next(iterator)
+    again = StatefulDataLoader(batches, batch_size=None)
+    again.load_state_dict(loader.state_dict())
+    assert torch.equal(next(iter(again)), batches[7])  # a resumed run takes the next rows, in the middle of a shard
+    (tmp_path / "p/document-00007-of-00020.bin").unlink()
+    with pytest.raises(UserError, match="document-00007-of-00020.bin is missing"):
+        prepare(config(**common), tokenizer)
+
+
+def test_joined_text_in_the_order_of_the_source(tmp_path, tokenizer, ids):
+    corpus = prepare(config(tokens=write("nanogpt", tmp_path / "n", ids, 0), order="source", skip=2), tokenizer)
+    batches = StepBatches(corpus, 16, 4, 20, 0, None)
+    stream = np.array([0, *closed(ids, 0)])
+    for k in (0, 7, 19):
+        starts = 16 * (2 + 4 * k + np.arange(4))
+        assert np.array_equal(batches[k].numpy(), stream[starts[:, None] + np.arange(17)])
+    assert stream[-len(corpus.validation) :].tolist() == corpus.validation.tolist()
+
+
+# ---------------------------------------------------------------- validation held out of the source
+@pytest.mark.parametrize("kind", ["megatron", "nanogpt", "arrow"])
+@pytest.mark.parametrize("order", ["shuffled", "source"])
+def test_held_out_documents_are_whole_and_never_trained_on(tmp_path, tokenizer, ids, kind, order):
+    marked = [[5, 6, i + 7, *d] for i, d in enumerate(ids)]  # every document is another
+    corpus = prepare(config(tokens=write(kind, tmp_path / "t", marked, 0), order=order), tokenizer)
+    held = [p.tolist() for p in np.split(corpus.validation, np.flatnonzero(corpus.validation == 0))]
+    held = [p[1:] for p in held if len(p) > 1]
+    assert len(held) > 1 and all(d in marked for d in held)
+    steps = len(corpus.order(0))
+    read = StepBatches(corpus, 16, 1, steps, 0, None)
+    seen = " ".join(" ".join(map(str, read[k][0].tolist())) for k in range(steps))
+    for d in held:
+        assert " ".join(map(str, d[:8])) not in seen
+    assert steps * 16 > len(corpus.train) - len(corpus.validation) - 40 * len(held)  # little else is lost
+    other = prepare(config(tokens=str(tmp_path / "t"), order=order, seed=1), tokenizer)
+    assert (other.fingerprint == corpus.fingerprint) == (order == "source")
+
+
+def test_folders_are_split_by_their_names(tmp_path, tokenizer, ids):
+    """nanoGPT's train.bin and val.bin, FineWeb's fineweb_train_000001.bin, a `datasets.DatasetDict`."""
+    import datasets
+
+    for name, docs in (("train", ids[:100]), ("val", ids[100:])):
+        np.array(closed(docs, 0), "<u2").tofile(tmp_path / f"{name}.bin")
+        (tmp_path / "f").mkdir(exist_ok=True)
+        llmc(tmp_path / f"f/fineweb_{name}_000001.bin", [0, *closed(docs, 0)][:-1])
+    pair = {n: datasets.Dataset.from_list([{"input_ids": d} for d in docs]) for n, docs in
+            (("train", ids[:100]), ("validation", ids[100:]))}  # fmt: skip
+    datasets.DatasetDict(pair).save_to_disk(str(tmp_path / "d"))
+    glob = str(tmp_path / "train.bin")
+    wanted = prepare(config(tokens=glob, validation_files=str(tmp_path / "val.bin")), tokenizer).fingerprint
+    for path in (tmp_path / "f", tmp_path / "d"):
+        assert prepare(config(tokens=str(path)), tokenizer).fingerprint == wanted
+    with pytest.raises(UserError, match="only validation files there"):
+        prepare(config(tokens=str(tmp_path / "val.bin"), validation_files=str(tmp_path / "val.bin")), tokenizer)
+
+
+# ---------------------------------------------------------------- bad input
+def cut(path: Path, by: int) -> None:
+    path.write_bytes(path.read_bytes()[:-by])
+
+
+@pytest.mark.parametrize(
+    "kind, damage, words",
+    [
+        ("megatron", lambda p: cut(p, 2), "m_text_document.bin: has .* ids, .*m_text_document.idx says .*truncated"),
+        ("megatron", lambda p: cut(p.with_suffix(".idx"), 8), "m_text_document.idx: has .* bytes, its header says"),
+        ("megatron", lambda p: p.with_suffix(".idx").write_bytes(b"MMIDIDX\0\0"), "too short for a Megatron index"),
+        ("megatron", lambda p: p.with_suffix(".idx").write_bytes(b"x" * 200), "not a Megatron index"),
+        ("nanogpt", lambda p: cut(p, 1), "n.bin: has .* bytes, which is no whole number of uint16 ids"),
+        ("nanogpt", lambda p: p.write_bytes(b"PK\x03\x04" + bytes(50)), "n.bin: is a zip file, not token ids"),
+        ("npy", lambda p: cut(p, 4), "a.npy: cannot be read as npy"),
+        ("npy", lambda p: np.save(p, np.zeros(9)), "a.npy: holds float64"),
+        ("safetensors", lambda p: cut(p, 8), "a.safetensors: ends before tokens does; it was truncated"),
+        ("safetensors", lambda p: p.write_bytes(b"\xff" * 30), "not a safetensors file, or truncated"),
+        ("parquet", lambda p: cut(p, 9), "a.parquet: cannot be read as parquet"),
+        ("nanogpt", lambda p: p.write_bytes(b""), "n.bin: has 0 bytes"),
+    ],
+)
+def test_damaged_and_foreign_files_are_one_line(tmp_path, tokenizer, ids, kind, damage, words):
+    path = Path(write(kind, tmp_path, ids, 0))
+    damage(path)
+    with pytest.raises(UserError, match=words) as caught:
+        prepare(config(tokens=str(path)), tokenizer)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_truncated_llmc_shard_and_arrow_file(tmp_path, tokenizer, ids):
+    write("llmc", tmp_path, ids, 0)
+    cut(tmp_path / "x_000002.bin", 4)
+    with pytest.raises(UserError, match="x_000002.bin: has .* bytes, its header says .* ids; it was truncated"):
+        prepare(config(tokens=str(tmp_path)), tokenizer)
+    write("arrow", tmp_path / "a", ids, 0)
+    cut(next((tmp_path / "a/d").glob("data-00001*.arrow")), 300)
+    with pytest.raises(UserError, match="data-00001.*: cannot be read as arrow"):
+        prepare(config(tokens=str(tmp_path / "a/d")), tokenizer)
+
+
+@pytest.mark.parametrize("value", [320, 60_000])
+def test_ids_beyond_the_vocabulary_name_shard_row_and_value(tmp_path, tokenizer, ids, value, monkeypatch):
+    wrong = [list(d) for d in ids]
+    wrong[77][3] = value
+    path = write("megatron", tmp_path / "m", wrong, 0)
+    with pytest.raises(
+        UserError, match=rf"m_text_document.bin: row 77 holds id {value}; the tokenizer's ids end at 319"
+    ):
+        prepare(config(tokens=path), tokenizer)
+    path = write("nanogpt", tmp_path / "n", wrong, 0)
+    with pytest.raises(UserError, match=rf"n.bin: position \d+ holds id {value}"):
+        prepare(config(tokens=path), tokenizer)
+    monkeypatch.setattr(token_corpus_module, "EXACT", 100)  # a large source is sampled; the id is met while reading
+    monkeypatch.setattr(token_corpus_module, "SAMPLES", 2)
+    corpus = prepare(config(tokens=path, validation_tokens=20), tokenizer)
+    steps = len(corpus.order(0))
+    with pytest.raises(UserError, match=rf"block \d+ of n.bin holds id {value}"):
+        for k in range(steps):
+            StepBatches(corpus, 16, 1, steps, 0, None)[k]
+
+
+@pytest.mark.parametrize(
+    "kw, words",
+    [
+        (dict(tokens="nothing/*.bin"), "data.tokens=nothing/.*: no such file"),
+        (dict(tokens=""), "data.tokens: is empty"),
+        (dict(tokens="{tmp}/empty"), "holds no token files"),
+        (dict(tokens="{tmp}/a.parquet", ids_field="tokens"), "data.ids_field=tokens: no such column.*input_ids, other"),
+        (
+            dict(tokens="{tmp}/a.parquet", ids_field="other"),
+            "data.ids_field=other: holds .*; ids are lists of whole numbers",
+        ),
+        (
+            dict(tokens="{tmp}/a.parquet", packing="rows"),
+            r"row \d+ has \d+ ids; data.packing=rows takes rows as they are",
+        ),
+        (dict(tokens="{tmp}/a.txt"), "a.txt: not a file of token ids"),
+        (dict(tokens="{tmp}/n.bin", format="megatron"), "there is no .idx file beside it"),
+        (dict(tokens="{tmp}/n.bin", skip=100_000), "data.skip=100000: the source has"),
+        (dict(tokens="{tmp}/n.bin", skip="stepx"), "data.skip=stepx: must be a number of rows or blocks, or stepN"),
+        (dict(tokens="{tmp}/mds"), "MosaicML MDS data cannot be read"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, tokenizer, ids, kw, words):
+    write("parquet", tmp_path, ids, 0)
+    write("nanogpt", tmp_path, ids, 0)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "mds").mkdir()
+    (tmp_path / "mds/index.json").write_text('{"version": 2, "shards": []}')
+    (tmp_path / "a.txt").write_text("x")
+    kw = {k: v.format(tmp=tmp_path) if isinstance(v, str) else v for k, v in kw.items()}
+    with pytest.raises(UserError, match=words) as caught:
+        prepare(config(**kw), tokenizer)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["data.tokens=x"], "files and tokens are given"),
+        (["data.packing=rows"], "data.packing: only data.tokens uses it"),
+        (["data=tokens", "data.tokens=x", "data.max_tokens=5"], "data.max_tokens: data.tokens does not use it"),
+        (["data=tokens"], "data.tokens"),
+        (["data=tokens", "data.tokens=x", "data.packing=pad"], "data.packing"),
+    ],
+)
+def test_keys_of_token_files(overrides, words):
+    with pytest.raises(UserError, match=words):
+        check_config(composed(overrides))
+
+
+# ---------------------------------------------------------------- at scale
+def test_a_large_permutation_is_one_without_being_stored():
+    for size in (2, 3, 1000, 4097):
+        assert sorted(shuffled(np.arange(size), size, 3).tolist()) == list(range(size))
+    far = shuffled(np.arange(100_000), 10**11, 0)
+    assert len(np.unique(far)) == 100_000 and far.max() < 10**11
+    assert abs(far.mean() / 10**11 - 0.5) < 0.01 and abs(np.corrcoef(far[:-1], far[1:])[0, 1]) < 0.02
+    assert not np.array_equal(far, shuffled(np.arange(100_000), 10**11, 1))
+
+
+@pytest.mark.parametrize("seed", [None, 0])
+@pytest.mark.parametrize("small", [10, 10**6])
+def test_an_order_leaves_out_what_is_skipped_and_held_out(monkeypatch, seed, small):
+    monkeypatch.setattr(token_corpus_module, "SMALL", small)
+    order = Order(1000, seed, skip=100, held_out=np.array([50, 100, 500, 999]))
+    assert len(order) == 897
+    assert sorted(order[:897].tolist()) == sorted(set(range(100, 1000)) - {100, 500, 999})
+    assert order[:40].tolist() == order[:897][:40].tolist()
+    if seed is None:
+        assert order[:3].tolist() == [101, 102, 103]
+
+
+def test_opening_a_huge_source_reads_little_of_it(tmp_path, tokenizer, ids):
+    """10^11 tokens as a sparse file: opened within 5 s of CPU time and little memory, and a late batch is read."""
+    path = tmp_path / "huge.bin"
+    with open(path, "wb") as f:
+        f.truncate(2 * 10**11)
+    held = write("nanogpt", tmp_path / "v", ids, 0)
+    start, memory = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    corpus = prepare(config(tokens=str(path), block_size=2048, validation_files=held), tokenizer)
+    data = TextData(corpus, 2048, 256, 1000, 8, 0, None)
+    assert data._steps(0, 1)[999].shape == (256, 2049)
+    assert time.process_time() - start < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 2**20  # KiB, so 1 GiB
