@@ -39,8 +39,8 @@ class Corpus:
 
     def __post_init__(self) -> None:
         dtype = np.dtype(self.manifest["dtype"])
-        self.train = np.memmap(self.folder / "train.bin", dtype=dtype, mode="r")
-        self.validation = np.memmap(self.folder / "validation.bin", dtype=dtype, mode="r")
+        self.train: np.ndarray = np.memmap(self.folder / "train.bin", dtype=dtype, mode="r")
+        self.validation: np.ndarray = np.memmap(self.folder / "validation.bin", dtype=dtype, mode="r")
 
     @property
     def fingerprint(self) -> str:

@@ -110,11 +110,12 @@ def _lack_end_of_text(shards: list[Shard], eos: int) -> bool:
     """
     seen = having = 0
     for shard in shards:
-        if shard.documents is None:
+        documents = shard.documents
+        if documents is None:
             return False
-        count = len(shard.documents) - 1
+        count = len(documents) - 1
         for i in {int(i) for i in np.linspace(0, count - 1, max(2, 1000 // len(shards)))}:
-            start, stop = int(shard.documents[i]), int(shard.documents[i + 1])
+            start, stop = int(documents[i]), int(documents[i + 1])
             if stop > start:
                 seen += 1
                 having += eos in (int(shard.ids[start : start + 1][0]), int(shard.ids[stop - 1 : stop][0]))
@@ -127,7 +128,7 @@ def checked_parts(shards: list[Shard]) -> Iterator[tuple[tuple[Shard, int], np.n
     for shard in shards:
         size = len(shard.ids)
         if total <= EXACT:
-            places, length = range(0, size, SCANNED), SCANNED
+            places, length = list(range(0, size, SCANNED)), SCANNED
         else:
             count = max(2, SAMPLES * size // total)
             places, length = [int(p) for p in np.linspace(0, max(0, size - SAMPLED), count)], SAMPLED

@@ -306,7 +306,7 @@ def _nanogpt(path: Path, _: str) -> Shard:
 
 
 def _npy(path: Path, _: str) -> Shard:
-    return _array(path, np.load(path, mmap_mode="r", allow_pickle=False))
+    return _array(path, np.load(path, mmap_mode="r"))
 
 
 def _array(path: Path, array: Any) -> Shard:

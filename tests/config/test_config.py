@@ -31,6 +31,7 @@ GROUPS = {
 NEEDED = {
     ("data", "local"): ["data.files=x.txt"],
     ("data", "prepared"): ["data.prepared=x"],
+    ("data", "tokens"): ["data.tokens=x"],
     ("backbone", "local"): ["backbone.path=x"],
 }
 
