@@ -1,10 +1,12 @@
-"""Confidence intervals of a curve's numbers over the validation text: a block bootstrap.
+"""Confidence intervals of a curve's numbers over the validation text: a circular block bootstrap.
 
 `evaluation.agreement.compare` leaves the loss of G consecutive stretches of the validation text for every head. A
-resample draws G stretches with replacement, the same ones for all heads, and gives a loss for each head: Σ n_g l_g / Σ
-n_g. Because heads see the same tokens, differences between them vary far less than their losses do. Quantiles are taken
-from their centre outward, times √(G / (G − 1)) · t / z, which corrects for few stretches (Efron & Tibshirani 1993, ch.
-13, and Student's t).
+resample joins runs of L = 2 G^(1/3) neighbouring stretches, which keeps the likeness of neighbours, drawn with
+replacement, and gives a loss for each head: Σ n_g l_g / Σ n_g. All heads get the same draws. Because heads see the same
+tokens, differences between them vary far less than their losses do (Politis & Romano 1992; Künsch 1989).
+
+Few runs make bootstrap quantiles too narrow. They are therefore stretched from the estimate by √(G / (G − L)) · t / z,
+with Student's t at G / L − 1 degrees of freedom.
 
 The intervals are about the text: other validation text of the same kind. They say nothing about other seeds.
 
@@ -29,12 +31,21 @@ LEVEL = 0.95
 Interval = list[Optional[float]]
 
 
+def run_length(groups: int) -> int:
+    """L, neighbouring stretches that are drawn together."""
+    return round(2 * groups ** (1 / 3))
+
+
 def resampled(tokens: list[int], losses_HG: np.ndarray) -> np.ndarray:
     """Losses of the heads in S resamples of the stretches: [H, S], nats. The same draws for the same number of
     stretches."""
-    G = len(tokens)
-    draws_SG = np.random.default_rng(0).multinomial(G, np.full(G, 1 / G), RESAMPLES)
-    weights_SG = draws_SG * np.asarray(tokens, float)
+    G, L = len(tokens), run_length(len(tokens))
+    starts_SK = np.random.default_rng(0).integers(0, G, (RESAMPLES, -(-G // L)))
+    counts_SG = np.zeros((RESAMPLES, G))
+    for step in range(L):
+        for column in starts_SK.T:
+            counts_SG[np.arange(RESAMPLES), (column + step) % G] += 1
+    weights_SG = counts_SG * np.asarray(tokens, float)
     return losses_HG @ weights_SG.T / weights_SG.sum(1)
 
 
@@ -47,7 +58,9 @@ def _centred(row: dict[str, Any], tokens: list[int], samples_S: np.ndarray) -> n
 def interval(estimate: float, samples_S: np.ndarray, groups: int) -> Interval:
     """[low, high] around an estimate. Samples may be infinite; a bound that is infinite is None."""
     tail = (1 - LEVEL) / 2
-    wider = math.sqrt(groups / (groups - 1)) * stats.t.ppf(1 - tail, groups - 1) / stats.norm.ppf(1 - tail)
+    L = run_length(groups)
+    t = stats.t.ppf(1 - tail, groups / L - 1)
+    wider = math.sqrt(groups / (groups - L)) * t / stats.norm.ppf(1 - tail)
     found: Interval = []
     for q in (tail, 1 - tail):
         bound = float(np.quantile(samples_S, q, method="higher" if q > 0.5 else "lower"))
@@ -127,6 +140,12 @@ def knee_intervals(c: dict[str, Any], knees: list[dict[str, Any]]) -> list[dict[
         found = [crossing(list(zip(ranks, row)), target) for row, target in zip(losses_SR.tolist(), targets_S.tolist())]
         logs_S = np.array([math.inf if r is None else math.log2(r) for r in found])
         bounds = interval(math.log2(k["rank"]), logs_S, groups)
-        # the smallest trained rank is the smallest answer
-        out.append(k | {"interval": [None if x is None else round(max(2**x, ranks[0]), 3) for x in bounds]})
+        out.append(k | {"interval": [_rank(x, ranks) for x in bounds]})
     return out
+
+
+def _rank(log2_rank: Optional[float], ranks: list[int]) -> Optional[float]:
+    """A bound as a rank: not below the smallest trained one, which is the smallest answer; None above the largest."""
+    if log2_rank is None or log2_rank > math.log2(ranks[-1]):
+        return None
+    return round(float(max(2**log2_rank, ranks[0])), 3)

@@ -12,8 +12,8 @@ import torch
 
 import bottleneck.losses.fused as fused
 from bottleneck.core.errors import UserError
-from bottleneck.core.extensions import METRICS, OBJECTIVES, Predictions
-from bottleneck.evaluation.agreement import BANDS, bands_of, compare
+from bottleneck.core.extensions import METRICS, OBJECTIVES, Metric, Predictions, metrics
+from bottleneck.evaluation.agreement import BANDS, bands_of, compare, grouped, metric_sums
 from bottleneck.heads.bank import HeadBank, HeadKey
 from bottleneck.losses.linear import targets, weights
 from bottleneck.losses.objective import BoundObjective, steps
@@ -55,9 +55,30 @@ def test_the_four_numbers_equal_brute_force():
     )
 
 
+def test_a_plugins_metric_changes_no_bit_of_the_others():
+    g = torch.Generator().manual_seed(0)
+    y = torch.zeros(300, dtype=torch.long)
+    p, q = (Predictions(torch.log_softmax(4 * torch.randn(300, 500, generator=g), -1), y) for _ in range(2))
+    built_in = metrics()
+    more = [*built_in, *(Metric(str(i), "", lambda p, q: p.log_p_nV[:, 0], "", "", "lower") for i in range(3))]
+    assert torch.equal(metric_sums(p, q, more)[:4], metric_sums(p, q, built_in))
+
+
+def test_groups_of_blocks_are_all_of_the_text():
+    """Consecutive blocks are joined, in order; sums over groups are the sums over blocks."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, 64, 1234)
+    sums = rng.random((3, 1234)) * tokens
+    counts, means = grouped(sums, tokens)
+    assert len(counts) == 100 and sum(counts) == tokens.sum() and counts[0] == tokens[:13].sum()
+    assert np.allclose(np.array(means) @ counts, sums.sum(1), rtol=1e-6)
+    sums[1, 7] = np.inf
+    assert grouped(sums[:, :9], tokens[:9])[1][1][7] is None and len(grouped(sums[:, :9], tokens[:9])[0]) == 9
+
+
 def test_a_real_run_has_them_for_every_head(run, tmp_path):
-    """Over all validation tokens, equal to a direct evaluation of the saved heads; full rank from the own head loses
-    nothing."""
+    """Over all validation tokens, equal to a direct evaluation of the saved heads; full rank from the original head
+    loses nothing."""
     result = run("tokens=2048", "ranks=[2,32]", "optim.lr=[1e-9,1e-2]", "trainer.micro_batch_size=3")
     module, c = result.module, json.loads((tmp_path / "run" / "curve.json").read_text())
     hidden, goals = [], []
@@ -82,6 +103,8 @@ def test_a_real_run_has_them_for_every_head(run, tmp_path):
             assert (found["loss"] is None) == (not at.any()) and (
                 not at.any() or abs(found["loss"] - losses[at].mean().item()) < 1e-5
             )
+        groups = zip(c["reference"]["group_tokens"], row["group_losses"])
+        assert abs(sum(n * x for n, x in groups) / len(y) - row["loss"]) < 1e-5
         counted = sum(b["tokens"] * b["loss"] for b in row["bands"] if b["tokens"]) / len(y)
         assert abs(counted - row["loss"]) < 1e-5  # the bands are all of the loss
     (untouched,) = [r for r in c["heads"] if r["rank"] == 32 and r["lr"] == 1e-9]

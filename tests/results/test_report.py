@@ -1,4 +1,5 @@
-"""The page, in a real headless Chromium: curves drawn, tables filled and sorting, light and dark, nothing loaded from outside."""
+"""The page, in a real headless Chromium: curves drawn, tables filled and sorting, light and dark, nothing loaded from
+outside."""
 
 from __future__ import annotations
 
@@ -239,7 +240,8 @@ def hostile(tmp_path_factory) -> Path:
 
 
 def test_names_are_never_links(hostile, tmp_path):
-    """Plotly reads a subset of HTML in every text it draws: a backbone named `<a href=…>` was a live link in the legend."""
+    """Plotly reads a subset of HTML in every text it draws: a backbone named `<a href=…>` was a live link in the
+    legend."""
     dom = browse(hostile, tmp_path, "--dump-dom")
     body = re.sub(r"<script>.*?</script>", "", dom, flags=re.S)
     assert not re.search(r"<a\b", body)

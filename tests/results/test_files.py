@@ -1,0 +1,188 @@
+"""Results are one set: curve.json first, whatever happens to pictures, and what is missing is made by a rerun."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bottleneck.core import files as atomic
+from bottleneck.core.errors import UserError
+from bottleneck.core.extensions import METRICS, Metric
+from bottleneck.results import curve, files
+from bottleneck.results import page as report
+from bottleneck.results.details import panels
+from conftest import ROOT
+from support.curves import made
+
+DERIVED = ("curve.csv", "curve.png", "details.png")
+
+
+def finished(folder: Path) -> Path:
+    """The folder of a finished run with metrics, its head files empty."""
+    c = made({8: 2.5, 64: 2.1})
+    for h in c["heads"]:
+        h |= {"kl": 0.5, "top1_agreement": 0.5, "top5_agreement": 0.5, "acceptance": 0.5}
+    curve.write([c], folder)
+    (folder / "heads").mkdir()
+    for rank in (8, 64):
+        (folder / "heads" / f"r{rank}_lr1e-1_s0.safetensors").touch()
+    return folder
+
+
+@pytest.mark.parametrize("missing", [DERIVED[:1], DERIVED[1:2], DERIVED[2:], DERIVED])
+def test_a_rerun_completes_the_files_of_a_finished_run(tmp_path, missing):
+    """A run killed after curve.json was called finished, and its table and pictures were never written."""
+    run = finished(tmp_path / "run")
+    whole = {name: (run / name).read_bytes() for name in ("curve.json", *DERIVED)}
+    for name in missing:
+        (run / name).unlink()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (run / f".curve.csv.{dead.pid}.part").write_text("half")
+    assert curve.complete(run) == json.loads(whole["curve.json"])
+    assert {name: (run / name).read_bytes() for name in whole} == whole and not list(run.glob(".*.part"))
+
+
+def test_a_whole_set_is_left_as_it_is(tmp_path):
+    run = finished(tmp_path / "run")
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    assert curve.complete(run) is not None and {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
+    (run / "heads" / "r8_lr1e-1_s0.safetensors").unlink()
+    assert curve.complete(run) is None  # it has not finished
+    (run / "curve.json").write_text("{")
+    assert curve.complete(run) is None
+
+
+@pytest.mark.parametrize(
+    "at, end",
+    [(1, KeyboardInterrupt()), (2, UserError("curve.png: cannot be written")), (3, OSError(errno.ENOSPC, "full"))],
+)
+def test_whenever_writing_ends_no_file_is_of_another_curve(tmp_path, monkeypatch, at, end):
+    """Ctrl-C or a full disk at the second, third, fourth file: what stays is of the new curve, and a rerun completes
+    it."""
+    run = finished(tmp_path / "run")
+    new = made({8: 2.4, 64: 2.05})
+    for h in new["heads"]:
+        h |= {"kl": 0.4, "top1_agreement": 0.5, "top5_agreement": 0.5, "acceptance": 0.5}
+    calls, put = [], files._put
+
+    def stops(path: Path, raw: bytes) -> None:
+        calls.append(path.name)
+        if len(calls) == at + 1:
+            raise end
+        put(path, raw)
+
+    monkeypatch.setattr(files, "_put", stops)
+    with pytest.raises(type(end)):
+        curve.write([new], run)
+    monkeypatch.setattr(files, "_put", put)
+    assert calls == ["curve.json", *DERIVED][: at + 1] and not (run / calls[-1]).exists()
+    curve.complete(run)
+    curve.write([new], tmp_path / "whole")
+    for name in ("curve.json", *DERIVED):
+        assert (run / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("loss", [0.0, 460.0, 645.0, 699.9, 1e5])
+def test_pictures_of_any_loss(tmp_path, loss, caplog):
+    """A head of 645 nats overflowed the axis after training, and no curve was written at all."""
+    c = made({8: 2.5, 64: 2.1})
+    for h in c["heads"][:1]:
+        perplexity = math.exp(loss) if loss < 700 else None
+        h |= {"loss": loss, "perplexity": perplexity, "bits_per_byte": loss / 3, "initial_loss": loss}
+    curve.write([curve.finish(c)], tmp_path)
+    assert not caplog.records and (tmp_path / "curve.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "curve.json").read_text())["heads"][0]["loss"] == loss
+    assert curve.main([str(tmp_path), "--out", str(tmp_path / "again")]) == 0
+
+
+def test_a_picture_that_fails_is_a_warning(tmp_path, monkeypatch, caplog):
+    """Results first: whatever Matplotlib raises costs the picture alone."""
+
+    def fails(*_):
+        raise OverflowError("cannot convert float\ninfinity to integer")
+
+    monkeypatch.setattr(files, "draw", fails)
+    with caplog.at_level(logging.WARNING):
+        run = finished(tmp_path / "run")
+    assert {p.name for p in run.iterdir()} == {"curve.json", "curve.csv", "details.png", "heads"}
+    (record,) = caplog.records
+    assert "curve.png: cannot be drawn: OverflowError" in record.getMessage() and "\n" not in record.getMessage()
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
+    run = finished(tmp_path / "run")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(atomic.os, "fsync", full)
+    assert curve.main([str(run), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "No space left" in error and not list((tmp_path / "out").iterdir())
+
+
+def test_names_that_are_not_utf8(tmp_path, capsys):
+    """A folder named in Latin-1 gives its backbone, text and run names that no UTF-8 file can hold as they are."""
+    name = os.fsdecode(b"mod\xe8le")
+    c = made({8: 2.5, 64: 2.1}, backbone=name, data=name, recipe={"teacher": name})
+    assert c["backbone"] == c["data"] == c["recipe"]["teacher"] == r"mod\xe8le"
+    run = tmp_path / name
+    curve.write([c], run)
+    curve.show([c], curve.Console())
+    shown = subprocess.run(
+        [sys.executable, "-m", "bottleneck.curve", run, "--out", tmp_path / os.fsdecode(b"\xe9t\xe9")],
+        capture_output=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+    )
+    assert shown.returncode == 0 and rb"\xe9t\xe9/curve.json" in shown.stdout, shown.stderr
+    assert report.main([str(run), "--out", str(tmp_path / os.fsdecode(b"p\xe9.html"))]) == 0
+    # JSON can hold a lone surrogate as an escape
+    (run / "curve.json").write_text(json.dumps({**c, "backbone": name}))
+    assert curve.read([run])[0]["backbone"] == r"mod\xe8le"
+
+
+def surprise(original, head):
+    """The metric of a plugin: squared log-ratio at the target."""
+    at = original.targets_n[:, None]
+    return (original.log_p_nV.gather(1, at) - head.log_p_nV.gather(1, at)).squeeze(1) ** 2
+
+
+@pytest.fixture
+def plugged():
+    """A metric as a plugin declares it, taken back afterwards."""
+    metric = Metric("surprise", "squared log-ratio at the target", surprise, "surprise", "nats²", "lower", form=".3f")
+    METRICS.names()
+    yield METRICS.register(metric)
+    del METRICS._items["surprise"]
+
+
+def test_a_plugins_metric_is_everywhere(run, plugged, tmp_path, capsys):
+    """curve.json, curve.csv, the table, pictures, the page and metrics.csv; built-in numbers keep their bits."""
+    c = run("tokens=1024", "ranks=[2,8]").curve
+    values = [h["surprise"] for h in c["heads"]]
+    assert all(v > 0 for v in values) and c["metrics"][0]["name"] == "surprise"
+    folder = tmp_path / "run"
+    rows = (folder / "curve.csv").read_text().splitlines()
+    assert "surprise" in rows[0].split(",") and str(values[0]) in rows[1].split(",")
+    assert "surprise" in capsys.readouterr().out
+    assert [(p.unit, [m.name for m in p.metrics]) for p in panels([c])][-1] == ("nats²", ["surprise"])
+    assert "val/surprise" in (folder / "metrics.csv").read_text()
+    page = report.page([c], [folder])
+    assert '"name": "surprise"' in page and '"unit": "nats\\u00b2"' in page
+    del METRICS._items["surprise"]  # where the plugin is not installed, the file itself says how to show it
+    (again,) = curve.merge(curve.read([folder]))
+    curve.show([again], curve.Console(width=200))
+    assert f"{values[0]:.3f}" in capsys.readouterr().out
+    curve.write([again], tmp_path / "merged")
+    assert "surprise" in (tmp_path / "merged" / "curve.csv").read_text().splitlines()[0].split(",")
+    METRICS.register(plugged)
