@@ -34,6 +34,7 @@ from bottleneck.results.schema import printable
 
 log = logging.getLogger(__name__)
 METRIC = "val/loss"
+COLUMNS = ("step", "tokens", "metric", "head", "value")  # of metrics.csv
 Line = list[tuple[int, float]]  # (tokens, loss in nats), by tokens
 
 
@@ -98,7 +99,10 @@ def _validations(file: Path) -> dict[str, Line]:
     lines: dict[str, dict[int, float]] = {}
     try:
         with open(file, newline="", encoding="utf-8") as f:
-            for row in csv.DictReader(f, strict=True):
+            reader = csv.DictReader(f, strict=True)
+            if reader.fieldnames != list(COLUMNS):
+                raise ValueError(f"its columns are not {', '.join(COLUMNS)}")
+            for row in reader:
                 if row["metric"] == METRIC:
                     tokens, loss = int(row["tokens"]), float(row["value"])
                     known = lines.setdefault(row["head"], {}).setdefault(tokens, loss)

@@ -16,40 +16,7 @@ from bottleneck.core.errors import UserError
 from bottleneck.results import curve
 from bottleneck.results.labels import labels
 from bottleneck.results.picture import draw
-
-
-def made(losses: dict[int, float], **changes) -> dict:
-    heads = [
-        {
-            "rank": r,
-            "lr": 0.1,
-            "seed": 0,
-            "init": "fisher",
-            "parameters": r * 164,
-            "loss": x,
-            "perplexity": math.exp(x),
-            "bits_per_byte": x / 3,
-            "initial_loss": x + 1,
-            "status": "ok",
-            "best": False,
-        }
-        for r, x in losses.items()
-    ]
-    base = {
-        "schema": 1,
-        "backbone": "toy",
-        "backbone_hash": "b",
-        "hidden_size": 64,
-        "vocab_size": 100,
-        "tokens": 1000,
-        "data": "text",
-        "data_hash": "d",
-        "validation_tokens": 10,
-        "recipe": {"batch_size": 8},
-        "reference": {"loss": 2.0, "perplexity": math.exp(2.0), "bits_per_byte": 2 / 3},
-        "heads": heads,
-    }
-    return curve.finish({**base, **changes})
+from support.curves import made
 
 
 def save(folder, content):

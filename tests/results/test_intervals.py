@@ -62,8 +62,8 @@ def test_intervals_cover_the_truth_in_95_of_100_curves(groups, likeness):
         hits["knee"].append(low <= knee <= (high or math.inf))
     shares = {name: np.mean(found) for name, found in hits.items()}
     assert all(0.93 <= share <= 0.97 for share in shares.values()), shares
-    assert max(widths) < 0.9 and np.mean(widths) < 0.6, np.mean(widths)  # differences on the same tokens are tighter
-    than losses
+    # differences on the same tokens are tighter than losses
+    assert max(widths) < 0.9 and np.mean(widths) < 0.6, np.mean(widths)
 
 
 def test_intervals_change_no_number_and_need_enough_text():
