@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Optional
 
 from bottleneck.core.extensions import metrics
 
 SCHEMA = 1
+FINITE = sys.float_info.max
 LARGEST = 2**53  # whole numbers beyond it are not exact in JSON readers
 OVERFLOWS = 700  # nats: from here on a perplexity is null
 # Two heads are comparable, and share a line of the picture, where all of these are equal.
@@ -37,7 +39,8 @@ class Field(NamedTuple):
 
 
 def _number(x: Any) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+    # compared, not converted: whole numbers may be too large for a float
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and -FINITE <= x <= FINITE
 
 
 def _whole(x: Any) -> bool:

@@ -111,6 +111,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "versions text": (lambda c: c | {"versions": "2"}, "versions is 2, not an object"),
     "curves of junk": (lambda c: {"schema": 1, "curves": [c, 3]}, "not an object"),
     "curves of another schema": (lambda c: {"schema": 3, "curves": [c]}, "schema 3"),
+    "KL huge": (lambda c: c["heads"][0].update(kl=10**400), "kl is 1000"),
     "cut off": (lambda c: json.dumps(c).encode()[:700], "not a curve of bottleneck"),
     "empty": (lambda c: b"", "not a curve of bottleneck"),
     "not UTF-8": (lambda c: b'{"schema": "\xff"}', "not a curve of bottleneck"),
@@ -288,7 +289,7 @@ def check_fuzz(seed: int, cases: int, tmp_path: Path, capsys: Any) -> dict[int, 
             found = numbers(c)
             if lost:
                 assert {k: v for k, v in found.items() if k in want} == {k: v for k, v in want.items() if k in found}
-            elif not free:
+            elif not free and set(path) != {"vocab_size", "hidden_size"}:  # exchanged, they give the same r (V + d)
                 assert found == want, (seed, case, path)
         if case % 20 == 0:
             for name, call in commands(run, good, tmp_path / "out").items():
