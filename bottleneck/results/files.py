@@ -137,9 +137,7 @@ def complete(run_dir: Path) -> dict[str, Any] | None:
     """
     try:
         (found,) = _read(run_dir / "curve.json")
-        files = [
-            run_dir / "heads" / f"{HeadKey.of(h).name}.safetensors" for h in found["heads"]
-        ]
+        files = [run_dir / "heads" / f"{HeadKey.of(h).name}.safetensors" for h in found["heads"]]
     except (UserError, ValueError):
         return None
     if not all(f.is_file() for f in files):

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from bottleneck.cli import one_line_errors as cli
 from bottleneck.core.errors import Parser, UserError, check
 from bottleneck.core.files import write_atomic
+from bottleneck.core.run_file import HYDRA_CONFIG, RUN_FILE, read_run_config
 from bottleneck.results import curve
 from bottleneck.results.details import panels
 from bottleneck.results.knee import knee_lines
@@ -26,8 +27,6 @@ from bottleneck.results.metric_names import columns
 from bottleneck.results.schema import HEAD, printable, series
 
 TEMPLATE = Path(__file__).with_name("page.html")
-RUN_FILE = "run.json"  # what a run says of itself, written once by `training.run_folder`
-HYDRA_FILE = Path(".hydra") / "config.yaml"
 
 
 def lines(curves: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -82,18 +81,10 @@ def configurations(folders: list[Path]) -> list[list[str]]:
 
 def _configs(folder: Path) -> Iterator[tuple[str, dict[str, Any], str]]:
     """(job, config, what to say of its source) of each run below a folder, by path."""
-    homes = {f.parent for f in folder.rglob(RUN_FILE)} | {f.parent.parent for f in folder.rglob(str(HYDRA_FILE))}
+    homes = {f.parent for f in folder.rglob(RUN_FILE)} | {f.parent.parent for f in folder.rglob(str(HYDRA_CONFIG))}
     for home in sorted(homes):
-        file = home / RUN_FILE if (home / RUN_FILE).is_file() else home / HYDRA_FILE
-        note = "" if file.name == RUN_FILE else " (as Hydra stored it)"
-        try:
-            found = json.loads(file.read_text(encoding="utf-8")) if not note else {"config": OmegaConf.load(file)}
-            config = OmegaConf.to_container(OmegaConf.create(found["config"]))
-        except Exception as error:  # JSON, YAML and OmegaConf raise many kinds
-            raise UserError(f"{file}: not a config: {type(error).__name__}: {error}") from error
-        if not isinstance(config, dict):
-            raise UserError(f"{file}: not a config: holds no keys")
-        yield str(home.relative_to(folder)), {str(k): v for k, v in config.items()}, note
+        note = "" if (home / RUN_FILE).is_file() else " (as Hydra stored it)"
+        yield str(home.relative_to(folder)), read_run_config(home) or {}, note
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -48,7 +48,7 @@ class RaceRun(NamedTuple):
     def heads(self, rank: int) -> list[tuple[dict[str, Any], Line]]:
         """The heads of a rank that did not diverge, with their losses."""
         rows = [h for h in self.curve["heads"] if h["rank"] == rank and h["status"] == "ok"]
-        return [(h, self.lines[_name(h)]) for h in rows]
+        return [(h, self.lines[HeadKey.of(h).name]) for h in rows]
 
 
 class Finding(NamedTuple):
@@ -80,15 +80,15 @@ def read(folder: Path) -> RaceRun:
     file = folder / "metrics.csv"
     lines = _validations(file)
     for h in (h for h in found["heads"] if h["status"] == "ok"):
-        line = lines.get(_name(h))
-        check(line is not None, f"{file}: has no validation of {_name(h)}")
+        line = lines.get(HeadKey.of(h).name)
+        check(line is not None, f"{file}: has no validation of {HeadKey.of(h).name}")
         assert line is not None
         tokens, loss = line[-1]
         same = tokens == found["tokens"] and math.isclose(loss, h["loss"], rel_tol=1e-6)
         check(
             same,
-            f"{file}: ends with loss {loss:.6g} of {_name(h)} after {tokens} tokens, curve.json has {h['loss']:.6g} "
-            f"after {found['tokens']}: it is of another run, or cut off",
+            f"{file}: ends with loss {loss:.6g} of {HeadKey.of(h).name} after {tokens} tokens, curve.json has "
+            f"{h['loss']:.6g} after {found['tokens']}: it is of another run, or cut off",
         )
     return RaceRun(printable(folder.name), found, lines)
 

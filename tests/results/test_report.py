@@ -200,7 +200,7 @@ def test_the_config_shown_is_the_runs_own(tmp_path):
     for name, ranks in (("0", [4]), ("1", [8])):
         folder = make(tmp_path / "sweep" / name, "small", 0.0)
         config = {"tokens": 4096, "head": {"init": "fisher"}, "ranks": ranks}
-        (folder / "run.json").write_text(json.dumps({"config": config}))
+        (folder / "run.json").write_text(json.dumps({"schema": 1, "config": config}))
     (_, config), (title, jobs) = report.configurations([tmp_path / "sweep"])
     assert "tokens: 4096" in config and "1234" not in config
     assert title == "sweep: differences between its 2 jobs" and jobs == "0: ranks=[4]\n1: ranks=[8]\n"
@@ -213,11 +213,11 @@ def test_the_config_of_an_earlier_versions_run(tmp_path):
     assert "tokens: 1234" in config and title == "run: configuration (as Hydra stored it)"
     for junk in (b"\xff\x00: [", b"- a list", b"a: ${nowhere", b"3"):
         (folder / ".hydra" / "config.yaml").write_bytes(junk)
-        with pytest.raises(UserError, match="not a config"):
+        with pytest.raises(UserError, match="config.yaml: "):
             report.configurations([folder])
     for text in ("{", "[]", '{"config": 3}', "{}"):
         (folder / "run.json").write_text(text)
-        with pytest.raises(UserError, match="run.json: not a config"):
+        with pytest.raises(UserError, match="run.json: "):
             report.configurations([folder])
 
 
