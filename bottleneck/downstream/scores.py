@@ -1,4 +1,4 @@
-"""Scores of heads on tasks, read back from lm-eval's results files: downstream.csv and downstream.png beside the curve."""
+"""Scores of heads on tasks, read from lm-eval's results files; downstream.csv and downstream.png beside the curve."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any, BinaryIO, Iterator, Optional
 
 from bottleneck.core.files import write_atomic
 from bottleneck.results.picture import as_text
-from bottleneck.training.finished_run import Run
+from bottleneck.training.finished_run import FinishedRun
 
-FULL = "full"  # the backbone's own head, among the names of heads
+FULL = "full"  # the original head, among the names of heads
 OURS = "bottleneck"  # our entry in a results file: which head, on which tasks
 COLUMNS = (
     "head",
@@ -33,7 +33,7 @@ COLUMNS = (
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """The results of one head, oldest first; files that are not ours or not whole are passed over."""
+    """The results of one head, oldest first; files that are not ours or not complete are ignored."""
     found = []
     for path in sorted(folder.glob("results_*.json")):  # the date is in the name
         try:
@@ -49,18 +49,18 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def heads_of(run: Run) -> dict[str, Optional[dict[str, Any]]]:
-    """Names of what is scored: the full head (None), and the best head of every rank with its row of the curve."""
+def heads_of(run: FinishedRun) -> dict[str, Optional[dict[str, Any]]]:
+    """Names of what is scored: the original head (None), and the best head of every rank with its row of the curve."""
     return {FULL: None} | {run.file(row).stem: row for row in map(run.pick, run.ranks)}
 
 
-def identity(run: Run, row: Optional[dict[str, Any]]) -> str:
-    """What a head's results hold for: its tensors, and the backbone below them."""
+def identity(run: FinishedRun, row: Optional[dict[str, Any]]) -> str:
+    """Identity of a head for its results: its tensors, and the backbone below them."""
     return run.curve["backbone_hash"] + (f"-{run.hash(row)}" if row else "")
 
 
-def rows(run: Run, folder: Path) -> list[dict[str, Any]]:
-    """One row a head, task, metric and limit, by rank (the full head last); the newest result where there are several."""
+def rows(run: FinishedRun, folder: Path) -> list[dict[str, Any]]:
+    """One row per head, task, metric and limit, by rank, the original head last; the newest of several results."""
     out: dict[tuple, dict[str, Any]] = {}
     for name, row in sorted(heads_of(run).items(), key=lambda item: item[1]["rank"] if item[1] else 10**9):
         if row is not None and not run.file(row).is_file():
@@ -88,7 +88,9 @@ def _scores(content: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 "metric": metric,
                 "filter": chosen,
                 "value": result[key],
-                "stderr": stderr if isinstance(stderr, (int, float)) else None,  # "N/A" where there is none
+                "stderr": stderr
+                if isinstance(stderr, (int, float))
+                else None,  # lm-eval writes "N/A" where there is none
                 "samples": (content.get("n-samples", {}).get(task) or {}).get("effective"),
                 "limit": content[OURS].get("limit"),
                 "main": key == first[0],
@@ -107,7 +109,7 @@ def write(table: list[dict[str, Any]], tasks: list[str], limit: Optional[int], o
 
 
 def draw(table: list[dict[str, Any]], tasks: list[str], file: BinaryIO) -> None:
-    """Score against rank, one colour a task; bars and bands: one standard error; dashed: the backbone's own head."""
+    """Score against rank, one colour per task; bars and bands: one standard error; dashed: the original head."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -115,31 +117,9 @@ def draw(table: list[dict[str, Any]], tasks: list[str], file: BinaryIO) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     figure, axes = plt.subplots(figsize=(7.2, 4.6), dpi=150, layout="constrained")
-    ranks: set[int] = set()
     for number, task in enumerate(tasks):
-        colour = f"C{number % 10}"
-        points = [r for r in table if r["task"] == task and r["rank"] is not None]
-        ranks |= {r["rank"] for r in points}
-        if points:
-            bars = [r["stderr"] or 0 for r in points]
-            count = f", n = {points[0]['samples']}" if points[0]["samples"] else ""  # groups have none of their own
-            label = f"{as_text(task)} ({points[0]['metric']}{count})"
-            axes.errorbar(
-                [r["rank"] for r in points],
-                [r["value"] for r in points],
-                bars,
-                fmt="o-",
-                ms=5,
-                capsize=3,
-                color=colour,
-                label=label,
-            )
-        for own in (r for r in table if r["task"] == task and r["rank"] is None):
-            axes.axhline(
-                own["value"], color=colour, ls="--", lw=1, label=f"{as_text(task)}, own head ({own['value']:.4g})"
-            )
-            if own["stderr"]:
-                axes.axhspan(own["value"] - own["stderr"], own["value"] + own["stderr"], color=colour, alpha=0.08, lw=0)
+        _draw_task(axes, task, [r for r in table if r["task"] == task], f"C{number % 10}")
+    ranks = {r["rank"] for r in table if r["rank"] is not None and r["task"] in tasks}
     if ranks:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_locator(FixedLocator(sorted(ranks)))
@@ -154,3 +134,18 @@ def draw(table: list[dict[str, Any]], tasks: list[str], file: BinaryIO) -> None:
         axes.legend(fontsize=8, frameon=False)
     figure.savefig(file, format="png")
     plt.close(figure)
+
+
+def _draw_task(axes: Any, task: str, rows: list[dict[str, Any]], colour: str) -> None:
+    points = [r for r in rows if r["rank"] is not None]
+    if points:
+        x, y, bars = ([r[k] for r in points] for k in ("rank", "value", "stderr"))
+        count = f", n = {points[0]['samples']}" if points[0]["samples"] else ""  # groups have none of their own
+        label = f"{as_text(task)} ({points[0]['metric']}{count})"
+        bars = [b or 0 for b in bars]
+        axes.errorbar(x, y, bars, fmt="o-", ms=5, capsize=3, color=colour, label=label)
+    for original in (r for r in rows if r["rank"] is None):
+        value, error = original["value"], original["stderr"]
+        axes.axhline(value, color=colour, ls="--", lw=1, label=f"{as_text(task)}, original head ({value:.4g})")
+        if error:
+            axes.axhspan(value - error, value + error, color=colour, alpha=0.08, lw=0)

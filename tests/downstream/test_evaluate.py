@@ -1,22 +1,27 @@
-"""Scores on tasks: lm-eval's numbers are the log-likelihoods computed by hand; what is there is not computed again."""
+"""Scores on tasks: lm-eval's numbers equal log-likelihoods computed by hand; results that exist are kept."""
 
 from __future__ import annotations
 
 import csv
 import json
 import logging
+import math
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bottleneck.backbone.model import Backbone
+from bottleneck.config.schema import BackboneConfig
 from bottleneck.downstream import lm_eval as evaluate
 from bottleneck.serve import export
 from bottleneck.training.finished_run import open_run
 from conftest import ROOT, composed
-from support.finished import best, heads_loss
+from support.finished import best, finished, heads_loss, row
 
 TASK = ROOT / "tests" / "assets" / "tasks" / "everyday.yaml"
 LINES = [json.loads(line) for line in (ROOT / "tests" / "assets" / "tasks" / "everyday.jsonl").read_text().splitlines()]
@@ -25,7 +30,7 @@ LIMIT = 8
 
 @pytest.fixture(scope="module", autouse=True)
 def own_cache(tmp_path_factory):
-    """datasets keeps what it reads from files: not in the user's folder."""
+    """Keeps what `datasets` caches out of the user's folder."""
     import datasets
 
     old = datasets.config.HF_DATASETS_CACHE
@@ -69,7 +74,7 @@ def test_the_embedded_backbones_head(swept, tmp_path):
 
 
 def by_hand(folder: Path, docs: list[dict]) -> dict[str, float]:
-    """acc, acc_norm and Brier score of a folder's model: the log-likelihood of every answer, one at a time, in plain PyTorch."""
+    """acc, acc_norm and Brier score of a folder's model, from the log-likelihood of every answer, in plain PyTorch."""
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(),
         AutoTokenizer.from_pretrained(folder),
@@ -122,18 +127,18 @@ def test_scores_are_log_likelihoods_by_hand_and_are_kept(swept, tmp_path, caplog
         assert content["config"]["limit"] == LIMIT and content["n-samples"]["everyday"]["effective"] == LIMIT
         assert content["model_name"] == name
 
-    # the same again computes nothing; all ranks compute the two that lack
+    # a second time nothing is computed; with all ranks, the two that are missing
     caplog.clear()
     assert evaluate.main([*given, "--ranks", "64"]) == 0
-    assert caplog.text.count("results are there, skipped") == 2 and len(results(folder, "full")) == 1
+    assert caplog.text.count("results exist, skipped") == 2 and len(results(folder, "full")) == 1
     caplog.clear()
     assert evaluate.main(given) == 0
     told = caplog.text
-    assert told.count("results are there, skipped") == 2 and told.count("scoring everyday") == 2
+    assert told.count("results exist, skipped") == 2 and told.count("scoring everyday") == 2
     rows = list(csv.DictReader(open(folder / "downstream.csv")))
     assert [r["rank"] for r in rows if r["main"] == "True"] == ["8", "64", "256", ""]
     assert (folder / "downstream.png").read_bytes()[:4] == b"\x89PNG"
-    # at r = d the SVD of the own head scores what the backbone scores; at r = 8 it does not
+    # at r = d the SVD of the original head scores what the backbone scores; at r = 8 it does not
     brier = {r["rank"]: float(r["value"]) for r in rows if r["metric"] == "brier_score"}
     assert abs(brier["256"] - brier[""]) < 1e-4 < abs(brier["8"] - brier[""])
 
@@ -145,7 +150,7 @@ def test_scores_are_log_likelihoods_by_hand_and_are_kept(swept, tmp_path, caplog
     caplog.clear()
     assert evaluate.main([*given, "--ranks", "8"]) == 0
     told = caplog.text
-    assert told.count("results are there, skipped") == 1 and told.count("scoring everyday") == 1
+    assert told.count("results exist, skipped") == 1 and told.count("scoring everyday") == 1
 
 
 def _scale(path: Path) -> None:
@@ -158,7 +163,7 @@ def _scale(path: Path) -> None:
 
 
 def test_tasks_in_files_and_folders(tmp_path, monkeypatch):
-    """Data files are found beside the task from any folder; a group's tasks are not asked for twice."""
+    """Data files are found beside the task from any folder; tasks of a group are not listed twice."""
     monkeypatch.chdir(tmp_path)
     assert list(evaluate.load_tasks([str(TASK)])) == ["everyday"]
     folder = shutil.copytree(TASK.parent, tmp_path / "mine")
@@ -208,7 +213,7 @@ def test_bad_input_is_one_line(case, swept, tmp_path, capsys, monkeypatch):
     assert not (swept.run_dir / "evaluate").exists()
 
 
-def test_without_lm_eval_it_says_how_to_get_it(swept, capsys, monkeypatch):
+def test_a_missing_lm_eval_is_reported(swept, capsys, monkeypatch):
     real = evaluate.importlib.util.find_spec
     monkeypatch.setattr(
         evaluate.importlib.util, "find_spec", lambda name, *a: None if name == "lm_eval" else real(name, *a)
@@ -218,7 +223,7 @@ def test_without_lm_eval_it_says_how_to_get_it(swept, capsys, monkeypatch):
 
 
 def test_full_disk(swept, tmp_path, monkeypatch, capsys):
-    """lm-eval's tracker swallows what goes wrong; it is found out, and half a file is no result."""
+    """lm-eval's tracker hides errors; they are detected, and half a file is no result."""
     folder = shutil.copytree(swept.run_dir, tmp_path / "run")
     plain = Path.write_text
 
@@ -231,4 +236,60 @@ def test_full_disk(swept, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Path, "write_text", short)
     assert evaluate.main([str(folder), "--tasks", str(TASK), "--limit", "1", "--ranks", "8", "--device", "cpu"]) == 2
     assert "results cannot be written" in capsys.readouterr().err
-    assert not list(folder.rglob("results_*")) and not list((folder / "evaluate").glob(".part*"))
+    assert not list(folder.rglob("results_*")) and not list((folder / "evaluate").glob(".*.part"))
+
+
+def test_parts_of_killed_commands_are_removed(swept, tmp_path):
+    """Those of running processes stay."""
+    folder = shutil.copytree(swept.run_dir, tmp_path / "run")
+    dead, alive = (folder / "evaluate" / f".full.{pid}.part" for pid in (999999999, os.getppid()))
+    for part in (dead, alive):
+        (part / "deep").mkdir(parents=True)
+    assert evaluate.main([str(folder), "--tasks", str(TASK), "--limit", "1", "--ranks", "8", "--device", "cpu"]) == 0
+    assert not dead.exists() and alive.exists()
+
+
+ROLLING = """task: rolling
+dataset_path: json
+dataset_kwargs:
+  data_files: everyday.jsonl
+test_split: train
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{question}}"
+metric_list:
+  - metric: bits_per_byte
+"""
+
+
+def test_one_beginning_of_text_token(tmp_path):
+    """A tokenizer that adds the token itself, as Llama's: rolling likelihoods and answers have it once, as by hand."""
+    home = ROOT / "data" / "backbones" / "tiny"
+    model, tasks = tmp_path / "model", tmp_path / "tasks"
+    model.mkdir()
+    for name in ("model.safetensors", "config.json"):
+        (model / name).symlink_to(home / name)
+    tokenizer = AutoTokenizer.from_pretrained(home)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.bos_token_id)]
+    )
+    tokenizer.save_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    bos = tokenizer.bos_token_id
+    assert tokenizer("a")["input_ids"][:1] == [bos] != tokenizer("a")["input_ids"][1:2]
+    shutil.copytree(TASK.parent, tasks)
+    (tasks / "rolling.yaml").write_text(ROLLING)
+    backbone = Backbone.load(BackboneConfig(path=str(model)))
+    folder = finished(tmp_path / "run", str(model), backbone.vocab_size, backbone.hidden_size, backbone.hash, [row(4)])
+    arguments = ["--tasks", f"{TASK},{tasks / 'rolling.yaml'}", "--limit", "4", "--ranks", "4", "--device", "cpu"]
+    assert evaluate.main([str(folder), *arguments]) == 0
+    (content,) = results(folder, "full")
+    bits = size = 0.0
+    for doc in LINES[:4]:
+        ids = torch.tensor([bos, *tokenizer(doc["question"], add_special_tokens=False)["input_ids"]])
+        logp = backbone.head.logits(backbone(ids[None]))[0].double().log_softmax(-1)
+        bits -= logp[:-1].gather(1, ids[1:, None]).sum().item() / math.log(2)
+        size += len(doc["question"].encode())
+    assert abs(content["results"]["rolling"]["bits_per_byte,none"] - bits / size) < 1e-5
+    want = by_hand(model, LINES[:4])
+    assert all(abs(content["results"]["everyday"][f"{k},none"] - want[k]) < 1e-5 for k in want)
