@@ -35,7 +35,7 @@ def quick(toy_text, tmp_path_factory):
     ]
 
 
-def test_every_study_has_its_file_and_composes():
+def test_every_study_has_a_module_and_a_yaml_that_compose():
     assert {p.stem for p in (ROOT / "conf" / "study").glob("*.yaml")} == set(STUDIES.names())
     for name in STUDIES.names():
         c = check_study(composed(f"study={name}", *(["study.results=x"] if name in ("downstream", "geometry") else [])))
@@ -44,8 +44,8 @@ def test_every_study_has_its_file_and_composes():
     assert len(PYTHIA_STEPS) == 154 and PYTHIA_STEPS[-1] == 143_000
 
 
-def test_the_listed_commands_are_allowed():
-    """Every command of `experiment=paper` composes and passes the checks; what they need of each other is there."""
+def test_listed_commands_pass_the_checks():
+    """Every command of `experiment=paper` composes and passes the checks; folders it reads are written by another."""
     words = shell("experiment=paper")
     figures: list[Figure] = [figure for study in STUDIES for figure in study.commands] + [*TRAINING]
     commands = [c for figure in figures for c in figure.commands]
@@ -82,7 +82,7 @@ def test_the_listed_commands_are_allowed():
     assert abs(size - 10 * 2 * 1.172) < 1e-9 and abs(hours - (size + 10 * 2 * 5) / 3600) < 1e-9
 
 
-def test_the_pile_is_read_as_far_as_a_study_needs():
+def test_the_pile_is_read_no_further_than_needed():
     limits = {"ngrams": 150_000_000, "spectrum": 50_000, "estimate": 16_384}
     for name, limit in limits.items():
         assert check_study(composed(f"study={name}", "data=pile")).data.max_tokens == limit
@@ -103,7 +103,7 @@ def test_help_lists_every_study_and_the_keys_of_the_chosen_one():
 
 
 def test_help_loads_no_torch():
-    """Seconds on a laptop, a minute on a slow network disk."""
+    """Loading torch takes seconds, and a minute from a slow network disk."""
     code = (
         "import sys; sys.argv = ['study', '--help']\n"
         "from bottleneck import study\n"
@@ -150,7 +150,7 @@ STUDIES.register(
 
 
 def test_a_study_of_a_plugin_is_one_file_and_one_yaml(tmp_path):
-    """It is listed, has its own keys and checks, and runs."""
+    """A study outside the package is listed, has its own keys and checks, and runs."""
     folder = tmp_path / "my plugin"
     (folder / "conf" / "study").mkdir(parents=True)
     (folder / "my_squares.py").write_text(PLUGIN)
@@ -204,7 +204,7 @@ def test_step_numbers():
         ([], "give study=NAME"),
     ],
 )
-def test_impossible_values(overrides, words):
+def test_impossible_values_are_refused(overrides, words):
     with pytest.raises(UserError, match=re.escape(words)) as caught:
         check_study(composed(*overrides))
     assert "\n" not in str(caught.value)
@@ -253,8 +253,8 @@ def test_nan_weights_and_other_vocabularies_name_the_checkpoint(tmp_path, quick,
     assert torch.isfinite(model.get_output_embeddings().weight).all()
 
 
-def test_the_command_itself(tmp_path):
-    """Exit codes and one line, in a process of its own; a run without models or text."""
+def test_command_line(tmp_path):
+    """Exit codes and one-line errors in a process of its own; a study that needs neither models nor text."""
     bad = shell("study=saturation", f"study.losses={tmp_path}/none.csv", f"hydra.run.dir={tmp_path / 'run'}")
     assert (
         bad.returncode == 2

@@ -1,4 +1,4 @@
-"""Table 1 from result files of lm-evaluation-harness, made up and (where they are there) Pythia's own."""
+"""Table 1 from result files of lm-evaluation-harness, invented ones and Pythia's own."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def current(folder: Path, revision: str, stamp: str, **tasks) -> None:
     (folder / f"results_2024-05-{stamp}T12-00-00.123.json").write_text(json.dumps(content))
 
 
-def test_planted_drops_in_both_formats(tmp_path):
+def test_planted_drops_are_found_in_both_formats(tmp_path):
     for i, (ppl, acc) in enumerate([(500, 0.2), (40, 0.70), (25, 0.74), (33, 0.735)]):
         tasks = {
             "lambada_openai": {"ppl": ppl, "ppl_stderr": ppl * 0.03, "acc": 0.3, "acc_stderr": 0.01},
@@ -70,7 +70,7 @@ def test_planted_drops_in_both_formats(tmp_path):
         assert c["tasks"]["sciq:acc_norm"]["metric"] == "acc_norm" and c["tasks"]["sciq:acc_norm"]["drop"] == 0
 
 
-def test_formats_have_the_same_scores():
+def test_both_formats_give_the_same_scores():
     assert scores({"acc": 0.5, "acc_stderr": 0.01, "alias": "x"}) == scores(
         {"acc,none": 0.5, "acc_stderr,none": 0.01, "alias": " - x"}
     )
@@ -86,7 +86,7 @@ def test_formats_have_the_same_scores():
     )
 
 
-def test_comparisons():
+def test_comparison_of_best_and_final_scores():
     def one(values, errors, metric="acc", **kw):
         return compare(
             list(range(1, len(values) + 1)), [Score(v, e) for v, e in zip(values, errors)], metric, 0.05, **kw
@@ -133,7 +133,7 @@ def test_measures_of_bias_get_no_verdict(tmp_path):
 
 @pytest.mark.parametrize("points", [7, 11, 20])
 def test_scores_without_errors_drop_as_often_as_asked(points):
-    """Flat scores with noise: the scatter of a short series is uncertain, and that is counted."""
+    """Flat scores with noise: the correction accounts for the uncertain scatter of a short series."""
     rng = np.random.default_rng(points)
     series = (0.6 + 0.01 * rng.standard_normal((2000, points))).tolist()
     steps = list(range(1, points + 1))
@@ -141,7 +141,7 @@ def test_scores_without_errors_drop_as_often_as_asked(points):
     assert 0 < alarms / 2000 <= 0.065
 
 
-def test_pythias_own_results(tmp_path):
+def test_published_results_of_pythia(tmp_path):
     """LAMBADA's perplexity rises late for 70m and 160m, not for 410m (Godey et al. 2024, Table 1).
 
     The figures are those that EleutherAI publishes with Pythia (github.com/EleutherAI/pythia, evals, zero-shot), of
@@ -170,7 +170,7 @@ def test_pythias_own_results(tmp_path):
     assert one["model"] == "pythia-70m" and one["tasks"]["lambada_openai"]["saturates"] is True
 
 
-def test_layouts_that_the_harness_and_people_make(tmp_path):
+def test_folder_layouts_in_use(tmp_path):
     table = {"results": {"sciq": {"acc": 0.5, "acc_stderr": 0.01}}}
     for path in (
         "a/step10/EleutherAI__x/results_2024-01-01T00-00-00.1.json",
@@ -220,10 +220,8 @@ def test_missing_folders_and_metrics(tmp_path):
         run_study(tmp_path / "out", "study=downstream", f"study.results={tmp_path / 'm'}", "study.tasks=sciq:acc_nrm")
 
 
-def test_models_of_a_flat_folder_stay_apart(tmp_path, monkeypatch):
-    """No folder names a model: the files' own words do, whatever they call the step; files without such words are not
-    joined to them.
-    """
+def test_models_in_a_flat_folder_are_kept_apart(tmp_path, monkeypatch):
+    """The files' contents name the models; files whose contents name none form a model of their own."""
     for name, told, step in (
         ("a", "pretrained=EleutherAI/pythia-70m,revision=step1000,dtype=float", ""),
         ("b", {"pretrained": "EleutherAI/pythia-70m", "revision": "step3000"}, ""),
@@ -255,7 +253,7 @@ def test_models_of_a_flat_folder_stay_apart(tmp_path, monkeypatch):
     assert "me/named" in read_results(tmp_path) and tmp_path.name not in read_results(tmp_path)
 
 
-def test_names_before_the_step_are_models_where_they_must_be(tmp_path):
+def test_text_before_the_step_names_a_model_if_needed(tmp_path):
     """Two names with one task at one step are two models, in a flat folder or as folders; different tasks are one
     model's.
     """
@@ -302,7 +300,7 @@ def test_steps_in_unusual_places(tmp_path):
     )
 
 
-def test_the_number_of_questions_gives_an_error_that_a_file_lacks(tmp_path):
+def test_missing_errors_follow_from_the_number_of_questions(tmp_path):
     for step, acc in ((1, 0.8), (2, 0.3)):
         content = {
             "results": {"sciq": {"acc,none": acc, "acc_stderr,none": "N/A"}},
@@ -335,7 +333,7 @@ def test_old_and_new_names_of_a_metric_are_one_series(tmp_path):
         )
 
 
-def test_a_folder_that_joins_models_is_told(tmp_path, caplog):
+def test_a_folder_with_files_of_two_models_is_reported(tmp_path, caplog):
     caplog.set_level("WARNING")
     current(tmp_path / "zero-shot", "step1", "01", sciq={"acc": 0.4})
     assert list(read_results(tmp_path)) == ["zero-shot"] and not caplog.records
@@ -349,8 +347,8 @@ def test_a_folder_that_joins_models_is_told(tmp_path, caplog):
     )
 
 
-def test_groups_without_numbers_are_left_out_of_the_default_tasks(tmp_path):
-    """As current versions write them; asked for by name, such a group is one line."""
+def test_task_groups_without_numbers_are_skipped(tmp_path):
+    """Current versions write such groups; asking for one by name is a one-line error."""
     for step in (1, 2):
         (tmp_path / f"step{step}.json").write_text(
             json.dumps(
@@ -374,8 +372,8 @@ def test_groups_without_numbers_are_left_out_of_the_default_tasks(tmp_path):
     assert read_results(tmp_path)[tmp_path.name][0].tasks["bare"] == {"acc": Score(0.7, None)}
 
 
-def test_other_json_files_are_passed_over(tmp_path, caplog):
-    """A study's own results silently, others with a note: the study runs again in the folder of its results."""
+def test_other_json_files_are_skipped(tmp_path, caplog):
+    """Results of studies are skipped silently, other JSON with a note, so the study can run again in its folder."""
     caplog.set_level("INFO")
     for step in (1, 2):
         old(tmp_path / "m" / f"step{step}", step, sciq={"acc": 0.4, "acc_stderr": 0.01})

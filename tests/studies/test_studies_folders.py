@@ -1,6 +1,4 @@
-"""What people's folders hold: heads of zeros, weights that are not numbers, trainers' checkpoints, tensors that
-contradict the config.
-"""
+"""Unusual folders: heads of zeros, NaN weights, trainers' checkpoints, tensors that contradict the config."""
 
 from __future__ import annotations
 
@@ -47,8 +45,8 @@ def model(toy_backbone, tmp_path):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_head_of_zeros_goes_through(tmp_path, quick, model, name):
-    """As a checkpoint at step 0 may have it."""
+def test_a_head_of_zeros_is_accepted(tmp_path, quick, model, name):
+    """A checkpoint at step 0 may have one."""
     edit_head(model, torch.zeros_like)
     content = run_study(tmp_path / "out", f"study={name}", *quick, *few(name), f"backbone.path={model}")
     if name == "saturation":
@@ -56,7 +54,7 @@ def test_a_head_of_zeros_goes_through(tmp_path, quick, model, name):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_embeddings_that_are_not_numbers_are_one_line(tmp_path, quick, model, name):
+def test_nan_embeddings_are_one_line(tmp_path, quick, model, name):
     tensors = load_file(model / "model.safetensors")
     (key,) = [k for k in tensors if k.endswith(("embed_in.weight", "embed_tokens.weight"))]
     tensors[key][:200] = math.nan
@@ -65,8 +63,8 @@ def test_embeddings_that_are_not_numbers_are_one_line(tmp_path, quick, model, na
         run_study(tmp_path / "out", f"study={name}", *quick, *few(name), f"backbone.path={model}")
 
 
-def test_weights_of_another_kind_of_file_that_are_not_numbers(tmp_path, quick, model):
-    """No safetensors whose tensors could be named: still said in one line, and not as an unknown family."""
+def test_nan_weights_in_a_bin_file_are_one_line(tmp_path, quick, model):
+    """No tensor can be named, but the error is still one line that blames the weights, not the family."""
     tensors = load_file(model / "model.safetensors")
     for key in tensors:
         if "dense" in key:
@@ -77,7 +75,7 @@ def test_weights_of_another_kind_of_file_that_are_not_numbers(tmp_path, quick, m
         run_study(tmp_path / "out", "study=saturation", *quick, f"backbone.path={model}")
 
 
-def test_a_model_with_a_trainers_checkpoints_below_is_itself(tmp_path, quick, model, caplog):
+def test_a_model_folder_with_checkpoints_below_is_the_model(tmp_path, quick, model, caplog):
     caplog.set_level(logging.INFO)
     for step in (500, 1000):
         shutil.copytree(model, tmp_path / f"c{step}")
@@ -93,7 +91,7 @@ def test_a_model_with_a_trainers_checkpoints_below_is_itself(tmp_path, quick, mo
     ] and "are visited, not the model in the folder itself" in caplog.text
 
 
-def test_the_heads_own_precision_is_measured(tmp_path, quick, model):
+def test_the_head_is_measured_in_the_precision_of_its_file(tmp_path, quick, model):
     """Where the model runs in bfloat16 its head would have other small singular values: with and without text, those
     of the file.
     """
@@ -106,8 +104,8 @@ def test_the_heads_own_precision_is_measured(tmp_path, quick, model):
         assert entry["head"]["condition"] == pytest.approx(1e4, rel=1e-2)
 
 
-def test_two_matrices_of_a_model_that_says_it_is_tied(tmp_path, quick, model):
-    """What the file holds decides, in both ways of reading."""
+def test_a_tied_config_with_two_stored_matrices(tmp_path, quick, model):
+    """The stored tensors decide, with and without the whole model."""
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
     found = [
@@ -130,7 +128,7 @@ def test_two_matrices_of_a_model_that_says_it_is_tied(tmp_path, quick, model):
     assert entry["tied"] and entry["head"] == found[0]["head"]
 
 
-def test_padding_is_not_dropped_where_it_is_not_known(tmp_path, quick, model):
+def test_drop_padding_needs_a_tokenizer(tmp_path, quick, model):
     for file in model.glob("tokenizer*"):
         file.unlink()
     words = ["study=spectrum", "study.hidden=false", *quick, f"backbone.path={model}"]

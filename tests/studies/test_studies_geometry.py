@@ -1,4 +1,4 @@
-"""Rank correlations against brute force and known cases; joining what other studies left; bad input."""
+"""Rank correlations against brute force and known cases; joining results of other studies; bad input."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def test_spearman_is_the_correlation_of_ranks():
     assert spearman(np.exp(x), -(x**3)) == -1 and spearman(x, np.ones(5)) is None and spearman(x[:2], x[:2]) is None
 
 
-def test_intervals_hold_what_they_should():
-    """Independent values: an interval around 0 in about 95 of 100 cases; a clear relation is clear."""
+def test_bootstrap_intervals_have_their_coverage():
+    """About 95 of 100 intervals of independent values contain 0; a strong relation has an interval far from 0."""
     rng = np.random.default_rng(0)
     hits = 0
     for i in range(100):
@@ -76,7 +76,7 @@ def made(folder: Path) -> None:
     table(folder / "two" / "saturation.csv", losses)
 
 
-def test_what_follows_is_told_from_what_drifts(tmp_path):
+def test_relations_are_told_from_drift(tmp_path):
     made(tmp_path)
     content = run_study(tmp_path / "out", "study=geometry", f"study.results={tmp_path}", "study.draws=300")
     found = {r["metric"]: r for r in content["relations"]}
@@ -101,7 +101,7 @@ def test_what_follows_is_told_from_what_drifts(tmp_path):
 
 @pytest.mark.slow
 def test_numbers_are_the_same_in_every_process(tmp_path):
-    """Also the intervals of changes, whatever seed Python hashes names with."""
+    """Bootstrap intervals do not depend on the seed with which Python hashes strings."""
     rng = np.random.default_rng(2)
     rows = [
         {"model": f"m{k}", "step": step, "matrix": "head", "entropy": rng.normal(), "loss": rng.normal()}
@@ -129,7 +129,7 @@ def test_numbers_are_the_same_in_every_process(tmp_path):
     assert (tmp_path / "1" / "geometry.csv").read_text() == (tmp_path / "2" / "geometry.csv").read_text()
 
 
-def test_on_what_the_studies_really_leave(toy_backbone, toy_text, tmp_path):
+def test_geometry_reads_the_results_of_other_studies(toy_backbone, toy_text, tmp_path):
     series = toy_series(toy_backbone, tmp_path / "toy", {f"step{n}": 0.1 * n for n in range(4)})
     words = [
         *QUICK,

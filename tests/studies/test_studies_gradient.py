@@ -1,6 +1,4 @@
-"""The share of the logit gradient that reaches the hidden state: against explicit projections, chance, and on real
-weights.
-"""
+"""The share of the logit gradient that reaches the hidden state: explicit projections, chance, real weights."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ from bottleneck.studies.formulas.reach import Reach, column_space, shares
 from support.study_runs import QUICK, run_study
 
 
-def test_the_share_is_the_explicit_projections():
+def test_share_equals_the_explicit_projection():
     """P_W = W (WᵀW)⁺ Wᵀ as a V x V matrix; also for a W that lacks rank."""
     g = torch.Generator().manual_seed(0)
     full = torch.randn(60, 8, generator=g)
@@ -33,8 +31,8 @@ def test_the_share_is_the_explicit_projections():
 
 
 @pytest.mark.parametrize("decades", [5.5, 6.5])
-def test_weak_directions_of_the_head_let_as_much_through_as_strong_ones(decades):
-    """A projection does not know singular values; a float32 product A B has its own rank all the same."""
+def test_weak_directions_of_the_head_count_like_strong_ones(decades):
+    """A projection ignores singular values; rounding does not change the rank of a float32 product A B."""
     g = torch.Generator().manual_seed(3)
     U, V = (torch.linalg.qr(torch.randn(n, 12, generator=g, dtype=torch.float64)).Q for n in (300, 12))
     W = (U * torch.logspace(0, -decades, 12, dtype=torch.float64)) @ V.T
@@ -45,7 +43,7 @@ def test_weak_directions_of_the_head_let_as_much_through_as_strong_ones(decades)
         assert column_space(torch.randn(3000, r, generator=g) @ torch.randn(r, 96, generator=g))[0].shape[1] == r
 
 
-def test_what_comes_back_is_a_heads_own_whatever_its_factors():
+def test_gradients_do_not_depend_on_the_factorisation():
     """W, A B with B far from orthonormal, and W as A with B = 1: the same gradients at the hidden state, so the same
     ranks.
     """
@@ -64,14 +62,14 @@ def test_what_comes_back_is_a_heads_own_whatever_its_factors():
         )
 
 
-def test_a_head_of_zeros_lets_nothing_through():
+def test_a_head_of_zeros_passes_on_nothing():
     reach = Reach(torch.zeros(20, 4), 1)
     reach.add(torch.full((3, 20), 0.05), torch.arange(3), torch.zeros(3, dtype=torch.long))
     assert reach.result["share"] == 0 and reach.result["rank"] == 0 and reach.result["update_effective_rank"] is None
 
 
-def test_a_random_head_lets_chance_through():
-    """E of the squared share is d / V; and what lies in the column space passes whole."""
+def test_a_random_head_passes_on_the_share_of_chance():
+    """The mean squared share is d / V; a gradient in the column space passes whole."""
     g = torch.Generator().manual_seed(1)
     V, d = 2000, 50
     W = torch.randn(V, d, generator=g)
@@ -102,7 +100,7 @@ def test_sums_do_not_depend_on_chunks():
     assert 1 <= a["update_effective_rank"] <= 6
 
 
-def test_a_run_on_the_toy(toy_backbone, toy_text, tmp_path):
+def test_gradient_study_on_the_toy(toy_backbone, toy_text, tmp_path):
     """The share grows with rank to the full head's, which is that of r = d; the files are there; a second run keeps
     the part.
     """
@@ -141,7 +139,7 @@ def test_a_run_on_the_toy(toy_backbone, toy_text, tmp_path):
 
 
 @pytest.mark.slow
-def test_most_of_it_is_lost_in_smollm2(tmp_path):
+def test_smollm2_loses_most_of_the_gradient(tmp_path):
     """Real weights: the order of magnitude that the paper reports for pretrained models."""
     content = run_study(
         tmp_path,

@@ -38,7 +38,7 @@ def with_spectrum(sigma: list[float], rows: int, seed: int = 0) -> torch.Tensor:
 
 # ---------------------------------------------------------------- spectra
 @pytest.mark.parametrize("rows", [7, 64, 10_000])
-def test_a_planted_spectrum_comes_back_whatever_the_pieces(rows):
+def test_planted_spectrum_is_recovered_from_pieces_of_any_size(rows):
     """Down to 1e-9 of the largest: from W'W the values below 1e-8 would be noise."""
     sigma = [100.0, 5.0, 5.0, 1.0, 1e-3, 1e-7]
     W = with_spectrum(sigma, 500)
@@ -132,7 +132,7 @@ def layer_of(h: torch.Tensor) -> dict:
 
 
 def test_outlier_dimensions_are_told_from_a_cone():
-    """Both can have one mean cosine, and centring undoes both: a pure cone also has a centred cosine near 0."""
+    """Both can have the same mean cosine, and a pure cone also has a centred cosine near 0."""
     outlier, cone, both = planted_states(1, 0.0), planted_states(0, 1.0), planted_states(1, 1.0)
     for h in (outlier, cone):
         layer = layer_of(h)
@@ -140,7 +140,7 @@ def test_outlier_dimensions_are_told_from_a_cone():
         assert layer["cone"] == pytest.approx(0.5**0.5, abs=0.01), "norm of the mean 10, RMS norm √200"
     for h in (outlier, cone, both, planted_states(3, 0.0)):
         for x in layer_of(h)["without_strongest"]:
-            strongest = (h / h.norm(dim=1, keepdim=True)).sum(0).square().topk(x["k"]).indices
+            strongest = h.square().sum(0).topk(x["k"]).indices
             rest = h.clone()
             rest[:, strongest] = 0
             assert x["mean_cosine"] == pytest.approx(brute_force(rest), abs=1e-6)
@@ -160,7 +160,7 @@ def test_vectors_of_length_zero_count_in_no_pair():
 
 # ---------------------------------------------------------------- statistics
 def test_error_of_a_block_mean_is_that_of_resampled_blocks():
-    """Tokens of one block share its level, so the error is far above that of independent tokens; here it is known."""
+    """Tokens of a block share its level, so the error is far above that of independent tokens; here it is known."""
     x = torch.randn(400, 1, generator=g(7)) + 3 + 0.5 * torch.randn(400, 50, generator=g(8))
     mean, error = block_mean(x.sum(1).tolist(), [50] * 400)
     assert mean == pytest.approx(x.mean().item(), rel=1e-6) and error == pytest.approx(
@@ -211,7 +211,7 @@ def test_the_law_recovers_what_was_planted(A, alpha):
 
 
 def test_the_law_withstands_noise_and_outliers():
-    """Huber's loss: a tenth of the points 20 % too high move a least-squares fit, and hardly this one."""
+    """Huber's loss: outliers of 20 % in a tenth of the points hardly move the fit."""
     n, t, losses = planted(119.09, 0.246, noise=3e-4)
     losses = [x * (1.2 if i % 10 == 0 else 1.0) for i, x in enumerate(losses)]
     assert fit_law(n, t, losses).alpha == pytest.approx(0.246, rel=0.02)
@@ -280,7 +280,7 @@ def test_the_bound_is_reached_by_two_even_tokens():
     assert kl == pytest.approx(t.bound[0].item(), rel=0.02) and t.bound[1] < 1e-6 * t.bound[0]
 
 
-def test_a_broken_bound_is_said():
+def test_a_broken_bound_is_reported():
     row = {"kl_truncated": 1.0, "bound": 2.0, "bound_head": 3.0}
     assert holds([row]) and not holds([row, {**row, "kl_truncated": 2.1}]) and not holds([{**row, "bound_head": 1.9}])
 

@@ -41,7 +41,7 @@ def by_hand(tokens: np.ndarray) -> dict[tuple, Counter]:
 
 
 @pytest.mark.parametrize("size, piece", [(10**9, 1 << 24), (700, 1 << 24), (700, 501)])
-def test_counts_and_spectrum_are_those_of_the_matrix_itself(monkeypatch, size, piece):
+def test_counts_and_spectrum_equal_those_of_the_explicit_matrix(monkeypatch, size, piece):
     """M built row by row, its singular values by a dense SVD: the same for one bucket and for many, read whole or in
     pieces.
     """
@@ -82,15 +82,15 @@ def test_w_error_of_known_spectra():
     )
 
 
-def test_rows_that_are_all_alike_have_rank_one():
-    """Whatever came before, 5 follows 4: but for the start, one direction holds everything."""
+def test_deterministic_text_has_a_diagonal_gram_matrix():
+    """Each context has one next token, so the Gram matrix is diagonal and five directions hold everything."""
     tokens = np.tile([1, 2, 3, 4, 5], 50).astype(np.uint16)
     g = gram(tokens, 6, EOS)
     assert g.contexts == 5 and np.allclose(g.matrix, np.diag([0, 1, 1, 1, 1, 1]))
     assert w_error(np.linalg.eigvalsh(g.matrix))[5] == pytest.approx(0, abs=1e-7)
 
 
-def test_the_study(toy_backbone, toy_text, tmp_path):
+def test_ngrams_study_on_the_toy(toy_backbone, toy_text, tmp_path):
     words = [
         *QUICK,
         "data=local",
@@ -139,8 +139,8 @@ def test_a_text_without_5_grams_is_one_line(toy_backbone, tmp_path):
     assert not (tmp_path / "out" / "ngrams.json").exists()
 
 
-def test_more_than_the_memory_is_one_line_before_the_text_is_read(toy_backbone, tmp_path, monkeypatch):
-    """As psutil says how much there is."""
+def test_missing_memory_is_reported_before_the_text_is_read(toy_backbone, tmp_path, monkeypatch):
+    """Free memory as psutil reports it."""
     monkeypatch.setattr(ngrams.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**20))
     words = [
         *QUICK,
@@ -160,7 +160,7 @@ def test_more_than_the_memory_is_one_line_before_the_text_is_read(toy_backbone, 
         run_study(tmp_path / "out", *words, "study.precision=half")
 
 
-def test_a_count_above_what_float32_can_step_is_kept():
+def test_counts_beyond_the_integers_of_float32_are_exact():
     """2^24 + 3 times the same token after contexts with no other: a float32 sum would have stopped at 2^24."""
     c = counts.Counts(np.arange(2), np.array([1, 1]), np.array([2**24, 3]))
     diagonal, out = np.zeros(2), counts.Gram(np.zeros((2, 2), np.float32))
@@ -169,8 +169,8 @@ def test_a_count_above_what_float32_can_step_is_kept():
     assert diagonal.tolist() == [0, 2 * (2**24 + 3)] and not out.matrix.any()
 
 
-def test_a_matrix_that_the_gpu_cannot_take_goes_to_the_cpu(caplog):
-    """The meta device takes it and gives nothing back."""
+def test_a_matrix_too_large_for_the_gpu_goes_to_the_cpu(caplog):
+    """The meta device stands in for a GPU that fails."""
     matrix = np.diag([3.0, 1.0, 2.0])
     assert (
         eigenvalues(matrix, torch.device("meta")).tolist() == [1.0, 2.0, 3.0]

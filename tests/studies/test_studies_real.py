@@ -1,4 +1,4 @@
-"""The studies on real weights: the embedded backbone by default, SmolLM2-135M from its GGUF file in the slow tests."""
+"""The studies on real weights: the embedded backbone; SmolLM2-135M-Instruct in 4 bits (GGUF) in the slow tests."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_theory_of_the_embedded_backbone(tmp_path):
 
 
 @pytest.mark.slow
-def test_smollm2_goes_through_every_study(tmp_path):
+def test_every_study_on_smollm2(tmp_path):
     s = run_study(tmp_path / "s", "study=spectrum", *SMOL, "tokens=1024")["checkpoints"][0]
     assert (
         s["tied"] and s["rows"] == 49_152 and s["d"] == 576 and s["padding"]["rows"] == 0 and s["head"]["condition"] > 5
@@ -85,6 +85,11 @@ def test_smollm2_goes_through_every_study(tmp_path):
     assert alone["head"]["entropy"] == pytest.approx(s["head"]["entropy"], rel=1e-6)
     a = run_study(tmp_path / "a", "study=anisotropy", *SMOL, "tokens=1024")["checkpoints"][0]
     assert len(a["layers"]) == 31 and 0 < a["loss"] < 5 and all(-0.01 < x["mean_cosine"] <= 1 for x in a["layers"])
+    last = a["layers"][-1]
+    one, five = (x["mean_cosine"] for x in last["without_strongest"][:2])
+    assert last["strongest_dimensions"][0] == 199 and last["mean_cosine"] == pytest.approx(0.545, abs=0.02)
+    assert one == pytest.approx(0.333, abs=0.02) and five == pytest.approx(0.22, abs=0.03) and last["cone"] > 0.7
+    assert a["reading"].endswith("outlier dimensions and a cone")
     t = run_study(tmp_path / "t", "study=theory", *SMOL, "tokens=512", "study.ranks=[64,256]")
     assert t["holds"] is True
     loss = run_study(tmp_path / "l", "study=saturation", *SMOL, "tokens=1024")
@@ -94,7 +99,7 @@ def test_smollm2_goes_through_every_study(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_estimate_of_smollm2_is_as_measured_before(tmp_path):
+def test_estimate_of_smollm2_matches_earlier_measurements(tmp_path):
     """paper.md, on other text: full head 14.1; fisher 97 / 22.4 / 14.6 at r = 64 / 256 / 512, svd 49,251 / 9,487 /
     294. The texts differ, so it is the excess loss over the full head that is compared, to 0.35 nats for fisher and 10
     % for svd.

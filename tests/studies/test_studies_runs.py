@@ -56,7 +56,7 @@ def head_of(folder):
 
 
 # ---------------------------------------------------------------- saturation
-def test_losses_along_a_series_are_the_models_own(tmp_path, quick, steps, text):
+def test_losses_along_a_series_equal_direct_computation(tmp_path, quick, steps, text):
     c = run_study(tmp_path, "study=saturation", f"backbone.path={steps}", *quick)
     (m,) = c["models"]
     assert c["tokens"] == 1500 == len(text[1]) and [p["step"] for p in m["checkpoints"]] == [0, 20, 100, 1000]
@@ -68,7 +68,7 @@ def test_losses_along_a_series_are_the_models_own(tmp_path, quick, steps, text):
     assert [float(r["loss"]) for r in rows] == [p["loss"] for p in m["checkpoints"]]
 
 
-def test_a_stopped_series_goes_on_and_ends_alike(tmp_path, quick, steps, monkeypatch):
+def test_an_interrupted_series_resumes_with_the_same_result(tmp_path, quick, steps, monkeypatch):
     whole = run_study(tmp_path / "whole", "study=saturation", f"backbone.path={steps}", *quick)
     visited = []
     real = saturation.visit
@@ -89,7 +89,7 @@ def test_a_stopped_series_goes_on_and_ends_alike(tmp_path, quick, steps, monkeyp
         run_study(tmp_path / "cut", "study=saturation", f"backbone.path={steps}", *quick, "tokens=700")
 
 
-def test_a_series_never_holds_two_models(tmp_path, quick, steps, monkeypatch):
+def test_a_series_holds_one_model_at_a_time(tmp_path, quick, steps, monkeypatch):
     alive: list = []
     real = loading.Backbone.load
 
@@ -145,7 +145,7 @@ def test_spectra_along_a_series(tmp_path, quick, steps, text):
             )
 
 
-def test_only_the_head_is_read_where_that_is_enough(tmp_path, quick, steps, monkeypatch, caplog):
+def test_hidden_false_reads_the_head_alone(tmp_path, quick, steps, monkeypatch, caplog):
     def never(*_):
         raise AssertionError("the whole model was loaded")
 
@@ -178,7 +178,7 @@ def test_only_the_head_is_read_where_that_is_enough(tmp_path, quick, steps, monk
 
 
 def test_padding_is_reported_and_dropped(tmp_path, quick, toy_backbone, toy_text):
-    """A head padded from 320 to 384 rows: reported, and left out of the spectrum where that is asked for."""
+    """A head padded from 320 to 384 rows: padding is reported, and left out of the spectrum on request."""
     model = AutoModelForCausalLM.from_pretrained(toy_backbone)
     model.resize_token_embeddings(384, mean_resizing=False)
     model.get_output_embeddings().weight.data[320:] *= 5
@@ -223,7 +223,7 @@ def test_tied_heads_are_read_from_the_embeddings(tmp_path, toy_backbone):
 
 
 # ---------------------------------------------------------------- anisotropy
-def test_every_layer_equals_the_pairs(tmp_path, quick, steps):
+def test_cosines_of_every_layer_equal_those_of_all_pairs(tmp_path, quick, steps):
     c = run_study(tmp_path, "study=anisotropy", f"backbone.path={steps}", *quick, "tokens=300")
     want = check_study(composed("study=anisotropy", *quick, f"backbone.path={steps}", "tokens=300"))
     batches = list(study_text(want, series.checkpoints(want)).batches(4))
@@ -247,7 +247,7 @@ def test_every_layer_equals_the_pairs(tmp_path, quick, steps):
 
 # ---------------------------------------------------------------- estimate and theory
 def test_the_estimate_is_what_training_starts_from(tmp_path, run, toy):
-    """The same heads by train.py itself: their loss before the first step, for every start."""
+    """The loss of every start equals that of train.py before its first step."""
     text = [o for o in toy if o.startswith(("backbone", "data"))]
     c = run_study(
         tmp_path / "e",
@@ -274,7 +274,7 @@ def test_the_estimate_is_what_training_starts_from(tmp_path, run, toy):
     )
 
 
-def test_trained_heads_stand_beside(tmp_path, run, toy):
+def test_trained_heads_are_compared(tmp_path, run, toy):
     text = [o for o in toy if o.startswith(("backbone", "data"))]
     curve = run("ranks=[2,8,32]", run_dir=tmp_path / "run").curve
     shared = [
@@ -306,8 +306,8 @@ def test_trained_heads_stand_beside(tmp_path, run, toy):
         run_study(tmp_path / "x", "study=theory", *shared, f"study.curve={tmp_path / 'other.json'}")
 
 
-def test_files_are_written_whole(tmp_path, quick, steps, monkeypatch):
-    """A picture that cannot be drawn leaves neither JSON nor CSV behind, and the parts are kept."""
+def test_all_result_files_are_written_or_none(tmp_path, quick, steps, monkeypatch):
+    """If the picture cannot be drawn, neither JSON nor CSV is written; partial results are kept."""
 
     def broken(*_):
         raise RuntimeError("no picture")

@@ -69,7 +69,7 @@ def test_without_noise_the_law_comes_back_to_three_digits_and_more(tmp_path):
     assert c["fit"]["A"] == pytest.approx(119.09, rel=1e-4) and c["fit"]["alpha"] == pytest.approx(0.246, rel=1e-5)
 
 
-def test_fewer_than_two_large_models_have_no_law_but_verdicts(tmp_path):
+def test_fewer_than_two_large_models_get_verdicts_without_a_law(tmp_path):
     c = run_study(tmp_path, "study=saturation", f"study.losses={write_csv(tmp_path / 'l.csv')}", "study.fit_from=2e9")
     assert c["fit"] is None and c["models"][0]["gap_final"] is None and c["models"][0]["saturates"] is True
 
@@ -117,7 +117,7 @@ def test_a_flat_series_is_called_saturated_as_often_as_asked(points, error):
 
 
 def test_errors_of_differences_are_paired():
-    """Both checkpoints find the same blocks hard: the error of their difference is far below that of either."""
+    """Both checkpoints lose most on the same blocks, so the error of their difference is far below either's."""
     rng = torch.Generator().manual_seed(2)
     hard = 3 + torch.randn(25, generator=rng)
     points = [
@@ -132,7 +132,7 @@ def test_errors_of_differences_are_paired():
     assert difference_error({"checkpoints": points[::-1]}) is None, "the lowest is the last: nothing to compare"
 
 
-def test_names_and_tokens_of_other_peoples_csvs(tmp_path):
+def test_csv_column_aliases(tmp_path):
     (tmp_path / "l.csv").write_text("\ufeffModel,Params,Step,Loss,T\na,10,0,9.5,7\na,10,5,3.5,70\n")
     (entry,) = read_losses(tmp_path / "l.csv", 100)
     assert (
@@ -142,7 +142,7 @@ def test_names_and_tokens_of_other_peoples_csvs(tmp_path):
     )
 
 
-def test_tokens_in_the_place_of_steps(tmp_path):
+def test_csv_with_tokens_instead_of_steps(tmp_path):
     (tmp_path / "l.csv").write_text("model,params,tokens,loss\na,10,200,9.5\na,10,700,3.5\n")
     (entry,) = read_losses(tmp_path / "l.csv", 100)
     assert [(p["step"], p["tokens"]) for p in entry["checkpoints"]] == [(2, 200), (7, 700)]
@@ -155,8 +155,8 @@ HEADER = "model,parameters,step,loss\n"
 TOKENS = "model,parameters,step,tokens,loss,stderr\n"
 
 
-def test_errors_of_a_csv_count(tmp_path):
-    """The same rise with errors that explain it, with such as do not, and without any."""
+def test_standard_errors_of_a_csv_are_used(tmp_path):
+    """The same rise with standard errors that explain it, with smaller ones, and without any."""
     for name, errors, says in (
         ("a", (0.05, 0.05), False),
         ("b", (0.001, 0.001), True),
@@ -185,7 +185,7 @@ def test_errors_of_a_csv_count(tmp_path):
     )
 
 
-def test_many_points_tell_the_noise_without_a_column_of_errors(tmp_path):
+def test_long_series_need_no_standard_errors(tmp_path):
     rows = list(csv.reader(open(write_csv(tmp_path / "l.csv"))))
     (tmp_path / "l.csv").write_text("\n".join(",".join(row[:4]) for row in rows))
     c = run_study(tmp_path / "out", "study=saturation", f"study.losses={tmp_path / 'l.csv'}")
@@ -194,7 +194,7 @@ def test_many_points_tell_the_noise_without_a_column_of_errors(tmp_path):
     )
 
 
-def test_names_with_dollars_are_drawn_as_they_stand(tmp_path):
+def test_dollar_signs_in_names_are_drawn_literally(tmp_path):
     assert as_text(r"$\bad$") == r"\$\bad\$" and as_text("plain_name") == "plain_name"
     (tmp_path / "l.csv").write_text(HEADER + "$\\bad$,5e8,1,3\n$\\bad$,5e8,2,2.9\nm $x_$ $,6e8,1,2.8\n")
     c = run_study(tmp_path, "study=saturation", f"study.losses={tmp_path / 'l.csv'}")
@@ -253,7 +253,7 @@ def test_single_checkpoints_are_compared_without_a_verdict(tmp_path):
 
 
 def test_losses_below_the_laws_fixed_part_have_no_law(tmp_path, caplog):
-    """B / T^β + E is of a vocabulary of 50,000: short series over 8,192 entries end below it, and no A > 0 fits."""
+    """B / T^β + E was fitted for 50,000 entries: short series over 8,192 end below it, and no A > 0 fits."""
     path = tmp_path / "l.csv"
     path.write_text(
         "model,parameters,step,loss,tokens\n"

@@ -93,8 +93,8 @@ class Cosines:
         return index, (squares[index] / squares.sum().clamp(min=1e-300)).item()
 
     def strongest(self, k: int) -> Tensor:
-        """The k dimensions that contribute most to the mean cosine, the strongest first: int64 [k]."""
-        return self.units_D.square().topk(k).indices
+        """The k dimensions with the largest E h_i², the strongest first: int64 [k]."""
+        return self.square_D.topk(k).indices
 
     @property
     def top_energy(self) -> float:
