@@ -177,7 +177,7 @@ def pupils(N, D, V, ranks):
 def test_distillation_gradients_are_those_of_the_definition(impl, temperature, mix, monkeypatch):
     """Against autograd in float64: loss and both gradients of two heads, with masked tokens, in several chunks and
     blocks of a row."""
-    monkeypatch.setattr(fused, "MEMORY", 0)  # chunks of 128
+    monkeypatch.setattr(fused, "GOAL_MEMORY", 0)  # chunks of 128
     monkeypatch.setattr(fused, "ROW", fused.Tile(1, 64, 4, 1))
     heads, W, h, y = pupils(129 if impl == "fused" else 700, 12, 90, (1, 7))
     losses, grads = taught(heads, W, h, y, temperature, mix, impl)
