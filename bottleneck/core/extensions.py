@@ -1,8 +1,9 @@
 """What can be added to the project by one file: starts, head kinds, objectives, losses, metrics and studies.
 
-Each kind of extension has a dataclass that says what a declared object must tell about itself, and a registry of the declared
-objects. Config checks, help, plots and docs read the registries, so no module keeps a list of names. Rooms above `core`
-declare their objects; a registry imports the folder of its built-in objects on first use. Heavy types appear in annotations only.
+Each kind of extension has a dataclass that says what a declared object must tell about itself, and a registry of the
+declared objects. Config checks, help, plots and docs read the registries, so no module keeps a list of names. Rooms
+above `core` declare their objects; a registry imports the folder of its built-in objects on first use. Heavy types
+appear in annotations only.
 
 Dims: n tokens of a chunk, D hidden size, R rank, V vocabulary.
 """
@@ -71,10 +72,11 @@ class Objective:
     """What heads are trained on: `head.objective=NAME`.
 
     Attributes:
-        loss: (logits [n, V], targets [n], log_teacher [n, V] or None, options) -> loss [n] in nats; plain PyTorch on float32
-            or float64 logits, which defines the objective. Without `fast` it is also what runs, its gradient by autograd.
-        teacher: it compares with a head that teaches; log_teacher then holds that head's log-probabilities at the option
-            `temperature` (1 where the objective has none).
+        loss: (logits [n, V], targets [n], log_teacher [n, V] or None, options) -> loss [n] in nats; plain PyTorch on
+            float32 or float64 logits, which defines the objective. Without `fast` it is also what runs, its gradient by
+            autograd.
+        teacher: it compares with a head that teaches; log_teacher then holds that head's log-probabilities at the
+            option `temperature` (1 where the objective has none).
         options: the `head.*` keys it reads besides `teacher`, with their defaults.
         impls: values of `head.loss_impl` that can compute it; None: any.
         fast: (options) -> the share m of the KL for which `losses.distill.steps` computes the same faster.
@@ -172,7 +174,8 @@ class Study:
     Attributes:
         figure: what it reproduces: a figure of Godey et al. 2024, or the arXiv number of a later paper.
         schema: frozen dataclass of its keys `study.*`, derived from `studies.shared.config.StudyKeys`.
-        run: (StudyConfig, output folder) -> content of NAME.json, which it has written together with NAME.csv and NAME.png.
+        run: (StudyConfig, output folder) -> content of NAME.json, which it has written together with NAME.csv and
+            NAME.png.
         check: (composed keys) -> None: converts values in place and raises UserError for impossible ones.
         commands: entries of `experiment=paper`, see `studies.shared.figures.Figure`.
     """

@@ -183,8 +183,7 @@ class _Scorer:
         if self.lm is None:
             self.lm = self._load()
         if row is not None:
-            A, B = self.run.factors(row)
-            set_head(self.lm.model, A @ B)
+            set_head(self.lm.model, self.run.dense(row))
             if not self.proved:  # what holds for one head of a family holds for all
                 prove(self.lm.model, self.run.curve["backbone"])
                 self.proved = True

@@ -1,6 +1,7 @@
 """The bank that trains many heads on one hidden state.
 
-Dims: N tokens, D hidden size, R rank, V vocabulary, H heads. W_VD = A_VR @ B_RD for low-rank heads (Godey et al. 2024, Sec. 5.1).
+Dims: N tokens, D hidden size, R rank, V vocabulary, H heads. W_VD = A_VR @ B_RD for low-rank heads (Godey et al. 2024,
+Sec. 5.1).
 """
 
 from __future__ import annotations
@@ -32,13 +33,14 @@ class HeadBank(nn.Module):
         loss_impl: see `losses.linear_cross_entropy`; "auto" picks for each rank.
         tokens: tokens of one micro-batch, which "auto" picks by.
         loss_memory: see `losses.memory`; auto or bytes.
-        coordinates: heads are trained in other coordinates, from `use_coordinates`; see `head.whiten` and `optim.lr_ratio`.
+        coordinates: heads are trained in other coordinates, from `use_coordinates`; see `head.whiten` and
+            `optim.lr_ratio`.
 
     Attributes:
         keys: the heads' keys, in order.
-        objective: what heads are trained on; None: cross-entropy. Their validation losses are cross-entropy in any case. If it
-            wants a teacher and has none, the one head of rank D is the teacher: it is trained on cross-entropy, the others on
-            its logits at that step. Every head has the same bits as it has with its teacher alone.
+        objective: what heads are trained on; None: cross-entropy. Validation losses are always cross-entropy. If it
+            wants a teacher and has none, the one head of rank D is the teacher: it is trained on cross-entropy, the
+            others on its logits at that step. Every head has the same bits as it has with its teacher alone.
         diverged: [H] flags, 1.0 for heads whose gradient has been non-finite; on the device, saved with the heads.
         whiten_DD: M^-1 of `use_coordinates`, None where heads are trained as they are; saved with the heads.
 
@@ -84,11 +86,13 @@ class HeadBank(nn.Module):
     def use_coordinates(self, root_DD: Tensor, inverse_DD: Tensor) -> None:
         """Train B in other coordinates: from now on the parameter B holds C = B M [R, D], which reads x = M^-1 h.
 
-        The heads stay the same functions of h. A step of AdamW moves every entry of a parameter alike. Where one entry of h is
-        a thousand times the others, as in many language models, a rate at which the others learn moves its column of B far too
-        much; with M = Σ^½ all entries of x have variance 1. With M / s a step of C is s times as long in B.
+        The heads stay the same functions of h. A step of AdamW moves every entry of a parameter alike. Where one entry
+        of h is a thousand times the others, as in many language models, a rate at which the others learn moves its
+        column of B far too much; with M = Σ^½ all entries of x have variance 1. With M / s a step of C is s times as
+        long in B.
 
-        Args: M and its inverse: Σ^½ and Σ^-½ of the hidden states' covariance from `calibration.roots`, or a multiple of them.
+        Args: M and its inverse: Σ^½ and Σ^-½ of the hidden states' covariance from `calibration.roots`, or a multiple
+            of them.
         """
         for head in self._heads():
             head.use_coordinates(root_DD)
@@ -171,7 +175,10 @@ class HeadBank(nn.Module):
 
     @property
     def teacher_index(self) -> int:
-        """Which of `keys` teaches under head.teacher=trained: the head of rank D. Raises UserError unless it is exactly one."""
+        """Which of `keys` teaches under head.teacher=trained: the head of rank D.
+
+        Raises UserError unless it is exactly one.
+        """
         full = [i for i, key in enumerate(self.keys) if key.rank == self.hidden_size]
         check(
             len(full) == 1,

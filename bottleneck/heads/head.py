@@ -1,8 +1,8 @@
 """What every kind of head is: parameters, logits of hidden states, and what the bank and the evaluation ask of it.
 
-A kind needs to define its parameters, `logits` and `begin`. `Head` then trains it with autograd, a chunk of tokens at a time, so
-that no more than a few chunks of logits are held; it saves and loads the parameters and evaluates them. A kind that can do
-better, as `low_rank` does, overrides `read`, `token_losses`, `step` and `taught_steps`.
+A kind needs to define its parameters, `logits` and `begin`. `Head` then trains it with autograd, a chunk of tokens at a
+time, so that no more than a few chunks of logits are held; it saves and loads the parameters and evaluates them. A kind
+that can do better, as `low_rank` does, overrides `read`, `token_losses`, `step` and `taught_steps`.
 
 Dims: N tokens, n tokens of a chunk, D hidden size, R rank, V vocabulary.
 """
@@ -164,7 +164,8 @@ def cross_entropy(logits_nV: Tensor, y_n: Tensor) -> Tensor:
 def product(x_nR: Tensor, W_VR: Tensor) -> Tensor:
     """x Wᵀ [n, V], differentiable, for use in `Head.logits`.
 
-    16-bit x are multiplied with W rounded to their dtype; sums, result and the gradient of W are float32, as in the other losses.
+    16-bit x are multiplied with W rounded to their dtype; sums, result and the gradient of W are float32, as in the
+    other losses.
     """
     if x_nR.dtype in (torch.float32, torch.float64):
         return x_nR @ W_VR.to(x_nR.dtype).T

@@ -15,7 +15,7 @@ LOW_RANK = "low_rank"
 
 @dataclass(frozen=True)
 class HeadKey:
-    """What distinguishes one head of a bank from another. Everything about a head follows from its key and the run's config.
+    """What distinguishes the heads of a bank. Everything about a head follows from its key and the run's config.
 
     Attributes:
         kind: name of its `HeadKind`.
@@ -54,7 +54,7 @@ class HeadKey:
 
 
 def generator(key: HeadKey) -> torch.Generator:
-    """A CPU generator seeded by a head's rank and seed only, so that heads of several rates begin at the same values."""
+    """A CPU generator seeded by a head's rank and seed only, so that heads of all rates begin at the same values."""
     digest = hashlib.sha256(f"{key.rank}/{key.seed}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 

@@ -1,8 +1,9 @@
 """Starting the heads of a bank: calibrate, compute the start `head.init` and set every head to it.
 
-A start computes low-rank factors from the head it approximates, the calibration moments and, if it asks for them, the hidden
-states. A head kind then sets its own parameters from these factors. Every start of the package except `normal` gives `z = B h`
-coordinates of unit variance on the calibration text, so that one learning rate means the same for all of them.
+A start computes low-rank factors from the head it approximates, the calibration moments and, if it asks for them, the
+hidden states. A head kind then sets its own parameters from these factors. Every start of the package except `normal`
+gives `z = B h` coordinates of unit variance on the calibration text, so that one learning rate means the same for all
+of them.
 
 Dims: D hidden size, R rank, V vocabulary.
 """
@@ -58,7 +59,10 @@ class StartInputs:
 
     @property
     def W_VD(self) -> Tensor:
-        """The matrix of the head, float32. A scale (Cohere, Granite) is folded in; bias and soft cap have no low-rank form."""
+        """The matrix of the head, float32.
+
+        A scale (Cohere, Granite) is folded in; bias and soft cap have no low-rank form.
+        """
         return self.head.W_VD.float() * self.head.scale
 
 
@@ -105,7 +109,8 @@ def start_bank(
 
     Args:
         head: the head that the start approximates.
-        hidden: batches of hidden states [..., D] of the calibration tokens; read once, kept if the start `reads_hidden`.
+        hidden: batches of hidden states [..., D] of the calibration tokens; read once, kept if the start
+            `reads_hidden`.
         options: values of `head.*` keys.
         whiten, lr_ratio: `head.whiten` and `optim.lr_ratio`; used if the bank was built with `coordinates`.
     """

@@ -1,13 +1,14 @@
-"""The fast path of distillation: KL from a teacher's softmax at a temperature, alone or mixed with cross-entropy on the data.
+"""The fast path of distillation: KL from a teacher's softmax at a temperature, alone or mixed with cross-entropy.
 
 For a token with the teacher's logits s* and a head's logits s = A z, z = B h (Hinton et al. 2015):
 
     loss = (1 − m) · CE(y, softmax(s)) + m · T² · KL(softmax(s*/T) ‖ softmax(s/T))
     d loss / d s = (1 − m) · (softmax(s) − onehot(y)) + m · T · (softmax(s/T) − softmax(s*/T))
 
-The factor T² keeps the gradient of the KL about as large at every temperature. Tokens are processed in chunks. The teacher's
-softmax is computed once for all heads of a bank, which share nothing else, so each head has the same bits alone and in company.
-For heads on `fused` one Triton kernel turns a chunk of their logits into its gradient; the rest is plain PyTorch on any device.
+The factor T² keeps the gradient of the KL about as large at every temperature. Tokens are processed in chunks. The
+teacher's softmax is computed once for all heads of a bank, which share nothing else, so each head has the same bits
+alone and in company. For heads on `fused` one Triton kernel turns a chunk of their logits into its gradient; the rest
+is plain PyTorch on any device.
 
 Dims: n tokens of a chunk, D hidden size, R rank, V vocabulary.
 """
@@ -58,7 +59,10 @@ def head_logits(h_nD: Tensor, w: Weights) -> Tensor:
 
 
 def _goals(o: Distillation, h_nD: Tensor, y_n1: Tensor) -> Iterator[Goal]:
-    """The terms of the loss of some tokens, the same for every head. At T = 1 they are one, with one softmax for both."""
+    """The terms of the loss of some tokens, the same for every head.
+
+    At T = 1 they are one, with one softmax for both.
+    """
     T, m = o.temperature, o.mix
     log_p = torch.log_softmax(o.teacher_logits(h_nD) if T == 1 else o.teacher_logits(h_nD) / T, -1)
     p = log_p.exp()

@@ -1,6 +1,7 @@
-"""What a bank of heads is trained on, bound to a run's options and teacher; and the training step of low-rank heads for it.
+"""An objective bound to a run's options and teacher, and the training step of low-rank heads for it.
 
-Objectives are declared in `losses/objectives`, one file each. Cross-entropy alone does not pass through here: see `losses.step`.
+Objectives are declared in `losses/objectives`, one file each. Cross-entropy alone does not pass through here: see
+`losses.step`.
 
 Dims: N tokens, n tokens of a chunk, D hidden size, R rank, V vocabulary.
 """
@@ -31,7 +32,8 @@ class BoundObjective:
 
     Attributes:
         options: the values of the declared options.
-        teacher_logits: of the head that teaches; None if the objective has no teacher, or if the bank's own head of rank D
+        teacher_logits: of the head that teaches; None if the objective has no teacher, or if the bank's own head of
+            rank D
             teaches, which learns from the data at the same time: see `heads.HeadBank`.
         whose: the head that teaches, for messages.
     """
@@ -63,9 +65,11 @@ def steps(
     scale: float,
     o: BoundObjective,
 ) -> Tensor:
-    """Losses [H, N] of low-rank heads on the same tokens; adds scale · the gradient of each sum to (dA [V, R], dB [R, D]).
+    """Losses [H, N] of low-rank heads on the same tokens; adds scale · the gradient of each sum to its `gradients`.
 
-    Args: y_N: from `linear.targets`; tokens with -1 contribute nothing.
+    Args:
+        y_N: from `linear.targets`; tokens with -1 contribute nothing.
+        gradients: (dA [V, R], dB [R, D]) of each head.
     """
     if o.declared.fast is not None:
         assert o.teacher_logits is not None

@@ -156,12 +156,12 @@ def export(run: FinishedRun, row: dict[str, Any], to: Path, *, form: str = "dens
     to = to.expanduser().resolve()
     free = not to.exists() or (to.is_dir() and not any(to.iterdir()))
     check(free, f"--to {to}: exists and is not empty; give another folder")
-    A, B = run.factors(row)
+    factors = run.factors(row) if form != "dense" else None  # only low-rank heads have some
     tokenizer = load_tokenizer(run.backbone)
-    if form == "dense":
-        _dense(run, row, A @ B, dtype=dtype, tokenizer=tokenizer, to=to)
+    if factors is None:
+        _dense(run, row, run.dense(row), dtype=dtype, tokenizer=tokenizer, to=to)
     else:
-        _factored(run, row, (A, B), dtype=dtype, tokenizer=tokenizer, to=to)
+        _factored(run, row, factors, dtype=dtype, tokenizer=tokenizer, to=to)
     return to
 
 

@@ -96,15 +96,15 @@ class FinishedRun:
         """A [V, R] and B [R, D] of a low-rank head, float32. Raises UserError as `tensors`, and for another kind of head."""
         path, kind = self.file(row), HeadKey.of(row).kind
         check(kind == LOW_RANK, f"{path}: a head of kind {kind} has no factors A and B")
-        tensors = self.tensors(row)
-        check(tensors.keys() == {"A", "B"}, f"{path}: not a head file of bottleneck")
         V, R, D = self.curve["vocab_size"], row["rank"], self.curve["hidden_size"]
-        a, b = list(tensors["A"].shape), list(tensors["B"].shape)
-        check([a, b] == [[V, R], [R, D]], f"{path}: A and B are {a} and {b}, curve.json says {[V, R]} and {[R, D]}")
+        tensors = self.tensors(row, {"A": [V, R], "B": [R, D]})
         return tensors["A"], tensors["B"]
 
-    def tensors(self, row: dict[str, Any]) -> dict[str, Tensor]:
-        """What a head's file holds, float32. Raises UserError where it is missing, damaged, or of another run."""
+    def tensors(self, row: dict[str, Any], shapes: Optional[dict[str, list[int]]] = None) -> dict[str, Tensor]:
+        """What a head's file holds, float32. Raises UserError where it is missing, damaged, or of another run.
+
+        Args: shapes: what it must hold, by name; default: anything.
+        """
         path = self.file(row)
         check(path.is_file(), f"{path}: no such file; the folder of a finished run has its heads there")
         try:
@@ -113,7 +113,12 @@ class FinishedRun:
                 tensors = {name: f.get_tensor(name) for name in f.keys()}
         except (OSError, SafetensorError, ValueError) as error:
             raise UserError(f"{path}: damaged or not a head file: {error}") from error
-        check(isinstance(about, dict), f"{path}: not a head file of bottleneck")
+        names = tensors.keys() if shapes is None else shapes.keys()
+        check(isinstance(about, dict) and tensors.keys() == names, f"{path}: not a head file of bottleneck")
+        if shapes is not None:
+            found, wanted_shapes = [list(tensors[n].shape) for n in shapes], list(shapes.values())
+            said = " and ".join(map(str, found)), " and ".join(map(str, wanted_shapes))
+            check(found == wanted_shapes, f"{path}: {' and '.join(shapes)} are {said[0]}, curve.json says {said[1]}")
         trained_on, wanted = about.get("backbone_hash"), self.curve["backbone_hash"]
         check(trained_on == wanted, f"{path}: a head of backbone {trained_on}, the run's is {wanted}")
         finite = all(bool(t.isfinite().all()) for t in tensors.values())

@@ -51,8 +51,8 @@ def test_full_rank_closed_forms_are_the_full_head(setting):
 
 
 def test_fisher_is_the_optimum_of_its_objective(setting):
-    """Eckart–Young–Mirsky: no other head of the rank has a smaller ‖Q^½ (A B − W_c) Σ^½‖; its value is the SVD's tail."""
-    h, head, c = setting
+    """Eckart–Young–Mirsky: no head of the rank has a smaller ‖Q^½ (A B − W_c) Σ^½‖; its value is the SVD's tail."""
+    _, head, c = setting
     W = head.W_VD.double()
     centred = W - c.mean_V @ W
     values, vectors = torch.linalg.eigh(c.cov_DD)
@@ -145,7 +145,10 @@ def test_schedule():
     assert schedule(OptimConfig(), 1)(0) == 1.0
 
 
-def bank_with_gradients(scale: float, keys=(HeadKey(2, 0.1, 0), HeadKey(3, 0.1, 0))):
+PAIR = (HeadKey(2, 0.1, 0), HeadKey(3, 0.1, 0))
+
+
+def bank_with_gradients(scale: float, keys=PAIR):
     bank = HeadBank(list(keys), 7, 5)
     g = torch.Generator().manual_seed(0)
     for key in bank.keys:
@@ -171,7 +174,7 @@ def test_clipping_is_per_head():
 
 
 def test_optimizer_is_adamw_and_skips_diverged_heads():
-    """Equal to PyTorch's own AdamW; a head with a non-finite gradient stays bit for bit, momentum included, for good."""
+    """Equal to PyTorch's AdamW; a head with a non-finite gradient keeps its bits, momentum included, for good."""
     bank, twin = bank_with_gradients(1.0), bank_with_gradients(1.0)
     o = OptimConfig(clip=0.5)
     ours = build_optimizer(bank, o)

@@ -22,7 +22,7 @@ V, D, N = 60, 12, 4096
 
 @pytest.fixture(scope="module")
 def setting():
-    """Correlated hidden states with a mean, and a head sure enough of itself that its second-order expansion is poor."""
+    """Correlated hidden states with a mean, and a head so confident that its second-order expansion is poor."""
     g = torch.Generator().manual_seed(0)
     h = torch.randn(N, D, generator=g) @ torch.randn(D, D, generator=g) + torch.randn(D, generator=g)
     head = FullHead(torch.randn(V, D, generator=g) * 0.6)
@@ -84,7 +84,7 @@ def test_close_to_the_best_head_of_the_rank(setting):
         best = [A.clone().double().requires_grad_(), B.clone().double().requires_grad_()]
         search = torch.optim.LBFGS(best, max_iter=300, line_search_fn="strong_wolfe", tolerance_change=1e-10)
 
-        def closure():
+        def closure(search=search, best=best):
             search.zero_grad()
             loss = brute_force(h, head, *best)
             loss.backward()
@@ -109,13 +109,14 @@ def test_a_planted_head_is_recovered(setting):
 
 
 def test_full_rank_loses_nothing(setting, monkeypatch):
-    """The closed form of full rank is the full head: nothing to learn, and nothing is unlearned where it is tried all the same."""
+    """The closed form of full rank is the original head: there is nothing to learn, and training does not harm it."""
     h, head, c = setting
     start = closed(setting, [D])
     assert refine(start, [h], head, c) == start
     monkeypatch.setattr("bottleneck.heads.starts.refined.ENOUGH", -1.0)
     monkeypatch.setattr(
-        "bottleneck.heads.starts.refined.divergence", lambda heads, *_: [1e-7 - 1e-9 * (heads is not start)] * len(heads)
+        "bottleneck.heads.starts.refined.divergence",
+        lambda heads, *_: [1e-7 - 1e-9 * (heads is not start)] * len(heads),
     )
     ((A, B),) = refine(start, [h], head, c)
     assert A is not start[0][0]
@@ -186,7 +187,7 @@ def test_lower_held_out_loss_on_the_embedded_backbone():
 
 
 def test_long_work_before_the_first_step_says_how_far_it_is(monkeypatch, caplog):
-    """Every item once, in order; a line whenever enough time has gone by, with what is left; silence where it is short."""
+    """Every item once, in order; a line with the time left whenever enough time has passed; silent if it is short."""
     clock = iter(range(0, 1000, 4))  # seconds: each item takes four
     monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
     with caplog.at_level("INFO"):

@@ -20,7 +20,7 @@ KEYS = [HeadKey(3, 1e-2, 0), HeadKey(D, 3e-3, 0)]
 
 
 def hidden(outlier: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states with one large entry, as language models have, targets, and the head [V, D] that these are drawn from."""
+    """Hidden states with one large entry, as in language models; targets; the head [V, D] that targets come from."""
     g = torch.Generator().manual_seed(0)
     h = torch.randn(N, D, generator=g) @ (torch.eye(D) + 0.3 * torch.randn(D, D, generator=g))
     W = torch.randn(V, D, generator=g)
@@ -30,7 +30,10 @@ def hidden(outlier: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return h, y, W
 
 
-def trained(h, y, start, whiten=None, steps=5, optim=OptimConfig()):
+PLAIN = OptimConfig()
+
+
+def trained(h, y, start, whiten=None, steps=5, optim=PLAIN):
     """Losses before each step, and the bank after the last."""
     bank = HeadBank(KEYS, V, D, "chunked", coordinates=whiten is not None)
     for key in KEYS:
@@ -67,7 +70,7 @@ def test_it_is_training_on_whitened_hidden_states():
 
 @pytest.mark.parametrize("ratio", [0.3, 4.0])
 def test_a_ratio_of_rates_is_two_rates(ratio):
-    """An independent way: PyTorch's AdamW with a group for A and one for B. Decay and clipping see B as it is trained, so here are none."""
+    """PyTorch's AdamW with a group for A and one for B takes the same steps. Decay and clipping are off: they act on C."""
     h, y, _ = hidden(1.0)
     g = torch.Generator().manual_seed(1)
     start = {k: (torch.randn(V, k.rank, generator=g), torch.randn(k.rank, D, generator=g) / 10) for k in KEYS}
@@ -93,7 +96,7 @@ def test_a_ratio_of_rates_is_two_rates(ratio):
 
 
 def test_an_outlier_does_not_throw_a_good_start_about():
-    """The same step is small for all directions of x; in h's own coordinates that of the outlier is three hundred times too long."""
+    """The same step is small in all directions of x; in coordinates of h the outlier's is 300 times too long."""
     h, y, W = hidden(300.0)
     root, inverse = roots((h.double().T @ h.double()) / N)
     u, s, v = torch.linalg.svd(W @ root.float())
@@ -122,7 +125,7 @@ def test_a_run_with_a_ratio_of_rates(run, tmp_path):
 
 
 def test_a_run_in_whitened_coordinates(run, tmp_path):
-    """It starts where the other does; its files are heads like any, with the losses of its curve; resumed, it has the same bits."""
+    """It starts where the plain run does; its files hold the heads of its curve; a resumed run has the same bits."""
     plain = run(run_dir=tmp_path / "plain").curve
     result = run("head.whiten=true", run_dir=tmp_path / "whole")
     for a, b in zip(plain["heads"], result.curve["heads"]):

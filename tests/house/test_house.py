@@ -14,7 +14,9 @@ PACKAGE = ROOT / "bottleneck"
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the package by its dotted name; `bottleneck.data` and `bottleneck.train` are links to the top level."""
+    """Every module of the package by its dotted name; `bottleneck.data` and `bottleneck.train` are links to the top
+    level.
+    """
     folders = [PACKAGE, *(p for p in PACKAGE.iterdir() if p.is_dir() and p.is_symlink())]
     paths = {path for folder in folders for path in folder.rglob("*.py")}
     return {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in sorted(paths)}

@@ -1,19 +1,20 @@
-"""`refined`: the closed form `fisher`, then trained on the original head's predictions for the calibration tokens alone.
+"""`refined`: the closed form `fisher`, then trained on the original head's predictions for the calibration tokens.
 
-`fisher` minimises a second-order surrogate around the original head; at a low rank the head ends far from there, where the
-surrogate says little. Here the loss itself is minimised: the mean over calibration tokens of
+`fisher` minimises a second-order surrogate around the original head; at a low rank the head ends far from there, where
+the surrogate says little. Here the loss itself is minimised: the mean over calibration tokens of
 
     KL(p* ‖ p) = Σ_v p*_v log(p*_v / p_v)        p* = softmax(original head),  p = softmax(A z),  z = C x,  x = Σ^-½ h
 
 with Σ = E[h hᵀ]. Soft targets are worth many labels: 65,536 tokens read twice end below what 262,144 labelled tokens
-train to (measured, with the alternatives that were tried, in the log). Gradients for a batch of n tokens, with G = (p − p*) / n:
+train to (measured, with the alternatives that were tried, in the log). The gradients for a batch of n tokens, with
+G = (p − p*) / n, are
 
     dA = Gᵀ z        dC = (G A)ᵀ x
 
-The steps are Adam's, whose length is the rate whatever the size of the gradient. The rate is set in the unit that all models
-share, nats of logit. To second order KL = ½ Var(error of the logits) under p*, so √(2 KL) is the error to remove, and one
-step removes about STEP of it: entries of A move by STEP √(2 KL) / √R, of C by STEP √(2 KL) / √D. A head that nearly equals
-the original head is therefore hardly changed, and at r = d nothing is.
+The steps are Adam's, whose length is the rate whatever the size of the gradient. The rate is set in the unit that all
+models share, nats of logit. To second order KL = ½ Var(error of the logits) under p*, so √(2 KL) is the error to
+remove, and one step removes about STEP of it: entries of A move by STEP √(2 KL) / √R, of C by STEP √(2 KL) / √D. A head
+that nearly equals the original head is therefore hardly changed, and at r = d nothing is.
 
 Dims: N tokens, n tokens of a batch, D hidden size, R rank, V vocabulary.
 """
@@ -142,8 +143,8 @@ def refine(
 ) -> list[tuple[Tensor, Tensor]]:
     """Train every start on the original head's predictions for the calibration tokens.
 
-    The heads share the original head's softmax and the order of tokens, nothing else: the result of each is the same alone
-    and in company, bit for bit.
+    The heads share the original head's softmax and the order of tokens, nothing else: the result of each is the same
+    alone and in company, bit for bit.
 
     Args:
         starts: (A [V, R], B [R, D]) of each head, of any ranks. Heads that start equal end equal: pass one of them.

@@ -1,0 +1,199 @@
+"""Head kinds: gradients against float64, the same bits alone and in company, runs that resume, files that load."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import bottleneck.heads.head as head_module
+from bottleneck.config.schema import OptimConfig
+from bottleneck.core.errors import UserError
+from bottleneck.core.extensions import HEAD_KINDS, OBJECTIVES
+from bottleneck.heads.bank import HeadBank
+from bottleneck.heads.head import build_head, count_parameters, product
+from bottleneck.heads.key import HeadKey
+from bottleneck.losses import targets, weights
+from bottleneck.losses.objective import BoundObjective, steps
+from bottleneck.training.finished_run import open_run
+from bottleneck.training.optim import build_optimizer, clip_per_head
+from bottleneck.training.run_folder import LAST
+from conftest import heads_of
+
+V, D, N = 70, 12, 150
+
+
+def key_of(kind: str, rank: int = 5) -> HeadKey:
+    return HeadKey(D if HEAD_KINDS[kind].full_rank else rank, 1e-2, 0, kind)
+
+
+@pytest.fixture
+def setting():
+    """Hidden states, targets of which some are ignored, and a head that teaches; float64."""
+    g = torch.Generator().manual_seed(0)
+    h = torch.randn(N, D, generator=g, dtype=torch.float64)
+    y = torch.randint(0, V, (N,), generator=g).masked_fill(torch.rand(N, generator=g) < 0.2, -100)
+    return h, y, torch.randn(V, D, generator=g, dtype=torch.float64) / 2
+
+
+def randomised(key: HeadKey, dtype: torch.dtype = torch.float64):
+    """A head with random parameters that depend on its key alone."""
+    head = build_head(key, V, D).to(dtype)
+    g = torch.Generator().manual_seed(len(key.name))
+    with torch.no_grad():
+        for p in head.parameters():
+            p.copy_(torch.randn(p.shape, generator=g, dtype=torch.float64) / 3)
+            p.grad = torch.zeros_like(p)
+    return head
+
+
+@pytest.mark.parametrize("kind", [k for k in HEAD_KINDS.names() if k != "low_rank"])
+@pytest.mark.parametrize("objective", ["ce", "mixed"])
+def test_gradients_are_autograds_in_float64(kind, objective, setting, monkeypatch):
+    """Chunks of 7 tokens add up to the gradient of the whole loss, ignored tokens left out."""
+    monkeypatch.setattr(head_module, "chunk_rows", lambda *a: 7)
+    h, y, W = setting
+    head, t = randomised(key_of(kind)), targets(y)
+    options = {"temperature": 1.7, "mix": 0.3}
+    o = BoundObjective(OBJECTIVES["mixed"], options, lambda x: x @ W.T)
+    if objective == "ce":
+        losses = head.step(h, t, None, 0.5)
+    else:
+        (losses,) = type(head).taught_steps([head], h, t, [None], 0.5, o)
+    found = [p.grad.clone() for p in head.parameters()]
+    keep = y >= 0
+    logits = head.logits(h[keep])
+    want = torch.nn.functional.cross_entropy(logits, y[keep], reduction="none")
+    if objective == "mixed":
+        p = torch.softmax(h[keep] @ W.T / 1.7, -1)
+        kl = (p * (p.log() - torch.log_softmax(logits / 1.7, -1))).sum(-1)
+        want = 0.3 * 1.7**2 * kl + 0.7 * want
+    for a, b in zip(found, torch.autograd.grad(0.5 * want.sum(), list(head.parameters()))):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(losses[keep].double(), want.detach(), rtol=1e-5, atol=1e-6)
+    assert (losses[~keep] == 0).all()
+
+
+@pytest.mark.parametrize("name", OBJECTIVES.names())
+def test_the_fast_path_of_an_objective_is_its_definition(name, setting):
+    """Low-rank heads: losses and gradients of the chunked step against the declared loss in float64."""
+    h, y, W = setting
+    declared = OBJECTIVES[name]
+    options = {**declared.options, **({"temperature": 1.3} if "temperature" in declared.options else {})}
+    g = torch.Generator().manual_seed(3)
+    A, B = torch.randn(V, 4, generator=g) / 2, torch.randn(4, D, generator=g) / 2
+    A64, B64 = (t.double().requires_grad_() for t in (A, B))
+    keep = y >= 0
+    T = options.get("temperature", 1.0)
+    log_teacher = torch.log_softmax(h[keep] @ W.T / T, -1)
+    want = declared.loss((h[keep] @ B64.T) @ A64.T, y[keep], log_teacher if declared.teacher else None, options)
+    gradients = torch.autograd.grad(want.sum(), (A64, B64))
+    for slow in (False, True):  # without `fast`, the declared loss is differentiated
+        o = BoundObjective(
+            dataclasses.replace(declared, fast=None) if slow else declared, options, lambda x: x @ W.float().T
+        )
+        if declared.fast is None and not slow:
+            continue
+        dA, dB = torch.zeros_like(A), torch.zeros_like(B)
+        losses = steps(h.float(), [weights(A, B, torch.float32, "chunked")], targets(y), [(dA, dB)], 1.0, o)
+        torch.testing.assert_close(losses[0][keep].double(), want.detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close((dA.double(), dB.double()), gradients, rtol=1e-4, atol=1e-4)
+        assert (losses[0][~keep] == 0).all()
+
+
+def test_16_bit_products_add_in_float32():
+    """`product` rounds its operands only: value and gradients against float64 of the rounded operands."""
+    g = torch.Generator().manual_seed(0)
+    x, W = torch.randn(40, 6, generator=g).bfloat16().requires_grad_(), torch.randn(30, 6, generator=g).requires_grad_()
+    out = product(x, W)
+    G = torch.randn(40, 30, generator=g).bfloat16()
+    out.backward(G.float())
+    exact = x.detach().double() @ W.detach().bfloat16().double().T
+    assert out.dtype == torch.float32 and torch.allclose(out.double(), exact, atol=1e-5)
+    assert torch.allclose(W.grad.double(), G.double().T @ x.detach().double(), atol=1e-4)
+    assert torch.allclose(x.grad.double(), G.double() @ W.detach().bfloat16().double(), rtol=1e-2, atol=1e-1)
+
+
+def trained(keys: list[HeadKey], h: torch.Tensor, y: torch.Tensor) -> dict[str, list[torch.Tensor]]:
+    """Parameters of each head after three optimizer steps."""
+    bank = HeadBank(keys, V, D, "chunked")
+    for key in keys:
+        bank[key].load(dict(randomised(key, torch.float32).named_parameters()))
+    optimizer = build_optimizer(bank, OptimConfig(clip=0.1))
+    for _ in range(3):
+        bank.zero_gradients()
+        losses = bank.accumulate(h, y, bank.cast(torch.float32), 1 / N)
+        _, optimizer.divisors = clip_per_head(bank, 0.1, losses, optimizer.norms())
+        optimizer.step()
+    return {key.name: [p.detach().clone() for p in bank[key].parameters()] for key in keys}
+
+
+def test_alone_is_in_company_bit_for_bit(setting):
+    """One bank with a head of every kind: each has the bits that it has by itself, clipped by its own norm."""
+    h, y = setting[0].float(), setting[1]
+    keys = [key_of(kind) for kind in HEAD_KINDS.names()] + [HeadKey(3, 1e-2, 0)]
+    together = trained(keys, h, y)
+    for key in keys:
+        for a, b in zip(trained([key], h, y)[key.name], together[key.name]):
+            assert torch.equal(a, b), key
+
+
+def test_counts_and_names():
+    assert count_parameters(HeadKey(5, 0.1, 0), V, D) == 5 * (V + D)
+    assert count_parameters(HeadKey(D, 0.1, 0, "full"), V, D) == V * D
+    assert HeadKey(D, 0.1, 0, "full").name == "full_r12_lr1e-1_s0"
+    key = HeadKey(8, 0.01, 3, "mos", (("components", 4), ("mix", 0.5)))
+    assert key.name == "mos-components4-mix5e-1_r8_lr1e-2_s3"
+    assert HeadKey.of({"rank": 8, "lr": 0.01, "seed": 3, **key.facts}) == key
+    assert HeadKey(8, 0.01, 3).facts == {}
+
+
+def test_a_run_of_the_full_kind(run, tmp_path):
+    """It starts as rank d of W = A B does; the row names the kind; a resumed run has the same bits; its file loads."""
+    plain = run("ranks=[32]", run_dir=tmp_path / "plain").curve["heads"][0]
+    result = run("ranks=auto", "head.kind=full", run_dir=tmp_path / "whole")
+    (row,) = result.curve["heads"]
+    assert row["kind"] == "full" and row["rank"] == 32 and row["parameters"] == 320 * 32 and "kind" not in plain
+    assert row["initial_loss"] == pytest.approx(plain["initial_loss"], abs=1e-5)
+    assert row["loss"] < row["initial_loss"] and row["status"] == "ok" and row["kl"] > 0
+    run("ranks=auto", "head.kind=full", run_dir=tmp_path / "cut")
+    (tmp_path / "cut" / LAST).unlink()
+    (tmp_path / "cut" / "curve.json").unlink()
+    resumed = run("ranks=auto", "head.kind=full", "ckpt_path=last", run_dir=tmp_path / "cut")
+    assert resumed.curve["heads"] == result.curve["heads"]
+    (name,) = heads_of(tmp_path / "whole")
+    assert torch.equal(heads_of(tmp_path / "whole")[name]["W"], heads_of(tmp_path / "cut")[name]["W"])
+    finished = open_run(tmp_path / "whole")
+    assert torch.equal(finished.dense(row), result.module.bank[result.module.bank.keys[0]].W.detach())
+    with pytest.raises(UserError, match="kind full has no factors"):
+        finished.factors(row)
+
+
+def test_a_full_head_teaches_another_run(run, tmp_path):
+    """head.teacher=FOLDER takes a head of any kind that is one matrix."""
+    run("ranks=auto", "head.kind=full", "optim.lr=1e-1", run_dir=tmp_path / "teacher")
+    curve = run(
+        "ranks=[4]", "objective=distill", f"head.teacher={tmp_path / 'teacher'}", run_dir=tmp_path / "taught"
+    ).curve
+    assert curve["recipe"]["teacher"].startswith("full_r32_lr1e-1_s0:")
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (("head.kind=magic",), "head.kind=magic: no such head kind; allowed are full, low_rank"),
+        (("head.kind=full", "ranks=[8]"), "head.kind=full exists at rank 32 only; leave ranks out"),
+        (("head.kind=full", "ranks=auto", "head.whiten=true"), "head.whiten: does not go with head.kind=full"),
+        (("head.kind=full", "ranks=auto", "optim.lr_ratio=2"), "optim.lr_ratio: does not go with head.kind=full"),
+        (("head.kind=full", "ranks=auto", "head.loss_impl=reference"), "does not go with head.kind=full"),
+        (("head.options={components: 4}",), "head.options.components: not an option of this run's kind"),
+        (("head.passes=3",), "head.passes=3: head.init=fisher does not use it; refined does"),
+        (("head.temperature=2",), "head.objective=ce does not use it; distill, mixed do"),
+        (("objective=distill", "head.mix=0.3"), "head.mix=0.3: head.objective=distill does not use it; mixed does"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(run, tmp_path, overrides, words):
+    with pytest.raises(UserError) as caught:
+        run(*overrides)
+    assert words in str(caught.value) and not (tmp_path / "run" / "curve.json").exists()
