@@ -1,8 +1,16 @@
-"""`python -m bottleneck.evaluate`: heads scored on tasks of lm-evaluation-harness. See `bottleneck.downstream.lm_eval`."""
+"""`python -m bottleneck.evaluate`: heads on tasks of lm-evaluation-harness. See `bottleneck.downstream.lm_eval`."""
+
+from __future__ import annotations
 
 import sys
 
-from bottleneck.downstream.lm_eval import main
+from bottleneck.cli.imports import run
+
+
+def main() -> int:
+    """Returns the exit code."""
+    return run("bottleneck.downstream.lm_eval")
+
 
 if __name__ == "__main__":
     sys.exit(main())

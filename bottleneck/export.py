@@ -1,8 +1,16 @@
 """`python -m bottleneck.export`: a trained head for use elsewhere. See `bottleneck.serve.export`."""
 
+from __future__ import annotations
+
 import sys
 
-from bottleneck.serve.export import main
+from bottleneck.cli.imports import run
+
+
+def main() -> int:
+    """Returns the exit code."""
+    return run("bottleneck.serve.export")
+
 
 if __name__ == "__main__":
     sys.exit(main())

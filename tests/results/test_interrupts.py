@@ -1,0 +1,62 @@
+"""Ctrl-C in the commands that read curves: one line, whenever it comes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from bottleneck.results import files
+from conftest import ROOT
+from support.curves import commands, made, save
+
+LINE = "interrupted; run the same command again\n"
+
+
+@pytest.mark.parametrize("name", ["curve", "race", "report"])
+def test_an_interrupt_while_files_are_read_is_one_line(tmp_path, monkeypatch, capsys, name):
+    def stop(text: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "parse", stop)
+    run = save(tmp_path / "run", made({8: 2.5}))
+    assert commands(run, run, tmp_path / "out")[name]() == 130
+    assert capsys.readouterr().err == LINE and not (tmp_path / "out").exists()
+
+
+def test_an_interrupt_while_modules_are_imported_is_one_line(tmp_path):
+    """Imports take seconds, in which Ctrl-C printed up to 176 lines."""
+    program = (
+        "import builtins, sys\n"
+        "real = builtins.__import__\n"
+        "def guard(name, *a, **k):\n"
+        "    if name.startswith('torch'):\n"
+        "        raise KeyboardInterrupt\n"
+        "    return real(name, *a, **k)\n"
+        "builtins.__import__ = guard\n"
+        "import bottleneck.curve, bottleneck.race, bottleneck.report, bottleneck.export, bottleneck.evaluate\n"
+        "b = bottleneck\n"
+        "sys.exit(sum(c.main() for c in (b.curve, b.race, b.report, b.export, b.evaluate)) - 520)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 130 and done.stdout == "" and done.stderr == 5 * LINE
+
+
+@pytest.mark.slow
+def test_a_real_signal_in_the_first_seconds(tmp_path):
+    """SIGINT to the process at six moments, from the first import on."""
+    for delay in (0.3, 0.6, 1.0, 1.5, 2.2, 3.0):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "bottleneck.curve", str(tmp_path), "--out", str(tmp_path / "out")],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        time.sleep(delay)
+        os.kill(process.pid, signal.SIGINT)
+        error = process.communicate(timeout=60)[1]
+        assert process.returncode in (130, 2) and error.count("\n") == 1, (delay, error)
