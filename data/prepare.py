@@ -2,6 +2,7 @@
 
     python -m data.prepare backbone=… data=…     prepares only and prints the folder, which can be copied elsewhere for
     python train.py backbone=… data=prepared data.prepared=FOLDER
+    python -m data.prepare … --write megatron    also writes a Megatron pair, or .npy, for other projects
 
 The folder is written under another name and renamed when it is complete.
 """
@@ -32,6 +33,7 @@ from bottleneck.data.held_out import HashSplit, document_hash
 from bottleneck.data.readers import local_path, readable
 from bottleneck.data.sources import Source
 from bottleneck.data.token_corpus import TokenCorpus
+from bottleneck.data.write_tokens import WRITERS, write_tokens
 
 log = logging.getLogger(__name__)
 PROGRESS_SECONDS = 5.0  # between two lines about the progress
@@ -189,8 +191,14 @@ def _account(source: Source, train: Writer, validation: Writer, *, copies: int, 
     return read
 
 
-def command(overrides: list[str]) -> Corpus:
-    """Prepare the tokens of the run that `python train.py OVERRIDES` would be, without loading weights."""
+def command(overrides: list[str], write: Optional[str] = None, out: Optional[Path] = None) -> Corpus:
+    """Prepare the tokens of the run that `python train.py OVERRIDES` would be, without loading weights.
+
+    Args:
+        write: also write them as megatron or npy, for other projects.
+        out: folder for that; default: one named after the format in the folder of the prepared tokens.
+    """
+    check(out is None or write is not None, "--out: names the folder of --write, which is not given")
     c = check_config(cli.composed(overrides))
     in_place = "data.tokens: token files are read in place, there is nothing to prepare; give them to train.py"
     check(c.data.tokens is None, in_place)
@@ -201,6 +209,9 @@ def command(overrides: list[str]) -> Corpus:
         took = f"{corpus.seconds:.1f} s, {sum(counts.values()) / corpus.seconds:,.0f} tokens/s"
     print(readable(corpus.folder.resolve()))
     print(f"{corpus.name}: {counts['train']:,} training tokens, {counts['validation']:,} validation tokens; {took}")
+    if write:
+        for path in write_tokens(corpus, write, out or corpus.folder / write):
+            print(readable(path.resolve()))
     return corpus
 
 
@@ -212,10 +223,17 @@ def main(argv: Optional[list[str]] = None) -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="as for train.py: backbone=… data=… data.files=…"
     )
+    parser.add_argument("--write", choices=WRITERS, help="also write the tokens in a format that other projects read")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for --write (default: in the prepared folder)")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
+
+    def run() -> Corpus:
+        args = parser.parse_args(argv)
+        return command(args.overrides, args.write, args.out)
+
     return cli.one_line_errors(
-        lambda: command(parser.parse_args(argv).overrides),
+        run,
         after_interrupt="nothing is kept; the same command starts again",
     )
 

@@ -17,7 +17,9 @@ from bottleneck.backbone.model import load_tokenizer
 from bottleneck.config.checks import check_config
 from bottleneck.config.schema import BackboneConfig, DataConfig
 from bottleneck.core.errors import UserError
+from bottleneck.data import prepare as prepare_module
 from bottleneck.data import token_corpus as token_corpus_module
+from bottleneck.data.cache import Corpus
 from bottleneck.data.module import IGNORE, StepBatches, TextData, ValidationBlocks
 from bottleneck.data.prepare import prepare
 from bottleneck.data.token_corpus import Order, shuffled
@@ -404,3 +406,37 @@ def test_opening_a_huge_source_reads_little_of_it(tmp_path, tokenizer, ids):
     assert data._steps(0, 1)[999].shape == (256, 2049)
     assert time.process_time() - start < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 2**20  # KiB, so 1 GiB
+
+
+# ---------------------------------------------------------------- writing
+@pytest.mark.parametrize("kind", ["megatron", "npy"])
+def test_written_tokens_are_read_back(toy, tmp_path, tokenizer, kind, capsys):
+    """Round trip: the stream, its split and its identity; Megatron's files are also parsed here from the layout."""
+    own = [*[o for o in toy if "cache_dir" not in o], f"data.cache_dir={tmp_path / 'cache'}"]
+    assert prepare_module.main([*own, "--write", kind, "--out", str(tmp_path / "out")]) == 0
+    folder, _, train, held = capsys.readouterr().out.splitlines()
+    first = Corpus("x", Path(folder), json.loads((Path(folder) / "manifest.json").read_text()))
+    big = dict(block_size=32, validation_tokens=10**9)
+    corpus = prepare(config(tokens=str(tmp_path / "out"), **big), tokenizer)
+    assert corpus.fingerprint == first.fingerprint and np.array_equal(corpus.validation, first.validation)
+    assert np.array_equal(corpus.train[: len(corpus.train)], first.train)
+    if kind == "megatron":
+        raw = Path(train).with_suffix(".idx").read_bytes()
+        magic, version, code, sequences, documents = struct.unpack("<9sQBQQ", raw[:34])
+        assert (magic, version, code, documents) == (b"MMIDIDX\0\0", 1, 8, sequences + 1)
+        sizes = np.frombuffer(raw, "<i4", sequences, 34)
+        pointers = np.frombuffer(raw, "<i8", sequences, 34 + 4 * sequences)
+        ids = np.fromfile(train, "<u2")
+        assert sequences == first.manifest["train"]["documents"] and sizes.sum() == len(ids) == len(first.train) - 1
+        assert all(ids[p // 2 + n - 1] == 0 for p, n in zip(pointers, sizes))  # every document ends with end-of-text
+    else:
+        assert np.array_equal(np.load(held), first.validation)
+    assert prepare_module.main([*own, "--write", kind, "--out", str(tmp_path / "out")]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert prepare_module.main([*own, "--out", str(tmp_path / "other")]) == 2
+    assert [p.name for p in tmp_path.iterdir() if ".part" in p.name] == []
+
+
+def test_token_files_need_no_preparation(capsys):
+    assert prepare_module.main(["data=tokens", "data.tokens=x.bin"]) == 2
+    assert "read in place, there is nothing to prepare" in capsys.readouterr().err
