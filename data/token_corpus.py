@@ -85,18 +85,18 @@ class JoinedStream:
         if not self.inserts:
             out[:] = shard.ids[at : at + len(out)]
             return
-        starts: Any = shard.documents if shard.documents is not None else (0, len(shard.ids))
-        document = bisect.bisect_right(range(len(starts) - 1), at, key=lambda i: int(starts[i]) + i) - 1
-        filled = 0
-        while filled < len(out):
-            first, stop = int(starts[document]), int(starts[document + 1])
-            inside = at + filled - first - document  # position in this document
-            ids = shard.ids[first + inside : min(stop, first + inside + len(out) - filled)]
-            out[filled : filled + len(ids)] = ids
-            filled += len(ids)
-            if filled < len(out):
-                out[filled] = self.eos
-                filled, document = filled + 1, document + 1
+        starts: Any = shard.documents if shard.documents is not None else np.array([0, len(shard.ids)])
+        # end-of-text of document i is at starts[i + 1] + i, since one was put in after each document before it
+        documents = range(len(starts) - 1)
+        first, last = (
+            bisect.bisect_right(documents, place, key=lambda i: int(starts[i]) + i) - 1
+            for place in (at, at + len(out) - 1)
+        )
+        ends = starts[first + 1 : last + 2] + np.arange(first, last + 1) - at
+        is_id = np.ones(len(out), bool)
+        is_id[ends[ends < len(out)]] = False
+        out[~is_id] = self.eos
+        out[is_id] = shard.ids[at - first : at - first + int(is_id.sum())]
 
     def max(self) -> int:
         """The largest id, of all or of samples."""

@@ -73,8 +73,8 @@ class EvenStarts:
     def __len__(self) -> int:
         return self.rows + 1
 
-    def __getitem__(self, i: int) -> int:
-        return i * self.length
+    def __getitem__(self, i: Any) -> Any:
+        return np.arange(*i.indices(self.rows + 1)) * self.length if isinstance(i, slice) else i * self.length
 
 
 class MegatronStarts:
@@ -86,9 +86,21 @@ class MegatronStarts:
     def __len__(self) -> int:
         return len(self.documents) if self.documents is not None else len(self.pointers) + 1
 
-    def __getitem__(self, i: int) -> int:
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return self._between(*i.indices(len(self))[:2])
         sequence = i if self.documents is None else int(self.documents[i])
         return self.total if sequence == len(self.pointers) else int(self.pointers[sequence]) // self.itemsize
+
+    def _between(self, start: int, stop: int) -> np.ndarray:
+        if self.documents is not None:
+            sequences = self.documents[start:stop]
+            if isinstance(self.pointers, np.ndarray):
+                known = self.pointers[np.minimum(sequences, len(self.pointers) - 1)] // self.itemsize
+                return np.where(sequences == len(self.pointers), self.total, known)
+            return np.array([self[i] for i in range(start, stop)], np.int64)
+        found = self.pointers[start : min(stop, len(self.pointers))] // self.itemsize
+        return np.append(found, self.total) if stop > len(self.pointers) else found
 
 
 class FileArray:
@@ -268,8 +280,9 @@ def _megatron(path: Path, index: Path) -> Shard:
         joined = int(pointers[i]) + int(sizes[i]) * dtype.itemsize == int(pointers[i + 1])
         check(joined, f"{where}: sequences {i} and {i + 1} are not stored one after the other")
     rows = MegatronStarts(pointers, dtype.itemsize, end)
-    if starts is None or int(starts[0]) != 0 or int(starts[-1]) != sequences:
-        return Shard(name, ids, rows, rows)
+    each = starts is None or int(starts[0]) != 0 or int(starts[-1]) != sequences
+    if each or (isinstance(starts, np.ndarray) and np.array_equal(starts, np.arange(sequences + 1))):
+        return Shard(name, ids, rows, rows)  # every sequence is a document
     return Shard(name, ids, MegatronStarts(pointers, dtype.itemsize, end, starts), rows)
 
 
