@@ -21,6 +21,7 @@ from bottleneck.core.extensions import HEAD_KINDS, LOSSES, OBJECTIVES, STARTS
 RANK_LADDER = (8, 16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 # keys that only data.tokens reads
 TOKEN_KEYS = ("format", "ids_field", "packing", "order", "skip")
+SHARDED = ("fsdp", "zero3")  # values of trainer.shard that shard the backbone
 YEAR = 366 * 24 * 60  # minutes
 
 
@@ -247,7 +248,7 @@ def _check_trainer(c: TrainConfig) -> None:
         check(ready, f"trainer.shard={t.shard}: DeepSpeed is not installed: pip install -e '.[deepspeed]'")
     reduced = "does not go with trainer.shard=zero2, whose gradients DeepSpeed reduces; leave it out"
     check(t.shard != "zero2" or t.reduce_dtype == "float32", f"trainer.reduce_dtype=bfloat16: {reduced}")
-    sharded = t.shard in ("fsdp", "zero3") and c.backbone.compile is True
+    sharded = t.shard in SHARDED and c.backbone.compile is True
     swapped = f"does not go with trainer.shard={t.shard}, which swaps the layers' weights; leave it out"
     check(not sharded, f"backbone.compile=true: {swapped}")
     step = c.batch_size * c.data.block_size
@@ -287,8 +288,13 @@ def check_shapes(c: TrainConfig, hidden_size: int, context: Optional[int]) -> li
 COMPILE_FROM = 20_000_000  # tokens from which compiling a backbone's layers pays for itself (launch/LOG.md)
 
 
-def check_device(c: TrainConfig, device_type: str) -> None:
-    """Refuse an implementation of the loss that cannot run on the device."""
+def check_device(c: TrainConfig, device_type: str, *, gpus: int) -> None:
+    """Refuse a device or a loss implementation that is not there, and more processes on this machine than it has GPUs."""
+    t = c.trainer
+    missing = "there is no CUDA GPU here; allowed are auto, cpu"
+    check(t.accelerator != "gpu" or gpus > 0, f"trainer.accelerator=gpu: {missing}")
+    few = f"there are {gpus} GPUs here, one for each process"
+    check(device_type != "cuda" or t.devices <= gpus, f"trainer.devices={t.devices}: {few}")
     impl = c.head.loss_impl
     refusal = None if impl == "auto" else LOSSES[impl].refuses(device_type, None)
     allowed = ", ".join(["auto", *(loss.name for loss in LOSSES if loss.refuses(device_type, None) is None)])
@@ -302,7 +308,7 @@ def compiles(c: TrainConfig, device_type: str) -> bool:
     """Whether the backbone's layers are compiled."""
     if c.backbone.compile != "auto":
         return c.backbone.compile
-    if c.trainer.shard in ("fsdp", "zero3"):
+    if c.trainer.shard in SHARDED:
         return False
     return device_type == "cuda" and c.tokens >= COMPILE_FROM and importlib.util.find_spec("triton") is not None
 

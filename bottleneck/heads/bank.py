@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bottleneck.core.errors import check
 from bottleneck.core.extensions import HEAD_KINDS, OBJECTIVES
 from bottleneck.heads.head import Head, build_head
-from bottleneck.heads.key import HeadKey
+from bottleneck.heads.key import HeadKey, full_rank_index
 from bottleneck.losses import targets
 from bottleneck.losses.objective import BoundObjective
 
@@ -56,6 +56,7 @@ class HeadBank(nn.Module):
         tokens: int = 4096,
         coordinates: bool = False,
         loss_memory: str | int = "auto",
+        objective: Optional[BoundObjective] = None,
     ):
         super().__init__()
         names = [k.name for k in keys]
@@ -71,7 +72,7 @@ class HeadBank(nn.Module):
         self.keys, self.loss_impl, self.tokens, self.hidden_size = keys, loss_impl, tokens, hidden_size
         self.loss_memory = loss_memory
         self.memory: Optional[int] = None  # bytes of a head step, once they are decided
-        self.objective: Optional[BoundObjective] = None
+        self.objective = objective
         self.heads = nn.ModuleDict({k.name: build_head(k, vocab_size, hidden_size) for k in keys})
         self.register_buffer("diverged", torch.zeros(len(keys)))
         self.register_buffer("whiten_DD", torch.eye(hidden_size) if coordinates else None)
@@ -179,13 +180,7 @@ class HeadBank(nn.Module):
 
         Raises UserError unless it is exactly one.
         """
-        full = [i for i, key in enumerate(self.keys) if key.rank == self.hidden_size]
-        check(
-            len(full) == 1,
-            f"head.teacher=trained: needs exactly one head of the full rank {self.hidden_size} in the run, "
-            f"with one rate and one seed; found {len(full)}",
-        )
-        return full[0]
+        return full_rank_index(self.keys, self.hidden_size)
 
     @torch.no_grad()
     def losses(self, h_ND: Tensor, y_N: Tensor, cast: list[Any]) -> Tensor:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from bottleneck.core.errors import check
+
 LOW_RANK = "low_rank"
 
 
@@ -71,3 +73,11 @@ def _word(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "x".join(map(_word, value))
     return "".join(c if c.isalnum() else "x" for c in str(value).lower())
+
+
+def full_rank_index(keys: list[HeadKey], hidden_size: int) -> int:
+    """Which head teaches under head.teacher=trained: the one of rank D. Raises UserError unless there is exactly one."""
+    full = [i for i, key in enumerate(keys) if key.rank == hidden_size]
+    needs = f"needs exactly one head of the full rank {hidden_size} in the run, with one rate and one seed"
+    check(len(full) == 1, f"head.teacher=trained: {needs}; found {len(full)}")
+    return full[0]

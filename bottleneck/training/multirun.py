@@ -13,7 +13,7 @@ import os
 import secrets
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
@@ -93,3 +93,8 @@ class MergeCurves(Callback):
 def _warn_of_old(merged: Path) -> None:
     if merged.exists():
         log.warning("%s holds the curve of an earlier multirun", merged)
+
+
+def sweep_of(run_dir: Path) -> Optional[Path]:
+    """The folder of the multirun that a run is a job of, at any depth (hydra.sweep.subdir); None for a single run."""
+    return next((folder for folder in run_dir.parents if (folder / "multirun.yaml").exists()), None)

@@ -16,12 +16,14 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from bottleneck.config.checks import total_steps
 from bottleneck.config.schema import TrainConfig
 from bottleneck.core.errors import UserError, check
 from bottleneck.core.run_file import read_run_file
 from bottleneck.heads.bank import HeadBank
 from bottleneck.results import curve
 from bottleneck.training.checkpoint import CHECKSUM, read_checkpoint
+from bottleneck.training.cluster import global_rank
 from bottleneck.training.optim import trained_parameters
 from bottleneck.training.run_folder import LAST, PREVIOUS, has_checkpoint, has_results
 
@@ -43,14 +45,12 @@ class StartingPoint:
     finished: Optional[dict[str, Any]] = None
 
 
-def find(c: TrainConfig, stored: dict[str, Any], run_dir: Path, steps: int) -> StartingPoint:
+def find(c: TrainConfig, run_dir: Path) -> StartingPoint:
     """Decide where the run starts. Reads files, writes none.
 
-    Args:
-        stored: the checked config as checkpoints hold it.
-        steps: optimizer steps of the whole run.
     Raises: UserError where a run would be overwritten, where the folder or file holds another run, where no checkpoint is whole.
     """
+    stored, steps = dataclasses.asdict(c), total_steps(c)
     wanted = wanted_checkpoint(c.ckpt_path, run_dir, restarted())
     if wanted not in (None, "last"):
         check(Path(wanted).is_file(), f"ckpt_path={wanted}: no such file; give last or a checkpoint file")
@@ -79,7 +79,19 @@ def find(c: TrainConfig, stored: dict[str, Any], run_dir: Path, steps: int) -> S
     return StartingPoint(path, saved["global_step"], done)
 
 
-def verify(found: StartingPoint, stored: dict[str, Any], run_dir: Path, steps: int, *, bank: HeadBank) -> StartingPoint:
+def verify(found: StartingPoint, c: TrainConfig, *, run_dir: Path, bank: HeadBank) -> StartingPoint:
+    """`_verified`, with a line in the log; process 0 renames a damaged last.ckpt that is not used."""
+    begun = _verified(found, dataclasses.asdict(c), run_dir, steps=total_steps(c), bank=bank)
+    if begun.path is not None:
+        if global_rank() == 0:
+            set_damaged_aside(run_dir, begun.path)
+        log.info("resuming from %s, step %d of %d", begun.path, begun.step, total_steps(c))
+    return begun
+
+
+def _verified(
+    found: StartingPoint, stored: dict[str, Any], run_dir: Path, *, steps: int, bank: HeadBank
+) -> StartingPoint:
     """Compare the checkpoint's content with the bank it is for; where it does not fit, the previous checkpoint is used.
 
     Raises: UserError where no checkpoint fits.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 import torch
 
 from bottleneck.backbone.model import Backbone, FullHead
+from bottleneck.config.schema import TrainConfig
 from bottleneck.core.errors import check
 from bottleneck.heads.key import LOW_RANK, HeadKey
 from bottleneck.training.finished_run import FinishedRun, open_run
@@ -43,6 +45,17 @@ class EarlierHead(NamedTuple):
             return FullHead(self.run.dense(self.row).to(original))
         A, B = (t.to(original.device) for t in self.run.factors(self.row))
         return FullHead((A @ B).to(original.dtype))
+
+
+def resolve(c: TrainConfig) -> tuple[TrainConfig, Optional[EarlierHead]]:
+    """The earlier head that head.teacher=FOLDER names, and the config with its name in place of the folder.
+
+    Recipes and checkpoints hold that name, so the folder may move. Raises UserError as `open_teacher`.
+    """
+    found = open_teacher(c.head.teacher)
+    if found is None:
+        return c, None
+    return dataclasses.replace(c, head=dataclasses.replace(c.head, teacher=found.name)), found
 
 
 def open_teacher(value: str) -> Optional[EarlierHead]:

@@ -78,7 +78,7 @@ def test_a_refused_run_leaves_no_folder_and_a_stopped_one_names_its_own(tmp_path
     assert started("optim.lr=-1", "hydra.run.dir=own").wait() == 2 and (tmp_path / "own" / "notes.txt").exists()
     lost = started("ckpt_path=last")
     assert (
-        "error: ckpt_path=last: goes on in hydra.run.dir, which is a new folder unless it is given"
+        "error: ckpt_path=last: resumes in hydra.run.dir, which is a new folder by default"
         in lost.communicate()[1]
         and lost.returncode == 2
     )

@@ -1,0 +1,56 @@
+"""What surrounds a run in its process: the folder's lock, signals, requeueing on Slurm, loggers to close."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from pathlib import Path
+from typing import Any, Iterator, Optional
+
+from bottleneck.core.errors import Stopped
+from bottleneck.training import cluster, library_warnings, processes, run_folder, signals, tracking
+
+
+class Session(contextlib.ExitStack):
+    """Resources of one run in this process.
+
+    Attributes:
+        flag: the signal that this process has received.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flag = signals.Flag()
+        self.callback(self.flag.leave)
+        self._result: Optional[dict[str, Any]] = None
+
+    def listen_to_slurm(self) -> None:
+        """From now on Slurm's warning ahead of a time limit is noted; before, it was blocked (`core.startup`)."""
+        if "SLURM_JOB_ID" in os.environ:
+            self.flag.listen(signals.REQUEUE)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, set(signals.REQUEUE))
+
+    def close_at_end(self, loggers: list[Any], *, in_sweep: bool) -> None:
+        """Close loggers when the run ends, with its curve where it has one."""
+        self.callback(lambda: tracking.close(loggers, self._result, in_sweep))
+
+    def finish(self, curve: dict[str, Any]) -> None:
+        """Note the run's result, for what is closed at the end."""
+        self._result = curve
+
+
+@contextlib.contextmanager
+def open_session(run_dir: Path) -> Iterator[Session]:
+    """Lock the run's folder, clean up at the end; on Slurm, requeue a run that was stopped ahead of a time limit."""
+    library_warnings.hide()
+    try:
+        with run_folder.lock_folder(run_dir, cluster.global_rank()), Session() as session:
+            yield session
+    except Stopped as stop:
+        if stop.signal in signals.REQUEUE and "SLURM_JOB_ID" in os.environ:
+            signals.requeue()
+        raise
+    except BaseException as error:
+        processes.leave_at_once(error)
+        raise
