@@ -99,6 +99,11 @@ def main(cfg: DictConfig) -> float:
     return cli.job(work)
 
 
-if __name__ == "__main__":
+def command() -> int:
+    """`python train.py …`; returns the exit code."""
     prepare_process()
-    sys.exit(cli.one_line_errors(cli.hydra_command(main)))
+    return cli.one_line_errors(cli.hydra_command(main))
+
+
+if __name__ == "__main__":
+    sys.exit(command())
