@@ -289,7 +289,7 @@ COMPILE_FROM = 20_000_000  # tokens from which compiling a backbone's layers pay
 
 
 def check_device(c: TrainConfig, device_type: str, *, gpus: int) -> None:
-    """Refuse a device or a loss implementation that is not there, and more processes on this machine than it has GPUs."""
+    """Refuse a device or a loss implementation that is not there, and more processes than there are GPUs."""
     t = c.trainer
     missing = "there is no CUDA GPU here; allowed are auto, cpu"
     check(t.accelerator != "gpu" or gpus > 0, f"trainer.accelerator=gpu: {missing}")
