@@ -32,7 +32,6 @@ HYDRA = ".hydra"  # Hydra's folder in a run's folder: the composed config, the o
 
 started: list[int] = []  # numbers of the jobs that this process composed and began
 folders: list[Path] = []  # of these jobs
-succeeded: list[Path] = []  # folders of the jobs that returned
 failures: list[str] = []  # one line for each job of this process that failed
 
 
@@ -50,9 +49,7 @@ def job(work: Callable[[], Any]) -> Any:
     try:
         # hydra.job.chdir=true changed to the run's folder; relative paths are relative to where the command was given
         with contextlib.chdir(run.runtime.cwd):
-            result = work()
-        succeeded.append(folder)
-        return result
+            return work()
     except UserError as error:
         if not here:
             raise

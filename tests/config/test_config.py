@@ -26,7 +26,7 @@ CONF = ROOT / "conf"
 GROUPS = {
     p.name: sorted(f.stem for f in p.glob("*.yaml"))
     for p in CONF.iterdir()
-    if p.is_dir() and p.name not in ("hydra", "study")
+    if p.is_dir() and p.name not in ("hydra", "study", "study_experiment")
 }
 NEEDED = {
     ("data", "local"): ["data.files=x.txt"],
