@@ -10,8 +10,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.util
-import os
-import time
 import typing
 from dataclasses import dataclass
 from typing import Any, Literal, Optional
@@ -20,6 +18,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from bottleneck.config.declare import composable, group, key
+from bottleneck.core.default_folder import default_folder
 from bottleneck.core.errors import UserError
 from bottleneck.core.paths import ROOT
 
@@ -232,12 +231,14 @@ class LoggerConfig:
     """Where training metrics go."""
 
     kind: Literal["csv", "wandb", "none"] = key("csv", "csv writes metrics.csv in the run's folder.")
-    project: str = key("bottleneck", "W&B: project.")
-    entity: Optional[str] = key(None, "W&B: user or team.")
-    group: Optional[str] = key(None, "W&B: group that the runs are shown under. Default: the run's folder.")
-    name: Optional[str] = key(None, "W&B: name of the run. Default: the head's name.")
-    mode: Literal["online", "offline"] = key("online", "W&B: offline needs no account.")
-    tags: list[str] = key([], "W&B: words to filter runs by.")
+    project: Optional[str] = key(None, "W&B: project. Default: WANDB_PROJECT, else bottleneck.")
+    entity: Optional[str] = key(None, "W&B: user or team. Default: WANDB_ENTITY.")
+    group: Optional[str] = key(None, "W&B: group of the runs. Default: WANDB_RUN_GROUP, else the run's folder.")
+    name: Optional[str] = key(None, "W&B: name of the run. Default: WANDB_NAME, else the head's name.")
+    mode: Literal["online", "offline", "disabled"] | None = key(
+        None, "W&B: offline needs no account. Default: WANDB_MODE, else online."
+    )
+    tags: list[str] = key([], "W&B: words to filter runs by. Default: WANDB_TAGS.")
 
 
 @dataclass(frozen=True)
@@ -278,15 +279,7 @@ def register() -> None:
     # ${repo:data/sample}: a path inside this repository, wherever the command is run from
     OmegaConf.register_new_resolver("repo", lambda path: str(ROOT / path), replace=True)
     OmegaConf.register_new_resolver("package", _package_folder, replace=True)
-    OmegaConf.register_new_resolver("started", _started, use_cache=True, replace=True)
-
-
-def _started() -> str:
-    """Name of a run's default folder: the time, or the job's id where a launcher starts every process by itself."""
-    for name, variable in (("torchrun", "TORCHELASTIC_RUN_ID"), ("slurm", "SLURM_JOB_ID")):
-        if os.environ.get(variable, "none") != "none":
-            return f"{name}-{os.environ[variable]}"
-    return time.strftime("%Y-%m-%d/%H-%M-%S")
+    OmegaConf.register_new_resolver("started", default_folder, replace=True)
 
 
 def _package_folder(name: str) -> str:

@@ -25,7 +25,7 @@ from bottleneck.config.schema import LoggerConfig
 from bottleneck.core.errors import UserError
 from bottleneck.core.files import write_atomic
 from bottleneck.results import curve
-from bottleneck.training import tracking
+from bottleneck.training import wandb_heads
 
 log = logging.getLogger(__name__)
 TOKEN = "BOTTLENECK_MULTIRUN"
@@ -78,7 +78,7 @@ class MergeCurves(Callback):
         assert isinstance(settings, dict)
         logger = LoggerConfig(**{str(k): v for k, v in settings.items()})
         if logger.kind == "wandb":
-            tracking.log_curves(logger, merged, logger.group or sweep.name, curves)
+            wandb_heads.log_curves(logger, merged, logger.group or sweep.name, curves)
 
     def _is_ours(self, job: Path) -> bool:
         """Whether a job of this multirun succeeded in a folder."""

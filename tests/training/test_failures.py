@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from bottleneck.benchmark import killed, ours, scale
 from bottleneck.cli import one_line_errors as cli
 from bottleneck.core.errors import UserError
-from bottleneck.training.tracking import MetricsCSV
+from bottleneck.training.metrics_csv import MetricsCSV
 from conftest import ROOT
 
 

@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from bottleneck.core.errors import LostPeers, UserError
-from bottleneck.training.cluster import threads
 from bottleneck.training.elastic import explain
 from bottleneck.training.processes import leave_at_once
 from bottleneck.training.run_folder import LAST
@@ -180,16 +179,6 @@ def test_a_full_disk_during_a_checkpoint(longer, whole, tmp_path):
     assert not list(folder.rglob("*.part")) and not (folder / LAST).exists()
     assert shell(*longer, "ckpt_path=last", f"hydra.run.dir={folder}").returncode == 0
     assert differences(whole, folder) == []
-
-
-def test_threads_of_a_process(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
-    assert threads(4) == 4 and threads(32) == 1
-    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "8")
-    assert threads(4) == 4
-    for name, value in (("SLURM_STEP_ID", "0"), ("SLURM_PROCID", "0"), ("SLURM_STEP_NUM_TASKS", "4")):
-        monkeypatch.setenv(name, value)
-    assert threads(4) == 8  # what the task was given, not to be shared once more
 
 
 @pytest.mark.parametrize("error, code", [(UserError("x"), 2), (RuntimeError("x"), 1), (KeyboardInterrupt(), 130)])

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import http.server
 import json
+import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import yaml
 
 from bottleneck.config.checks import check_config
-from bottleneck.training.tracking import WandbHeads
+from bottleneck.config.schema import LoggerConfig
+from bottleneck.core.errors import UserError
+from bottleneck.training import wandb_runs
+from bottleneck.training.wandb_runs import wandb_settings
 from conftest import ROOT, composed, shell
 
 OFFLINE = ["logger=wandb", "logger.mode=offline", "logger.tags=[a,b]", "trainer.log_every=5"]
@@ -206,9 +212,132 @@ def test_a_server_that_cannot_be_reached_stops_nothing(toy, quiet, tmp_path, mon
 
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr(WandbHeads, "TIMEOUT", 3)
+    monkeypatch.setattr(wandb_runs, "SECONDS", 3)
     with caplog.at_level("WARNING"):
         result = train(composed([*toy, "logger=wandb", "ranks=[8]", "tokens=1024"]), tmp_path / "run")
     assert result.curve["heads"][0]["status"] == "ok"
     assert "cannot be reached" in caplog.text and "0" * 40 not in caplog.text
     assert {r["job"] for r in runs(tmp_path / "run")} == {"head", "curve"}
+
+
+def test_settings_are_an_explicit_key_then_the_environment_then_the_default():
+    """WANDB_MODE and the others were ignored, and `online` was passed against them: text could be uploaded that should not be."""
+    default = wandb_settings(LoggerConfig(), {})
+    assert (default.project, default.mode, default.entity, default.group, default.tags, default.folder) == (
+        "bottleneck",
+        "online",
+        None,
+        None,
+        (),
+        None,
+    )
+    names = ("PROJECT", "ENTITY", "RUN_GROUP", "NAME", "DIR")
+    variables = {f"WANDB_{n}": f"of-{n.lower()}" for n in names} | {"WANDB_TAGS": "a, b", "WANDB_MODE": "offline"}
+    found = wandb_settings(LoggerConfig(), variables)
+    assert (found.project, found.entity, found.group, found.name) == (
+        "of-project",
+        "of-entity",
+        "of-run_group",
+        "of-name",
+    )
+    assert found.tags == ("a", "b") and found.mode == "offline" and found.folder == Path("of-dir")
+    explicit = LoggerConfig(project="p", entity="e", group="g", name="n", tags=["t"], mode="online")
+    found = wandb_settings(explicit, variables)
+    assert (found.project, found.entity, found.group, found.name) == ("p", "e", "g", "n")
+    assert found.tags == ("t",) and found.mode == "online"
+    for given, mode in (("dryrun", "offline"), ("run", "online"), ("disabled", "disabled")):
+        assert wandb_settings(LoggerConfig(), {"WANDB_MODE": given}).mode == mode
+    assert wandb_settings(LoggerConfig(), {"WANDB_DISABLED": "true"}).mode == "disabled"
+    assert wandb_settings(LoggerConfig(mode="offline"), {"WANDB_MODE": "online"}).mode == "offline"
+    with pytest.raises(UserError, match="WANDB_MODE=maybe: must be one of"):
+        wandb_settings(LoggerConfig(), {"WANDB_MODE": "maybe"})
+    with pytest.raises(UserError, match="has 100 letters; a tag has 1 to 64"):
+        wandb_settings(LoggerConfig(tags=["x" * 100]), {})
+
+
+def test_what_the_environment_forbids_is_not_uploaded(toy, quiet, tmp_path, monkeypatch):
+    """Offline, in the folder of WANDB_DIR; disabled, no file at all."""
+    from train import train
+
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # an upload would warn that it cannot be reached
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "elsewhere"))
+    monkeypatch.setenv("WANDB_RUN_GROUP", "mine")
+    monkeypatch.setenv("WANDB_TAGS", "x,y")
+    short = ["logger=wandb", "ranks=[8]", "tokens=512"]
+    train(composed([*toy, *short]), tmp_path / "run")
+    assert not list((tmp_path / "run").rglob("*.wandb"))
+    found = runs(tmp_path / "elsewhere")
+    assert {r["job"] for r in found} == {"head", "curve"}
+    assert all(r["group"] == "mine" and r["tags"] == ["x", "y"] for r in found)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.delenv("WANDB_DIR")
+    train(composed([*toy, *short]), tmp_path / "disabled")
+    assert not list((tmp_path / "disabled").rglob("*wandb*"))
+
+
+@pytest.mark.slow
+def test_several_heads_of_one_agents_trial(toy, quiet, tmp_path):
+    """It ended in a traceback: all heads got the agent's run id. The agent's run has their curve and the lowest loss."""
+    env = {"WANDB_SWEEP_ID": "s1", "WANDB_RUN_ID": "agentsrun", "WANDB_SILENT": "true"}
+    done = shell(*toy, *OFFLINE, "ranks=[2,8]", "tokens=1024", f"hydra.run.dir={tmp_path / 'run'}", **env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = {r["id"]: r for r in runs(tmp_path / "run")}
+    assert len(found) == 3 and found["agentsrun"]["job"] == "curve"
+    heads = [r for r in found.values() if r["job"] == "head"]
+    assert sorted(r["config"]["rank"] for r in heads) == [2, 8]
+    lowest = min(r["summary"]["final/loss"] for r in heads)
+    assert found["agentsrun"]["summary"]["val/loss"] == pytest.approx(lowest)
+    assert "val/perplexity" in found["agentsrun"]["summary"] and found["agentsrun"]["artifacts"]
+
+
+class Refusing(http.server.BaseHTTPRequestHandler):
+    """A W&B server that knows no API key."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("content-length", 0)))
+        body = b'{"errors": [{"message": "Invalid API key"}]}'
+        self.send_response(401)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_POST
+
+    def log_message(self, *args) -> None:
+        pass
+
+
+BAD_ACCOUNTS = [
+    ({"WANDB_API_KEY": "0" * 40}, "the server refused the run: .*Invalid API key"),
+    ({"WANDB_API_KEY": "short"}, "API key must have"),
+    ({"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "nonsense"}, "base_url.*valid URL"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variables, words", BAD_ACCOUNTS)
+def test_a_refused_account_is_one_line_and_no_offline_run(toy, tmp_path, variables, words):
+    """An invalid key was called "server cannot be reached": the run went offline with exit code 0."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = {"WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}", "WANDB_SILENT": "true"} | variables
+    done = shell(*toy, "logger=wandb", "ranks=[2]", "tokens=512", f"hydra.run.dir={tmp_path / 'run'}", **env)
+    server.shutdown()
+    (line,) = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and re.search(words, line), done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_wandb_without_a_home_folder_is_one_line(toy, tmp_path):
+    """Neither HOME nor an entry of the user in the password file, as in some containers."""
+    code = "import os, pwd, runpy, sys; sys.argv[0] = 'train.py'; os.environ.pop('HOME', None)\n"
+    code += "def nobody(*a): raise KeyError('getpwuid(): uid not found: 1234')\n"
+    code += "pwd.getpwuid = pwd.getpwnam = nobody\nrunpy.run_path('train.py', run_name='__main__')"
+    args = [*toy, *OFFLINE, "ranks=[2]", "tokens=512", f"hydra.run.dir={tmp_path / 'run'}"]
+    done = subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    lines = [line for line in done.stderr.strip().splitlines() if "Matplotlib" not in line]  # it warns about its cache
+    assert len(lines) == 1 and "logger=wandb: Could not determine home directory" in lines[0], done.stderr
