@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 from rich.console import Console
 
 from bottleneck.cli import one_line_errors as cli
 from bottleneck.core.errors import Parser, check
+from bottleneck.results.cost import AXES
 from bottleneck.results.files import MERGED, complete, read, write
 from bottleneck.results.merging import band_losses, finish, mark_best, merge
 from bottleneck.results.schema import IDENTITY, SCHEMA, printable
@@ -41,13 +42,27 @@ def command(argv: list[str]) -> None:
     parser = Parser(prog="python -m bottleneck.curve", description="Merge runs into one curve.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="folder of a run or a multirun")
     parser.add_argument("--out", required=True, type=Path, help="folder for curve.json, curve.csv, curve.png")
+    parser.add_argument(
+        "--x",
+        choices=list(AXES),
+        default="rank",
+        help="axis of curve.png; bytes: read to decode one token alone, in 16 bits; flops: per token",
+    )
     args = parser.parse_args(argv)
     for run in args.runs:
         check(run.exists(), f"{run}: no such folder")
     curves = merge(read(args.runs, skip=args.out))
-    write(curves, args.out)
+    if args.x != "rank":
+        _check_cost(curves, args.x)
+    write(curves, args.out, args.x)
     show(curves, Console())
     print(printable(f"wrote {args.out}/curve.json, curve.csv, curve.png"))
+
+
+def _check_cost(curves: list[dict[str, Any]], x: str) -> None:
+    """Raises UserError for heads that do not say what they cost: their lines would be missing without a word."""
+    unknown = sorted({h.get("kind", "low_rank") for c in curves for h in c["heads"] if AXES[x].of(h) is None})
+    check(not unknown, f"--x {x}: not known for heads of kind {', '.join(unknown)}; rank and parameters always are")
 
 
 def main(argv: Optional[list[str]] = None) -> int:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, BinaryIO, NamedTuple
 
+from bottleneck.results.cost import AXES
 from bottleneck.results.labels import as_text, labels
 from bottleneck.results.metric_names import Column, columns
-from bottleneck.results.picture import X_LABELS, pyplot, rank_axis
+from bottleneck.results.picture import pyplot, rank_axis
 from bottleneck.results.schema import series
 
 MARKS = {"solid": "-", "dashed": "--", "dotted": ":"}
@@ -70,7 +71,7 @@ def draw_details(curves: list[dict[str, Any]], file: BinaryIO) -> None:
     ranks = {h["rank"] for line in lines for h in line.heads}
     for place in axes:
         rank_axis(place, ranks)
-        place.set_xlabel(X_LABELS["rank"])
+        place.set_xlabel(AXES["rank"].label)
         place.grid(alpha=0.25)
         if place.get_legend_handles_labels()[0]:
             place.legend(fontsize=7, frameon=False)

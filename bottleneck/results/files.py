@@ -73,9 +73,10 @@ def _merged(folder: Path) -> bool:
     return folder.name == MERGED and (folder.parent / "multirun.yaml").exists()
 
 
-def write(curves: list[dict[str, Any]], out: Path) -> None:
+def write(curves: list[dict[str, Any]], out: Path, x: str = "rank") -> None:
     """Write curve.json (one curve as it is, several under "curves"), then curve.csv and the pictures.
 
+    Args: x: axis of curve.png, a key of `cost.AXES`.
     Raises: UserError where the folder cannot be written. A picture that cannot be drawn is a warning.
     """
     content = curves[0] if len(curves) == 1 else {"schema": SCHEMA, "curves": curves}
@@ -83,7 +84,7 @@ def write(curves: list[dict[str, Any]], out: Path) -> None:
         with contextlib.suppress(OSError):
             (out / name).unlink(missing_ok=True)
     _put(out / "curve.json", _json(content).encode())
-    _write_derived(curves, out, DERIVED)
+    _write_derived(curves, out, DERIVED, x=x)
 
 
 def _json(content: dict[str, Any]) -> str:
@@ -97,9 +98,9 @@ def _put(path: Path, raw: bytes) -> None:
     write_atomic(path, lambda part: part.write_bytes(raw))
 
 
-def _write_derived(curves: list[dict[str, Any]], out: Path, names: Iterable[str]) -> None:
+def _write_derived(curves: list[dict[str, Any]], out: Path, names: Iterable[str], *, x: str = "rank") -> None:
     """Make some of the files that follow from curve.json."""
-    pictures: dict[str, Callable[[BinaryIO], object]] = {"curve.png": lambda f: draw(curves, f)}
+    pictures: dict[str, Callable[[BinaryIO], object]] = {"curve.png": lambda f: draw(curves, f, x)}
     if has_details(curves):
         pictures["details.png"] = lambda f: draw_details(curves, f)
     if "curve.csv" in names:

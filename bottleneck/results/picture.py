@@ -6,6 +6,7 @@ import math
 import textwrap
 from typing import Any, BinaryIO
 
+from bottleneck.results.cost import AXES, Axis, pareto
 from bottleneck.results.labels import as_text, closed_form, labels
 from bottleneck.results.merging import perplexity_of
 from bottleneck.results.schema import series
@@ -13,8 +14,6 @@ from bottleneck.results.schema import series
 PAPER_MARK = 1000  # "degrades visibly below r ≈ 1000, whatever the model's size" (Godey et al. 2024, Fig. 6)
 LEGEND_INSIDE = 44  # letters of a legend that stands inside the axes, at most
 HIGHEST = 1e200  # perplexities above it are not drawn: Matplotlib's arithmetic on axes overflows
-
-X_LABELS = {"rank": "rank r of the head W = AB"}
 
 
 def pyplot() -> Any:
@@ -27,40 +26,48 @@ def pyplot() -> Any:
     return plt
 
 
-def draw(curves: list[dict[str, Any]], file: BinaryIO) -> None:
+def draw(curves: list[dict[str, Any]], file: BinaryIO, x: str = "rank") -> None:
     """Draw curve.png: one colour for each line; dashed: the original head; dotted: before training; faint: other rates.
 
     Bars are 95 % confidence intervals over the validation text.
+
+    Args: x: a key of `cost.AXES`. Beside a cost, the picture has the Pareto front of all lines.
     """
+    axis = AXES[x]
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(7.2, 4.6), dpi=150, layout="constrained")
     colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
     ranks: set[int] = set()
     values: list[float] = []
+    points: list[tuple[float, float]] = []
     number, references = 0, _References(curves)
     for c, label in zip(curves, map(as_text, labels(curves))):
         names = sorted({series(h) for h in c["heads"]})
         first = colours[number % len(colours)]
         for name in names:
-            heads = [h for h in c["heads"] if series(h) == name and _drawable(h)]
+            heads = [h for h in c["heads"] if series(h) == name and _drawable(h, axis)]
             line = f"{label}, {as_text(name)}" if len(names) > 1 else label
-            _draw_heads(axes, heads, colours[number % len(colours)], line)
+            _draw_heads(axes, axis, heads, colours[number % len(colours)], name=line)
             number += 1
             ranks |= {h["rank"] for h in heads}
             values += [h["perplexity"] for h in heads if h["best"]]
+            points += [(cost, h["perplexity"]) for h in heads if h["best"] and (cost := axis.of(h)) is not None]
         values += references.draw(axes, c, first, label)
         if len(curves) == 1 and len(names) == 1:
-            _draw_knees(axes, c)
-    rank_axis(axes, ranks)
-    if len(ranks) > 8:
-        axes.tick_params(axis="x", rotation=45)
-    if ranks and min(ranks) <= PAPER_MARK <= max(ranks):
-        axes.axvline(PAPER_MARK, color="0.6", ls="-.", lw=1, label="r = 1000 (Godey et al. 2024)")
+            _draw_knees(axes, axis, c)
+    if axis.weight is None:
+        rank_axis(axes, ranks)
+        if len(ranks) > 8:
+            axes.tick_params(axis="x", rotation=45)
+        if ranks and min(ranks) <= PAPER_MARK <= max(ranks):
+            axes.axvline(PAPER_MARK, color="0.6", ls="-.", lw=1, label="r = 1000 (Godey et al. 2024)")
+    else:
+        _cost_axis(axes, axis, curves, points, front=number > 1)
     if not ranks:
         axes.set_title("every head diverged", fontsize=10)
     if values:
         _perplexity_axis(axes, min(values), max(values))
-    axes.set_xlabel(X_LABELS["rank"])
+    axes.set_xlabel(axis.label)
     axes.set_ylabel("validation perplexity")
     axes.grid(alpha=0.25)
     _legend(figure, axes)
@@ -68,21 +75,40 @@ def draw(curves: list[dict[str, Any]], file: BinaryIO) -> None:
     plt.close(figure)
 
 
-def _drawable(h: dict[str, Any]) -> bool:
-    return h["status"] == "ok" and h["perplexity"] is not None and h["perplexity"] < HIGHEST
+def _drawable(h: dict[str, Any], axis: Axis) -> bool:
+    known = h["perplexity"] is not None and axis.of(h) is not None
+    return h["status"] == "ok" and known and h["perplexity"] < HIGHEST
 
 
-def _draw_heads(axes: Any, heads: list[dict[str, Any]], colour: str, name: str) -> None:
+def _cost_axis(
+    axes: Any, axis: Axis, curves: list[dict[str, Any]], points: list[tuple[float, float]], *, front: bool
+) -> None:
+    """A logarithmic axis of cost, the original head's cost, and with several lines their Pareto front."""
+    from matplotlib.ticker import EngFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_minor_formatter("")
+    for V, d in sorted({(c["vocab_size"], c["hidden_size"]) for c in curves}):
+        axes.axvline(
+            (axis.weight or 1) * V * d, color="0.6", ls="-.", lw=1, label=f"original head's cost, V·d = {V * d:.3g}"
+        )
+    if front:
+        best = pareto(points)
+        axes.plot([p for p, _ in best], [y for _, y in best], color="0.2", lw=0.8, zorder=0, label="Pareto front")
+
+
+def _draw_heads(axes: Any, axis: Axis, heads: list[dict[str, Any]], colour: str, *, name: str) -> None:
     """A line through the best heads, with intervals; faint dots for the rest; dotted: a closed form before training."""
     best, rest = ([h for h in heads if h["best"] is wanted] for wanted in (True, False))
-    axes.plot([h["rank"] for h in best], [h["perplexity"] for h in best], "o-", color=colour, label=name, ms=5)
+    axes.plot([axis.of(h) for h in best], [h["perplexity"] for h in best], "o-", color=colour, label=name, ms=5)
     for h in best:
         bounds = h.get("perplexity_interval") or [None]
         if None not in bounds:
-            axes.plot([h["rank"]] * 2, bounds, color=colour, lw=1, alpha=0.7, solid_capstyle="butt", label="_interval")
-    axes.plot([h["rank"] for h in rest], [h["perplexity"] for h in rest], "o", color=colour, alpha=0.25, ms=3)
+            axes.plot([axis.of(h)] * 2, bounds, color=colour, lw=1, alpha=0.7, solid_capstyle="butt", label="_interval")
+    axes.plot([axis.of(h) for h in rest], [h["perplexity"] for h in rest], "o", color=colour, alpha=0.25, ms=3)
     if best and closed_form(best[0]["init"]):
-        before = [(h["rank"], perplexity_of(h["initial_loss"])) for h in best]
+        before = [(axis.of(h), perplexity_of(h["initial_loss"])) for h in best]
         points = [(r, p) for r, p in before if p is not None and p < HIGHEST]
         label = f"{name}, closed form (no training)"
         axes.plot([r for r, _ in points], [p for _, p in points], ":", color=colour, lw=1.2, label=label)
@@ -111,19 +137,22 @@ class _References:
         return [own]
 
 
-def _draw_knees(axes: Any, c: dict[str, Any]) -> None:
-    """A mark at the rank that is within x % of the original head's loss, and its confidence interval."""
+def _draw_knees(axes: Any, axis: Axis, c: dict[str, Any]) -> None:
+    """A mark at the rank that is within x % of the original head's loss, or its cost, and its confidence interval."""
+    if any(h.get("kind", "low_rank") != "low_rank" for h in c["heads"]):
+        return
+    scale = 1 if axis.weight is None else axis.weight * (c["vocab_size"] + c["hidden_size"])
     for k in c.get("knee", []):
         height = perplexity_of(c["reference"]["loss"] * (1 + k["percent"] / 100)) if k["rank"] is not None else None
         if height is None or height >= HIGHEST:
             continue
-        axes.plot([k["rank"]], [height], "|", color="0.35", ms=11)
+        axes.plot([scale * k["rank"]], [height], "|", color="0.35", ms=11)
         low, high = k.get("interval") or (None, None)
         if low is not None and high is not None:
-            axes.plot([low, high], [height] * 2, color="0.35", lw=1, label="_interval")
+            axes.plot([scale * low, scale * high], [height] * 2, color="0.35", lw=1, label="_interval")
         axes.annotate(
             f"{k['percent']} %",
-            (k["rank"], height),
+            (scale * k["rank"], height),
             fontsize=7,
             color="0.35",
             textcoords="offset points",

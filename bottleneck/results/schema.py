@@ -131,6 +131,8 @@ HEAD = (
     Field("best", FLAG, "lowest validation loss of its start and rank"),
     Field("kind", TEXT, "head.kind, where it is not low_rank", False),
     Field("options", OBJECT, "head.options of its kind", False),
+    Field("bytes_per_token", COUNT, "read to decode one token alone, 16 bits; else 2 · parameters", False),
+    Field("flops_per_token", COUNT, "of the head; where it is not there: 2 · parameters", False),
     *DETAILS,
     Field("excess_interval", INTERVAL, "95 % interval of loss minus the original head's loss, paired by token", False),
 )
