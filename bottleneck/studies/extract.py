@@ -1,0 +1,104 @@
+"""arXiv 2403.06634, 2403.09539: the rank of a head, recovered from log-probabilities alone.
+
+Carlini et al. and Finlayson et al. 2024 recover the width of models behind an interface. Here it is a test of exported
+heads: a head of rank r must show exactly the rank r, without a look at its weights. Run it with
+backbone.dtype=float32: at 16 bits rounding hides the end of the spectrum.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Optional
+
+from bottleneck.config.checks import as_count
+from bottleneck.config.declare import key
+from bottleneck.core.extensions import STUDIES, Study
+from bottleneck.results.picture import as_text
+from bottleneck.studies.shared.config import CheckpointKeys, StudyConfig, check_checkpoints
+from bottleneck.studies.shared.figures import STUDY, Figure
+from bottleneck.studies.shared.output import write
+from bottleneck.studies.shared.pictures import canvas, save
+
+log = logging.getLogger(__name__)
+FIELDS = ("rank", "known_rank", "gap", "limit", "contexts", "tokens_of_block", "effective_rank", "hidden_size")
+COLUMNS = ("model", "step", *FIELDS)
+
+
+@dataclass(frozen=True)
+class Extract(CheckpointKeys):
+    """arXiv 2403.06634: rank of a head from its log-probabilities; `tokens` is the number of contexts."""
+
+    top: Optional[int] = key(
+        None,
+        "Use the k most likely tokens of each context only; default: log-probabilities of fixed tokens.",
+        read=Any,
+    )
+
+
+def check_keys(keys: Any) -> None:
+    """Convert and check the keys of `Extract`."""
+    check_checkpoints(keys)
+    keys.top = None if keys.top is None else as_count("study.top", keys.top, 3)
+
+
+def verdict(entry: dict[str, Any]) -> str:
+    """What the singular values say about the rank, compared with the rank that an export states."""
+    if entry["rank"] is None:
+        return f"no rank up to {entry['limit']} shows (largest gap {entry['gap']:.2g}): higher, or hidden by rounding"
+    said = f"rank {entry['rank']} (the next singular value is {entry['gap']:.3g} times smaller)"
+    if entry["known_rank"] is None:
+        return said
+    return said + (
+        ", as exported" if entry["known_rank"] == entry["rank"] else f", but exported as {entry['known_rank']}"
+    )
+
+
+def draw(entries: list[dict[str, Any]], file: BinaryIO) -> None:
+    """Singular values of the centred log-probabilities; a vertical line where each spectrum ends."""
+    figure, (axes,) = canvas(1, width=7.0)
+    for i, e in enumerate(entries):
+        values = [x for x in e["singular_values"] if x > 0]
+        name = e["model"] if e["step"] is None else f"{e['model']}, step {e['step']}"
+        shown = "none" if e["rank"] is None else e["rank"]
+        axes.plot(range(1, len(values) + 1), values, lw=1.2, color=f"C{i % 10}", label=as_text(f"{name}: rank {shown}"))
+        if e["rank"] is not None:
+            axes.axvline(e["rank"], color=f"C{i % 10}", lw=0.8, ls="--")
+    axes.set(xscale="log", yscale="log", xlabel="index i", ylabel="singular value σ_i of centred log-probabilities")
+    axes.legend(fontsize=7, frameon=False)
+    save(figure, file)
+
+
+def run(c: StudyConfig, folder: Path) -> dict[str, Any]:
+    """Run the study. Returns: the content of extract.json."""
+    from bottleneck.studies.measure.extract import measure  # here, so that --help loads no torch
+
+    content = measure(c, folder)
+    entries = content["checkpoints"]
+    for e in entries:
+        e["verdict"] = verdict(e)
+        log.info("%s: %s", e["model"] if e["step"] is None else f"{e['model']}@step{e['step']}", e["verdict"])
+    rows = [(e["model"], e["step"], *(e[k] for k in FIELDS)) for e in entries]
+    return write(folder, c.study.name, content, columns=COLUMNS, rows=rows, draw=lambda file: draw(entries, file))
+
+
+STUDIES.register(
+    Study(
+        name="extract",
+        summary="the rank of a head recovered from its log-probabilities, a test of exported heads",
+        figure="2403.06634",
+        schema=Extract,
+        check=check_keys,
+        run=run,
+        commands=(
+            Figure(
+                14,
+                "2403.06634",
+                "ranks recovered from log-probabilities; also for exported heads: backbone=local backbone.path=EXPORT",
+                (f"{STUDY} study=extract data=pile backbone=pythia-160m backbone.dtype=float32",),
+                "under 0.05 h",
+            ),
+        ),
+    )
+)

@@ -1,0 +1,75 @@
+"""Ranks recovered from log-probabilities: planted heads, top-k blocks, noise, and exported heads."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from bottleneck.studies.formulas.extraction import common_block, recovered_rank
+from support.study_runs import QUICK, edit_head, run_study, toy_series
+
+
+def g(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def planted(rank: int, width: int, tokens: int, contexts: int, bias: float = 0.0) -> torch.Tensor:
+    """float32 log-probabilities [contexts, tokens] of a random head of a rank with a decaying spectrum, and a bias."""
+    A = torch.randn(tokens, rank, generator=g(rank)) * torch.logspace(0, -2, rank)
+    W = A @ torch.randn(rank, width, generator=g(rank + 1)) / width**0.5
+    h = torch.randn(contexts, width, generator=g(rank + 2)) + 0.5
+    return torch.log_softmax(h @ W.T + bias * torch.randn(tokens, generator=g(3)), -1)
+
+
+@pytest.mark.parametrize("rank", [1, 8, 64, 512])
+@pytest.mark.parametrize("bias", [0.0, 2.0])
+def test_planted_ranks_are_recovered_exactly(rank, bias):
+    found = recovered_rank(planted(rank, width=600, tokens=700, contexts=720, bias=bias))
+    assert found.rank == rank and found.gap > 30 and found.limit == 698
+
+
+def test_a_block_that_is_too_small_shows_no_rank():
+    """20 contexts cannot show rank 64; nor can noise of the size of the weakest directions."""
+    assert recovered_rank(planted(64, width=100, tokens=200, contexts=20)).rank is None
+    noisy = planted(64, width=100, tokens=200, contexts=200)
+    assert recovered_rank(noisy + 0.1 * torch.randn(noisy.shape, generator=g(9))).rank is None
+
+
+def test_the_common_block_is_in_every_top_k():
+    log_p = planted(8, width=32, tokens=120, contexts=300)
+    values, ids = log_p.topk(90)
+    contexts, tokens = common_block(ids, 120)
+    assert min(len(contexts), len(tokens)) >= 10
+    for row in ids[contexts]:
+        assert set(tokens.tolist()) <= set(row.tolist())
+    block = torch.full((len(contexts), 120), torch.nan).scatter_(1, ids[contexts], values[contexts])[:, tokens]
+    assert torch.equal(block, log_p[contexts][:, tokens]) and recovered_rank(block).rank == 8
+
+
+def test_exported_ranks_are_recovered(toy_backbone, toy_text, tmp_path):
+    """The block holds known values only, and shows the rank of the head."""
+    series = toy_series(toy_backbone, tmp_path / "toy", {f"step{r}": 0.0 for r in (3, 8, 20)})
+    for r in (3, 8, 20):
+
+        def low_rank(W: torch.Tensor, r: int = r) -> torch.Tensor:
+            U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
+            return ((U[:, :r] * S[:r]) @ Vh[:r]).float()
+
+        edit_head(series / f"step{r}", low_rank)
+        (series / f"step{r}" / "bottleneck.json").write_text(json.dumps({"rank": r if r != 20 else 21}))
+    words = [
+        *QUICK,
+        "data=local",
+        f"data.files={toy_text}",
+        f"data.cache_dir={tmp_path / 'cache'}",
+        "backbone=local",
+        f"backbone.path={series}",
+        "study=extract",
+    ]
+    entries = run_study(tmp_path / "all", *words)["checkpoints"]
+    assert [(e["rank"], e["known_rank"]) for e in entries] == [(3, 3), (8, 8), (20, 21)]
+    assert entries[0]["verdict"].endswith("as exported") and entries[2]["verdict"].endswith("but exported as 21")
+    entries = run_study(tmp_path / "top", *words, "study.top=310", "study.steps=[3,8]")["checkpoints"]
+    assert [e["rank"] for e in entries] == [3, 8] and entries[0]["tokens_of_block"] < 310
