@@ -65,9 +65,13 @@ def test_listed_commands_pass_the_checks():
         if start == "python -m bottleneck.study":
             c = check_study(composed(*overrides))
             studies.add(c.study.name)
-            assert c.data.block_size in (1024, 2048) and c.data.max_tokens in (None, 50_000, 65_536, 150_000_000), (
-                command
-            )
+            assert c.data.block_size in (1024, 2048) and c.data.max_tokens in (
+                None,
+                4_096,
+                50_000,
+                65_536,
+                150_000_000,
+            ), command
         elif start.startswith("python train.py"):
             jobs = next(w for w in overrides if w.startswith("backbone=")).split("=")[1].split(",")
             for backbone in jobs:

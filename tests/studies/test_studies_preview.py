@@ -102,8 +102,8 @@ def test_bad_keys_are_refused():
 
 @pytest.mark.slow
 def test_whitening_alone_keeps_the_tail_of_smollm2(tmp_path):
-    """The 99.9 % position at r = 256 is lower without Fisher row weights."""
+    """Without Fisher row weights fewer arg-maxes are first at r = 256, and more are among the first 64."""
     words = ["backbone=smollm2_135m_gguf", "data=sample", "trainer=cpu", "trainer.micro_batch_size=2"]
-    words += ["data.block_size=256", "tokens=4096", "study.ranks=[256]", "study.weightings=[whitened,fisher]"]
+    words += ["data.block_size=256", "tokens=2048", "study.ranks=[256]", "study.weightings=[whitened,fisher]"]
     a, b = run_study(tmp_path, "study=preview", *words, "study.calibration_tokens=4096")["previews"]
-    assert a["quantiles"][3] < b["quantiles"][3] and a["shares"][0] > 0.6
+    assert a["shares"][0] < b["shares"][0] - 0.1 and a["shares"][2] > b["shares"][2] > 0.97
