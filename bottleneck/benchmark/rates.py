@@ -20,8 +20,8 @@ from hydra import compose, initialize_config_dir
 from bottleneck.config import checks
 from bottleneck.config import schema as config
 from bottleneck.core.paths import CONF
+from bottleneck.train import train
 from bottleneck.training.optim import power_rate
-from train import train
 
 
 def rates(spec: str) -> list[float]:

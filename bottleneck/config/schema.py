@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from bottleneck.config.declare import composable, group, key
 from bottleneck.core.default_folder import default_folder
 from bottleneck.core.errors import UserError
-from bottleneck.core.paths import ROOT
+from bottleneck.core.paths import in_repository
 
 
 @dataclass(frozen=True)
@@ -277,7 +277,7 @@ def register() -> None:
         OmegaConf.set_struct(OmegaConf.select(node, name), False)
     ConfigStore.instance().store(name="train_schema", node=node)
     # ${repo:data/sample}: a path inside this repository, wherever the command is run from
-    OmegaConf.register_new_resolver("repo", lambda path: str(ROOT / path), replace=True)
+    OmegaConf.register_new_resolver("repo", lambda path: str(in_repository(path)), replace=True)
     OmegaConf.register_new_resolver("package", _package_folder, replace=True)
     OmegaConf.register_new_resolver("started", default_folder, replace=True)
 
