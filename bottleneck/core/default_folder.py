@@ -25,10 +25,10 @@ def slurm_step() -> int | None:
 def default_folder(base: str = "outputs") -> str:
     """Name of a run's default folder below `base`.
 
-    Started by hand, it is the time and six random digits, so that two runs of one second differ. Processes that were started
-    together share what their launcher gave them: torchrun's run id, or else the agent that started them; Slurm's job and
-    step, and the command line. A requeued Slurm job finds the folder of its first try, also where its steps are numbered
-    otherwise this time.
+    Started by hand, it is the time and six random digits, so that two runs of one second differ. Processes that were
+    started together share what their launcher gave them: torchrun's run id, or else the agent that started them;
+    Slurm's job and step, and the command line. A requeued Slurm job finds the folder of its first try, also where its
+    steps are numbered otherwise this time.
     """
     run_id = os.environ.get("TORCHELASTIC_RUN_ID")
     if run_id not in (None, "none"):

@@ -1,4 +1,4 @@
-"""Which code this is, and what it runs on."""
+"""Which version of the code this is, and what it runs on."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, commit, and the kind of machine: what a result is told with. Nothing in it names a person or a place."""
+    """Versions, commit and kind of machine, as results record them. Nothing in it names a person or a place."""
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
     return {
         **versions(("bottleneck", "torch", "transformers", "pytorch-lightning")),

@@ -1,4 +1,4 @@
-"""The exception that means "the user can fix this", shown as a single line with exit code 2; and the end by a signal."""
+"""Errors that the user can fix, shown as one line with exit code 2; and the end of a run by a signal."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ def check(condition: bool, message: str) -> None:
 
 
 def go_on(folder: object = None) -> str:
-    """How a run that was cut off is taken up again, with its folder where that is known."""
-    return "go on with ckpt_path=last and " + (f"hydra.run.dir={folder}" if folder else "the same hydra.run.dir")
+    """How to resume an interrupted run, with its folder where that is known."""
+    return "resume with ckpt_path=last and " + (f"hydra.run.dir={folder}" if folder else "the same hydra.run.dir")
 
 
 class Parser(argparse.ArgumentParser):
-    """Bad arguments are one line as well."""
+    """An argument parser whose errors are UserErrors."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} ({self.prog} --help)")
 
 
 class LostPeers(UserError):
-    """The other processes of a run do not answer: one of them has its own reason."""
+    """The other processes of a run do not answer. One of them reports the cause."""
 
 
 class Stopped(BaseException):
-    """The run was asked to stop by a signal, and did, with a checkpoint where it keeps one. Not an error."""
+    """A run stopped on a signal, with a checkpoint where it keeps one. Not an error."""
 
     def __init__(self, number: int, step: Optional[int] = None):
         super().__init__(number, step)

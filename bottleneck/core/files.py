@@ -13,7 +13,7 @@ from bottleneck.core.errors import UserError
 
 
 def leftovers(path: Path) -> list[Path]:
-    """What processes that were killed left of their writing `path`: .NAME.PID.part beside it, of no living process."""
+    """Unfinished copies of `path` that killed processes left: .NAME.PID.part beside it, of no living process."""
     own = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.part")
     found = ((p, own.fullmatch(p.name)) for p in path.parent.iterdir())
     return [p for p, m in found if m and (int(m[1]) == os.getpid() or not _alive(int(m[1])))]
@@ -30,9 +30,12 @@ def _alive(pid: int) -> bool:
 
 
 def write_atomic(path: Path, write: Callable[[Path], Any], keep: Optional[Path] = None) -> None:
-    """Let `write` make a file beside `path`, then rename it: `path` is never half-written. Raises UserError on a full disk.
+    """Let `write` make a file beside `path`, then rename it, so that `path` is never half-written.
 
-    Args: keep: where the file that is there already goes; killed in between, a run finds it there.
+    Args:
+        write: takes the path to write to.
+        keep: where an existing file is moved first. After a kill between the two renames it is found there.
+    Raises: UserError where the file cannot be written, as on a full disk.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -53,7 +56,7 @@ def write_atomic(path: Path, write: Callable[[Path], Any], keep: Optional[Path] 
 
 
 def _free(path: Path) -> str:
-    """How much room there is on a file's disk, where there is little: torch's own words for a full disk say nothing of it."""
+    """The free space on a file's disk, where it is little: torch's message for a full disk does not mention it."""
     with contextlib.suppress(OSError):
         free = shutil.disk_usage(path.parent).free
         if free < 1 << 30:

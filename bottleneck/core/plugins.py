@@ -1,7 +1,7 @@
 """Extensions that live outside the package: files or folders given by `plugin=PATH`, and installed packages.
 
-A plugin is a Python file, or a folder with Python files and, where it brings choices for the command line, a folder `conf`
-laid out like this project's. Its code runs when it is loaded, so only what the user names or installs is loaded.
+A plugin is a Python file, or a folder with Python files and, where it brings choices for the command line, a folder
+`conf` laid out like this project's. Its code runs when it is loaded, so only what the user names or installs is loaded.
 An installed package announces a module by an entry point of the group `bottleneck.plugins`.
 """
 
@@ -21,7 +21,7 @@ _installed: dict[str, ModuleType] = {}
 
 
 def load(paths: list[str]) -> None:
-    """Import plugins, each once. Raises UserError where a path is not there, holds no Python file, or does not import."""
+    """Import plugins, each once. Raises UserError where a path does not exist, has no Python file, or fails."""
     for given in paths:
         path = Path(given).expanduser().resolve()
         check(path.exists(), f"plugin={given}: no such file or folder")

@@ -1,8 +1,8 @@
-"""Registries: name -> one declared object. Checks, defaults, plots, help and docs read them; nobody keeps a list of names.
+"""Registries: name -> one declared object. Checks, defaults, plots, help and docs read them instead of lists of names.
 
-A registry belongs to a folder of the package, for example `bottleneck/heads/starts`: every module in it declares its objects
-with `register` when it is imported, and the registry imports them all when it is first read. So an extension is one file.
-Plugins (`bottleneck.core.plugins`) call the same `register`.
+A registry belongs to a folder of the package, for example `bottleneck/heads/starts`: every module in it declares its
+objects with `register` when it is imported, and the registry imports them all when it is first read. So an extension is
+one file. Plugins (`bottleneck.core.plugins`) call the same `register`.
 """
 
 from __future__ import annotations

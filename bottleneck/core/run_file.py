@@ -1,7 +1,8 @@
-"""run.json: what a run's folder holds a run of, written by the run itself once it has been accepted, read by every command.
+"""run.json: what a run's folder holds a run of, written by the run itself once it has been accepted, read by every
+command.
 
-Hydra's `.hydra/config.yaml` describes the last command that named the folder, also where that was refused. Folders of earlier
-versions have nothing else, so it is read where there is no run.json.
+Hydra's `.hydra/config.yaml` describes the last command that named the folder, also where that was refused. Folders of
+earlier versions have nothing else, so it is read where there is no run.json.
 """
 
 from __future__ import annotations

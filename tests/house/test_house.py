@@ -89,3 +89,39 @@ def test_torch_load_is_limited_to_tensors():
         assert "pickle" not in re.sub(r"#.*|\"\"\"[\s\S]*?\"\"\"", "", text), path
         for call in re.findall(r"torch\.load\([^)]*\)", text):
             assert "weights_only=True" in call, path
+
+
+LONGEST = {"train.py": 40}  # lines of a function; elsewhere 60
+
+
+def python_files() -> list[Path]:
+    """Every Python file of the repository that git knows."""
+    names = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [ROOT / name for name in names.split() if not (ROOT / name).is_symlink() and (ROOT / name).is_file()]
+
+
+def functions(tree: ast.Module) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
+
+def test_functions_and_lines_are_short():
+    """No function has more than 60 lines (train.py: 40, and 120 lines in all), no line more than 120 columns."""
+    long: list[str] = []
+    for path in python_files():
+        name, text = str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")
+        limit = LONGEST.get(name, 60)
+        for node in functions(ast.parse(text)):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            long += [f"{name}:{node.lineno} {node.name}: {lines} lines"] if lines > limit else []
+        long += [f"{name}:{i}: {len(line)} columns" for i, line in enumerate(text.splitlines(), 1) if len(line) > 120]
+    assert not long, "\n".join(long)
+    assert len((ROOT / "train.py").read_text().splitlines()) <= 120
+
+
+def test_the_entry_point_sets_no_state_on_what_it_built():
+    """In train.py nothing is assigned to an attribute or an item, and no expression is evaluated for a side effect alone."""
+    for node in ast.walk(ast.parse((ROOT / "train.py").read_text())):
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign)):
+            assert not any(isinstance(t, (ast.Attribute, ast.Subscript)) for t in targets), ast.unparse(node)
+            assert not any(isinstance(t, ast.Name) and t.id == "_" for t in targets), ast.unparse(node)

@@ -90,7 +90,7 @@ def test_a_refused_run_leaves_no_folder_and_a_stopped_one_names_its_own(tmp_path
     _, error = run.communicate()
     (folder,) = (p.relative_to(tmp_path) for p in tmp_path.glob("outputs/*/*"))
     assert run.returncode == 143 and error.strip().endswith(
-        f"; go on with ckpt_path=last and hydra.run.dir={folder}"
+        f"; resume with ckpt_path=last and hydra.run.dir={folder}"
     ), error
 
 
