@@ -91,7 +91,11 @@ def _cost_axis(
     axes.xaxis.set_minor_formatter("")
     for V, d in sorted({(c["vocab_size"], c["hidden_size"]) for c in curves}):
         axes.axvline(
-            (axis.weight or 1) * V * d, color="0.6", ls="-.", lw=1, label=f"original head's cost, V·d = {V * d:.3g}"
+            (axis.weight or 1) * V * d,
+            color="0.6",
+            ls="-.",
+            lw=1,
+            label=f"original head's cost (V·d = {V * d:,} parameters)",
         )
     if front:
         best = pareto(points)

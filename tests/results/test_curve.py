@@ -115,7 +115,7 @@ def test_the_second_reference_is_the_trained_head_of_full_rank():
 
 
 def test_a_multiruns_merged_curve_is_read_where_it_is_named(tmp_path, capsys):
-    """Below the multirun's folder it is its jobs again; named itself it is a curve as any other."""
+    """A multirun's folder stands for its jobs; its merged curve is read only where it is named itself."""
     sweep = tmp_path / "sweep"
     for i, r in enumerate((64, 8)):
         save(sweep / str(i), made({r: 2.5}))
@@ -147,7 +147,7 @@ def test_heads_that_all_diverged_leave_a_whole_result(run, capsys, tmp_path):
     assert all(h["status"] == "diverged" for h in result.curve["heads"])
     assert {p.name for p in (tmp_path / "run").iterdir()} >= {"curve.json", "curve.csv", "curve.png", "heads"}
     assert "every head did: give lower rates (optim.lr)" in " ".join(capsys.readouterr().out.split())
-    # also where nothing became infinite: far worse than before the first step is no result
+    # also where nothing became infinite: a loss far above the one before the first step is no result
     thrown = run("optim.lr=30", "tokens=2048", run_dir=tmp_path / "thrown").curve
     assert any(h["status"] == "diverged" and h["loss"] is not None for h in thrown["heads"])
     told = result.curve["versions"]
@@ -195,7 +195,7 @@ def test_values_of_the_wrong_kind_are_one_line(tmp_path, capsys, change, words):
     assert line.count("\n") == 1 and words in line and not (tmp_path / "out").exists()
 
 
-def test_names_are_drawn_and_told_as_they_stand(tmp_path, capsys):
+def test_names_are_drawn_and_printed_as_they_stand(tmp_path, capsys):
     """Dollars are mathematics to Matplotlib, brackets are colours to Rich."""
     one = made({8: 2.5, 64: 2.1}, backbone=r"$\bad$ [bold]x")
     curve.write([one], tmp_path)
@@ -204,7 +204,7 @@ def test_names_are_drawn_and_told_as_they_stand(tmp_path, capsys):
 
 
 def head(rank: int, lr: float, perplexity: float, seed: int = 0) -> dict:
-    """One head of a curve as train.py writes it, no more than the table needs."""
+    """One head of a curve as train.py writes it, with what the table needs."""
     return {
         "rank": rank,
         "lr": lr,
@@ -235,7 +235,7 @@ def printed(heads: list[dict], width: int = 80) -> str:
     return console.file.getvalue()
 
 
-def test_the_table_cuts_no_number_and_says_of_how_many_seeds_and_rates_it_shows_the_best():
+def test_the_table_cuts_no_number_and_names_the_seeds_and_rates_it_chose_from():
     text = printed([head(8, 0.1, 15.55, 2), head(8, 0.1, 17.28, 0), head(8, 0.1, 16.2, 1), head(8, 1e-4, 1e120, 0)])
     assert (
         "the best of 3 seeds" in text
@@ -272,7 +272,7 @@ def test_lines_are_named_by_what_their_recipes_have():
     assert labels(starts) == ["toy, scaled, 149.9M tokens", "toy, fisher, 5,000 tokens"]
 
 
-def test_long_names_stand_below_the_picture_and_a_shared_own_head_is_drawn_once():
+def test_long_names_stand_below_the_picture_and_a_shared_original_head_is_drawn_once():
     """Beside the axes' left edge they were cut, over the curves."""
     import matplotlib.pyplot as plt
 
