@@ -25,6 +25,7 @@ BENCHMARKS = {
     "scale": "one sweep on 1, 2, 4 … GPUs: tokens/s, where a step's time goes, memory",
     "killed": "one process of a run killed under torchrun: time lost, heads compared",
     "data": "preparing tokens against datasets.map, and loading prepared tokens",
+    "starts": "structured solves for a start beside fisher and refined: KL and time",
     "forward": "hidden states per second of the frozen backbone, eager and compiled",
 }
 

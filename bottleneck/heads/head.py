@@ -61,13 +61,13 @@ class Head(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def tensors(self, whiten_DD: Optional[Tensor] = None) -> dict[str, Tensor]:
-        """What its file holds, by name; reads hidden states as they are."""
-        return {name: p.detach() for name, p in self.named_parameters()}
+        """What its file holds, by name: parameters and buffers, for hidden states as they are."""
+        return {name: t.detach() for name, t in self.state_dict().items()}
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Set the parameters from `tensors`. Raises UserError where names or shapes differ."""
-        own = dict(self.named_parameters())
+        own = self.state_dict()
         for what, ours, theirs in (
             ("tensors", sorted(own), sorted(tensors)),
             ("shapes", *([list(t[k].shape) for k in sorted(own) if k in t] for t in (own, tensors))),
@@ -141,6 +141,25 @@ class Head(nn.Module):
                 p.grad.add_(gradient, alpha=scale)
             parts.append(found.detach().float())
         return torch.cat(parts)
+
+
+class Factored(Head):
+    """Base of kinds that build on factors A [V, R] and B [R, D] and begin as a start gives them."""
+
+    def __init__(self, vocab_size: int, rank: int, hidden_size: int):
+        super().__init__(vocab_size, start_rank=rank)
+        self.A = nn.Parameter(torch.zeros(vocab_size, rank))
+        self.B = nn.Parameter(torch.zeros(rank, hidden_size))
+
+    def states(self, h_nD: Tensor) -> Tensor:
+        """z = B h [n, R] in the dtype of h."""
+        return product(h_nD, self.B).to(h_nD.dtype)
+
+    @torch.no_grad()
+    def begin(self, key: HeadKey, A_VR: Tensor, B_RD: Tensor, *, head: FullHead, moments: Calibration) -> None:
+        """The factors as they are."""
+        self.A.copy_(A_VR)
+        self.B.copy_(B_RD)
 
 
 def build_head(key: HeadKey, vocab_size: int, hidden_size: int) -> Head:

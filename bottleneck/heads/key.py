@@ -44,15 +44,20 @@ class HeadKey:
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> HeadKey:
         """The key of a head from its row in curve.json."""
-        options = tuple(sorted((row.get("options") or {}).items()))
-        return cls(row["rank"], row["lr"], row["seed"], row.get("kind", LOW_RANK), options)
+        return cls(row["rank"], row["lr"], row["seed"], row.get("kind", LOW_RANK), as_options(row.get("options") or {}))
 
     @property
     def facts(self) -> dict[str, Any]:
         """What its row in curve.json says beyond rank, rate and seed: nothing for a low-rank head."""
         if self.kind == LOW_RANK:
             return {}
-        return {"kind": self.kind} | ({"options": dict(self.options)} if self.options else {})
+        options = {name: list(v) if isinstance(v, tuple) else v for name, v in self.options}
+        return {"kind": self.kind} | ({"options": options} if options else {})
+
+
+def as_options(given: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Options as a key holds them: sorted by name, lists as tuples."""
+    return tuple((name, tuple(v) if isinstance(v, list) else v) for name, v in sorted(given.items()))
 
 
 def generator(key: HeadKey) -> torch.Generator:

@@ -14,7 +14,7 @@ from bottleneck.config.schema import OptimConfig
 from bottleneck.core.extensions import HEAD_KINDS, STARTS
 from bottleneck.heads.bank import HeadBank
 from bottleneck.heads.head import count_parameters
-from bottleneck.heads.key import LOW_RANK, HeadKey
+from bottleneck.heads.key import LOW_RANK, HeadKey, as_options
 from bottleneck.training.fused_adamw import HeadAdamW, group_norms
 
 
@@ -67,7 +67,7 @@ def bank_keys(
     Args: kind: `head.kind`; options: values of the kind's options, of which those that are not the default enter the keys.
     """
     declared = HEAD_KINDS[kind].options
-    chosen = tuple(sorted((name, value) for name, value in (options or {}).items() if value != declared[name]))
+    chosen = as_options({name: value for name, value in (options or {}).items() if value != declared[name]})
     keys = []
     for rank in ranks:
         first = HeadKey(rank, 1.0, 0, kind, chosen)

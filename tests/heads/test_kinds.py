@@ -8,12 +8,15 @@ import pytest
 import torch
 
 import bottleneck.heads.head as head_module
+from bottleneck.backbone.model import FullHead
 from bottleneck.config.schema import OptimConfig
 from bottleneck.core.errors import UserError
 from bottleneck.core.extensions import HEAD_KINDS, OBJECTIVES
 from bottleneck.heads.bank import HeadBank
+from bottleneck.heads.calibration import calibrate
 from bottleneck.heads.head import build_head, count_parameters, product
 from bottleneck.heads.key import HeadKey
+from bottleneck.heads.starting import make_start
 from bottleneck.losses import targets, weights
 from bottleneck.losses.objective import BoundObjective, steps
 from bottleneck.training.finished_run import open_run
@@ -24,8 +27,17 @@ from conftest import heads_of
 V, D, N = 70, 12, 150
 
 
+# options that make small heads of a kind interesting
+SMALL = {
+    "block": (("bands", (20, 45)), ("shrink", 2)),
+    "low_rank_sparse": (("rows", 9),),
+    "mos": (("components", 3),),
+    "plif": (("limit", 1.5), ("pieces", 7)),
+}
+
+
 def key_of(kind: str, rank: int = 5) -> HeadKey:
-    return HeadKey(D if HEAD_KINDS[kind].full_rank else rank, 1e-2, 0, kind)
+    return HeadKey(D if HEAD_KINDS[kind].full_rank else rank, 1e-2, 0, kind, SMALL.get(kind, ()))
 
 
 @pytest.fixture
@@ -119,7 +131,7 @@ def trained(keys: list[HeadKey], h: torch.Tensor, y: torch.Tensor) -> dict[str, 
     """Parameters of each head after three optimizer steps."""
     bank = HeadBank(keys, V, D, "chunked")
     for key in keys:
-        bank[key].load(dict(randomised(key, torch.float32).named_parameters()))
+        bank[key].load(randomised(key, torch.float32).tensors())
     optimizer = build_optimizer(bank, OptimConfig(clip=0.1))
     for _ in range(3):
         bank.zero_gradients()
@@ -137,6 +149,89 @@ def test_alone_is_in_company_bit_for_bit(setting):
     for key in keys:
         for a, b in zip(trained([key], h, y)[key.name], together[key.name]):
             assert torch.equal(a, b), key
+
+
+def from_start(kind: str, rank: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of a head of a kind and of the low-rank head of the same start, on calibration states."""
+    g = torch.Generator().manual_seed(0)
+    h, head = torch.randn(400, D, generator=g), FullHead(torch.randn(V, D, generator=g))
+    moments = calibrate([h], head)
+    A, B = make_start("fisher", head, moments)(HeadKey(rank, 0.1, 0))
+    own = build_head(key_of(kind, rank), V, D)
+    own.begin(key_of(kind, rank), A, B, head=head, moments=moments)
+    return torch.log_softmax(own.logits(h), -1), torch.log_softmax(h @ B.float().T @ A.float().T, -1)
+
+
+@pytest.mark.parametrize("kind", ["context_temperature", "gated", "low_rank_bias"])
+def test_kinds_that_begin_as_the_low_rank_head(kind):
+    torch.testing.assert_close(*from_start(kind), rtol=1e-4, atol=1e-4)
+
+
+def test_how_the_other_kinds_begin():
+    """Full rows are exact at full rank, blocks keep the best part, a mixture is near the head that it mixes."""
+    own, plain = from_start("low_rank_sparse", D)
+    torch.testing.assert_close(own, plain, rtol=1e-4, atol=1e-4)
+    own, plain = from_start("low_rank_sparse")
+    assert not torch.allclose(own, plain, atol=0.1)
+    for kind, limit in (("mos", 0.5), ("block", 0.5)):
+        own, plain = from_start(kind)
+        assert 0 < (plain.exp() * (plain - own)).sum(-1).mean() < limit
+
+
+def test_formulas_of_the_kinds(setting):
+    """Probabilities from the definitions of the papers, in float64."""
+    h = setting[0]
+    mos = randomised(key_of("mos"))
+    prior = torch.softmax(h @ mos.G.T, -1)
+    p = sum(prior[:, k, None] * torch.softmax(h @ B.T @ mos.A.T, -1) for k, B in enumerate(mos.B))
+    torch.testing.assert_close(mos.logits(h).exp(), p)
+    sig = randomised(key_of("sigsoftmax"))
+    s = h @ sig.B.T @ sig.A.T
+    p = s.exp() * torch.sigmoid(s)
+    torch.testing.assert_close(torch.softmax(sig.logits(h), -1), p / p.sum(-1, keepdim=True))
+    plif = randomised(key_of("plif"))
+    s = h @ plif.B.T @ plif.A.T
+    knots = torch.linspace(-1.5, 1.5, 8, dtype=torch.float64)[:-1]
+    slopes = torch.nn.functional.softplus(plif.slopes)
+    f = -1.5 + slopes[0] * (s + 1.5)
+    for knot, change in zip(knots[1:], slopes.diff()):
+        f = f + change * (s - knot).clamp(min=0)
+    torch.testing.assert_close(plif.logits(h), f)
+    order = s.flatten().argsort()
+    assert (f.flatten()[order].diff() > 0).all() and (s.abs() > 1.5).any()
+
+
+def test_one_component_is_the_low_rank_head(setting):
+    """`mos` with K = 1 is `low_rank` bit for bit: it is the same class."""
+    h, y = setting[0].float(), setting[1]
+    keys = HeadKey(5, 1e-2, 0), HeadKey(5, 1e-2, 0, "mos", (("components", 1),))
+    found = []
+    for key in keys:
+        bank = HeadBank([key], V, D, "chunked")
+        bank[key].set(*(torch.randn(s, generator=torch.Generator().manual_seed(1)) for s in ((V, 5), (5, D))))
+        bank.zero_gradients()
+        found.append([bank.accumulate(h, y, bank.cast(h.dtype), 1 / N), *(p.grad for p in bank.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [k for k in HEAD_KINDS.names() if k not in ("low_rank", "full")])
+def test_runs_of_every_kind_resume(kind, run, tmp_path):
+    """Its loss falls below the start's; cut off at step 18 of 20 it ends with the same bits; its file loads."""
+    options = ",".join(
+        f"{n}:{str(list(v) if isinstance(v, tuple) else v).replace(' ', '')}" for n, v in SMALL.get(kind, ())
+    )
+    words = ["ranks=[8]", f"head.kind={kind}", f"head.options={{{options}}}"]
+    whole = run(*words, run_dir=tmp_path / "whole")
+    run(*words, run_dir=tmp_path / "cut")
+    (tmp_path / "cut" / LAST).unlink()
+    (tmp_path / "cut" / "curve.json").unlink()
+    assert run(*words, "ckpt_path=last", run_dir=tmp_path / "cut").curve["heads"] == whole.curve["heads"]
+    (row,) = whole.curve["heads"]
+    assert row["kind"] == kind and row["loss"] < row["initial_loss"]
+    head = open_run(tmp_path / "whole").head(row)
+    for a, b in zip(head.parameters(), whole.module.bank.parameters()):
+        assert torch.equal(a, b)
 
 
 def test_counts_and_names():
@@ -182,7 +277,7 @@ def test_a_full_head_teaches_another_run(run, tmp_path):
 @pytest.mark.parametrize(
     "overrides, words",
     [
-        (("head.kind=magic",), "head.kind=magic: no such head kind; allowed are full, low_rank"),
+        (("head.kind=magic",), "head.kind=magic: no such head kind; allowed are "),
         (("head.kind=full", "ranks=[8]"), "head.kind=full exists at rank 32 only; leave ranks out"),
         (("head.kind=full", "ranks=auto", "head.whiten=true"), "head.whiten: does not go with head.kind=full"),
         (("head.kind=full", "ranks=auto", "optim.lr_ratio=2"), "optim.lr_ratio: does not go with head.kind=full"),

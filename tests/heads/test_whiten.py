@@ -70,7 +70,7 @@ def test_it_is_training_on_whitened_hidden_states():
 
 @pytest.mark.parametrize("ratio", [0.3, 4.0])
 def test_a_ratio_of_rates_is_two_rates(ratio):
-    """PyTorch's AdamW with a group for A and one for B takes the same steps. Decay and clipping are off: they act on C."""
+    """PyTorch's AdamW with a group for A and one for B. Decay and clipping, which act on C, are off."""
     h, y, _ = hidden(1.0)
     g = torch.Generator().manual_seed(1)
     start = {k: (torch.randn(V, k.rank, generator=g), torch.randn(k.rank, D, generator=g) / 10) for k in KEYS}

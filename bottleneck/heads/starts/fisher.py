@@ -20,15 +20,15 @@ def fisher_basis(W_VD: Tensor, c: Calibration) -> tuple[Tensor, Tensor]:
     """Closed-form heads of every rank at once: A [V, D], B [D, D]; rank r takes A's first r columns, B's first r rows.
 
     The softmax ignores a shift of all logits, so W is first centred: W_c = W − 1 (E[p]ᵀ W). The KL from the original
-    head grows around W_c by ½ E[δᵀ F δ] to second order, with δ = (A B − W_c) h and F = diag(p) − p pᵀ the Fisher matrix
-    of the logits at each token. That has no closed-form minimum. What is minimised here is a surrogate that keeps the
-    diagonal of F only and averages it over the tokens separately from h. With q_v = E[p_v (1 − p_v)] and Σ = E[h hᵀ],
+    head grows around W_c by ½ E[δᵀ F δ] to second order, with δ = (A B − W_c) h and F = diag(p) − p pᵀ the Fisher
+    matrix of the logits at each token. That has no closed-form minimum. What is minimised here is a surrogate that
+    keeps the diagonal of F only and averages it over the tokens separately from h:
 
         ½ ‖Q^½ (A B − W_c) Σ^½‖²_F
 
-    has the truncated SVD as its minimum at rank r (Eckart–Young–Mirsky). At low ranks the surrogate is well below both
-    the second-order term and the KL (tiny, r = 64: 0.35 against 0.74 and 0.73 nats). With V_r the leading right
-    singular vectors of Q^½ W_c Σ^½:
+    with q_v = E[p_v (1 − p_v)] and Σ = E[h hᵀ]. Its minimum at rank r is the truncated SVD (Eckart–Young–Mirsky). At
+    low ranks the surrogate is well below both the second-order term and the KL (tiny, r = 64: 0.35 against 0.74 and
+    0.73 nats). With V_r the leading right singular vectors of Q^½ W_c Σ^½:
 
         A = W_c Σ^½ V_r        B = V_rᵀ Σ^-½        E[(B h)(B h)ᵀ] = I
     """

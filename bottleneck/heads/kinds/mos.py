@@ -1,0 +1,67 @@
+"""`mos`: a mixture of softmaxes (Yang et al. 2018, Sec. 2.4), whose log-probabilities are not of rank R.
+
+    p = Σ_k π_k softmax(A B_k h)        π = softmax(G h)
+
+The K components share A. The paper's tanh in front of A is left out, so that one component is `low_rank`.
+
+Dims: n tokens of a chunk, K components, D hidden size, R rank, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bottleneck.backbone.model import FullHead
+from bottleneck.core.extensions import HEAD_KINDS, HeadKind
+from bottleneck.heads.calibration import Calibration
+from bottleneck.heads.head import Head, product
+from bottleneck.heads.key import HeadKey, generator
+from bottleneck.heads.kinds.low_rank import LowRankHead
+
+SPREAD = 0.3  # of the noise that tells the components apart at the start, relative to an entry of B
+
+
+class MixtureOfSoftmaxes(Head):
+    """Parameters A [V, R], B [K, R, D], G [K, D]; `logits` are log-probabilities.
+
+    Args: components: K.
+    """
+
+    def __init__(self, vocab_size: int, rank: int, hidden_size: int, components: int):
+        super().__init__(vocab_size, start_rank=rank)
+        self.wide = 2 * components + 2
+        self.A = nn.Parameter(torch.zeros(vocab_size, rank))
+        self.B = nn.Parameter(torch.zeros(components, rank, hidden_size))
+        self.G = nn.Parameter(torch.zeros(components, hidden_size))
+
+    def logits(self, h_nD: Tensor) -> Tensor:
+        """log p [n, V]."""
+        log_prior_nK = torch.log_softmax(product(h_nD, self.G), -1)
+        total = None
+        for k, B in enumerate(self.B):
+            log_p = torch.log_softmax(product(product(h_nD, B).to(h_nD.dtype), self.A), -1) + log_prior_nK[:, k, None]
+            total = log_p if total is None else torch.logaddexp(total, log_p)
+        assert total is not None
+        return total
+
+    @torch.no_grad()
+    def begin(self, key: HeadKey, A_VR: Tensor, B_RD: Tensor, *, head: FullHead, moments: Calibration) -> None:
+        """Every component is the head of the start, with noise in B that depends on rank and seed; equal shares."""
+        self.A.copy_(A_VR)
+        noise = torch.randn(self.B.shape, generator=generator(key)).to(B_RD)
+        deviation_R1 = B_RD.square().mean(-1, keepdim=True).sqrt()
+        self.B.copy_(B_RD + SPREAD * deviation_R1 * noise)
+        self.G.zero_()
+
+
+def build(vocab_size: int, rank: int, hidden_size: int, components: int) -> Head:
+    """A mixture, or with one component the low-rank head itself."""
+    if components == 1:
+        return LowRankHead(vocab_size, rank, hidden_size)
+    return MixtureOfSoftmaxes(vocab_size, rank, hidden_size, components)
+
+
+KIND = HEAD_KINDS.register(
+    HeadKind("mos", "mixture of softmaxes (option components)", build, options={"components": 4})
+)

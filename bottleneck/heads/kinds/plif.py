@@ -1,0 +1,50 @@
+"""`plif`: one learned increasing piecewise linear function of all logits (LMS-PLIF, Ganea et al. 2019, Sec. 4).
+
+Between K equally spaced knots in [−limit, limit] the slopes are softplus(v_k) > 0; the outer slopes
+continue beyond the ends.
+
+Dims: n tokens of a chunk, K pieces, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from bottleneck.core.extensions import HEAD_KINDS, HeadKind
+from bottleneck.heads.head import Factored, product
+
+
+class PiecewiseLinear(Factored):
+    """logits = f(A B h) with A [V, R], B [R, D] and slopes v [K]; f is the identity at the start.
+
+    Args: pieces: K; limit: the ends of the first and last piece, in nats of logit.
+    """
+
+    def __init__(self, vocab_size: int, rank: int, hidden_size: int, pieces: int, limit: float):
+        super().__init__(vocab_size, rank, hidden_size)
+        self.pieces, self.limit = pieces, float(limit)
+        self.slopes = nn.Parameter(torch.full((pieces,), math.log(math.e - 1)))  # softplus of it is 1
+
+    def logits(self, h_nD: Tensor) -> Tensor:
+        """Logits [n, V]."""
+        s_nV = product(self.states(h_nD), self.A)
+        width = 2 * self.limit / self.pieces
+        slopes = softplus(self.slopes).to(s_nV.dtype)
+        below = torch.cat([slopes.new_zeros(1), slopes.cumsum(0)[:-1]]) * width - self.limit  # f at each left knot
+        with torch.no_grad():
+            piece = ((s_nV + self.limit) / width).floor().clamp(0, self.pieces - 1).long()
+        return below[piece] + slopes[piece] * (s_nV + self.limit - piece * width)
+
+
+KIND = HEAD_KINDS.register(
+    HeadKind(
+        "plif",
+        "a learned increasing piecewise linear function of the logits A B h (options pieces, limit)",
+        PiecewiseLinear,
+        options={"pieces": 64, "limit": 20.0},
+    )
+)
