@@ -83,9 +83,9 @@ def _on_a_gpu(c: Case) -> Iterator[tuple[str, Work]]:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
         liger = LigerFusedLinearCrossEntropyLoss()
-        yield "liger", autograd(c, lambda: liger(c.A, c.h @ c.B.T, c.y))
+        yield "Liger, Triton", autograd(c, lambda: liger(c.A, c.h @ c.B.T, c.y))
     if importlib.util.find_spec("liger_kernel") and importlib.util.find_spec("cutlass"):
-        yield "liger SM90", autograd(c, lambda: _liger_sm90(c))
+        yield "Liger, SM90", autograd(c, lambda: _liger_sm90(c))
     if importlib.util.find_spec("cut_cross_entropy"):
         from cut_cross_entropy import linear_cross_entropy as cut
 

@@ -67,7 +67,7 @@ def test_exponentials_give_the_loss_and_gradients_of_float64(N, R, V, scale, hot
     want = exact(z.float(), A.float(), y)
     dA = torch.full(A.shape, 7.0, device=DEVICE)
     loss, dz = exponentials.step(z.clone(), A, y, dA, 0.5, rows=32, tma=tma)
-    bound = 2e-3 if DEVICE == "cuda" else 5e-6
+    bound = 4e-3 if DEVICE == "cuda" else 5e-6  # bfloat16
     for got, wanted in zip((loss, dz, (dA - 7) / 0.5), want):
         assert (got.double() - wanted).norm() <= bound * wanted.norm()
 
