@@ -183,6 +183,8 @@ class Source:
                     yield from self._json_urls([url for part in splits for url in files[part]])
                     return
                 options["on_mixed_types"] = None
+            if builder.name == "parquet":
+                options["columns"] = [c.text_field]  # the others are neither downloaded nor compared between files
             stream = datasets.load_dataset(str(c.dataset), split=split, streaming=c.streaming, **options)
             yield from self._arrow_rows(stream, where)
         except UserError:
@@ -190,7 +192,10 @@ class Source:
         except StopIteration:  # how `datasets` reports that there is no row
             return
         except Exception as error:  # datasets, pyarrow, zstandard and the network each raise their own kinds
-            raise UserError(f"{where}: cannot be read: {type(error).__name__}: {error}") from error
+            cause: BaseException = error
+            while isinstance(cause, datasets.exceptions.DatasetGenerationError) and cause.__cause__ is not None:
+                cause = cause.__cause__  # the error itself says nothing but that there was one
+            raise UserError(f"{where}: cannot be read: {type(cause).__name__}: {cause}") from error
 
     def _json_urls(self, urls: list[str]) -> Iterator[str]:
         reader = RowReader(self.cfg.text_field, skip_bad=self.cfg.bad_rows == "skip", counts=self.counts)

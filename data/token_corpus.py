@@ -110,7 +110,7 @@ def _lack_end_of_text(shards: list[Shard], eos: int) -> bool:
     """
     seen = having = 0
     for shard in shards:
-        documents = shard.documents
+        documents: Any = shard.documents
         if documents is None:
             return False
         count = len(documents) - 1

@@ -197,6 +197,19 @@ def test_a_json_dataset_goes_through_the_same_reader(tmp_path):
         list(Source(cfg).train())
 
 
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_parquet_dataset_reads_the_text_column_alone(tmp_path, streaming):
+    """data.dataset=FOLDER stands for Parquet shards of the Hub, whose other columns have different types."""
+    (tmp_path / "p").mkdir()
+    pd.DataFrame({"text": DOCS[:9], "id": range(9)}).to_parquet(tmp_path / "p/train-00000-of-00002.parquet")
+    pd.DataFrame({"text": DOCS[9:], "id": ["x"] * 51}).to_parquet(tmp_path / "p/train-00001-of-00002.parquet")
+    cfg = {"dataset": str(tmp_path / "p"), "streaming": streaming}
+    assert list(Source(DataConfig(**cfg)).train()) == DOCS
+    with pytest.raises(UserError, match="data.dataset=.*body") as caught:
+        list(Source(DataConfig(**cfg, text_field="body")).train())
+    assert "\n" not in str(caught.value)
+
+
 def test_the_true_line_of_bad_json(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "fine"}\n' * 20_000 + '{"text": "cut off\n' + '{"text": "fine"}\n')
