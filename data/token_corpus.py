@@ -146,8 +146,9 @@ def check_ids(shards: list[Shard], limit: int) -> None:
 
 def _bad_id(shard: Shard, at: int, value: int, limit: int) -> str:
     place = f"position {at}"
-    if shard.rows is not None:
-        row = bisect.bisect_right(range(len(shard.rows) - 1), at, key=lambda i: int(shard.rows[i])) - 1
+    rows: Any = shard.rows
+    if rows is not None:
+        row = bisect.bisect_right(range(len(rows) - 1), at, key=lambda i: int(rows[i])) - 1
         place = f"row {row}"
     return f"{shard.name}: {place} holds id {value}; the tokenizer's ids end at {limit - 1}: of another tokenizer?"
 
