@@ -1,0 +1,66 @@
+"""Output ranks: low-rank and mixed heads, planted power laws, removed bands; the study on a finished run."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from bottleneck.backbone.model import FullHead
+from bottleneck.core.errors import UserError
+from bottleneck.studies.formulas.output_rank import centred_spectrum, exponent, losses_without_bands, output_rank
+from support.study_runs import run_study
+
+
+def g(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_a_linear_head_has_its_rank_and_a_mixture_of_two_exceeds_it():
+    """log Σ_k π_k softmax(W_k h) is not linear in h (Yang et al. 2018)."""
+    h = torch.randn(400, 32, generator=g(0))
+    logits = [h @ (torch.randn(300, 5, generator=g(k)) @ torch.randn(5, 32, generator=g(k + 9)) / 6).T for k in (1, 2)]
+    single = output_rank(centred_spectrum(torch.log_softmax(logits[0], -1)), 32)
+    mixture = torch.logsumexp(torch.stack([torch.log_softmax(z, -1) for z in logits]), 0) - math.log(2)
+    mixed = output_rank(centred_spectrum(mixture), 32)
+    assert single["rank"] == 5 and single["tail_energy"] < 1e-9
+    assert mixed["rank"] > 32 and mixed["tail_energy"] > 1e-4 and mixed["effective_rank"] > single["effective_rank"]
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.3])
+def test_planted_power_laws_are_recovered(alpha):
+    sigma = torch.arange(1, 201, dtype=torch.float64) ** -alpha
+    assert exponent(sigma) == pytest.approx(alpha, rel=1e-6) and exponent(sigma[:5]) is None
+    assert output_rank(torch.zeros(9, dtype=torch.float64), 4)["exponent"] is None
+
+
+def test_removing_bands_equals_removing_them_from_the_matrix():
+    """W (1 − V Vᵀ) is W without these singular values; a band without energy changes nothing."""
+    U, V = (torch.linalg.qr(torch.randn(n, 8, generator=g(n), dtype=torch.float64)).Q for n in (50, 9))
+    V = torch.linalg.qr(torch.randn(8, 8, generator=g(3), dtype=torch.float64)).Q
+    sigma = torch.tensor([8.0, 6, 4, 3, 2, 1, 0, 0], dtype=torch.float64)
+    head = FullHead(((U * sigma) @ V.T).float())
+    h, y = torch.randn(90, 8, generator=g(4)), torch.randint(0, 50, (90,), generator=g(5))
+    found = losses_without_bands(h, y, head, 4)
+    assert [(b["first"], b["last"]) for b in found] == [(1, 2), (3, 4), (5, 6), (7, 8)]
+    for b in found:
+        less = sigma.clone()
+        less[b["first"] - 1 : b["last"]] = 0
+        logits = h.double() @ ((U * less) @ V.T).T
+        assert b["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, y).item(), rel=1e-4)
+
+
+def test_escape_study_on_a_finished_run(tmp_path, run, toy):
+    curve = run("ranks=[2,8]", run_dir=tmp_path / "run").curve
+    text = [o for o in toy if o.startswith(("backbone", "data"))]
+    words = [*text, "study=escape", "tokens=500", "study.histories=12", "study.futures=4", "study.bands=4"]
+    words += ["trainer=cpu", "trainer.micro_batch_size=4", "trainer.progress=false"]
+    c = run_study(tmp_path / "e", *words, f"study.run={tmp_path / 'run'}")
+    assert [(h["kind"], h["rank_of_head"], h["rank"]) for h in c["heads"]] == [("low_rank", 2, 2), ("low_rank", 8, 8)]
+    assert c["reference"]["rank"] <= 32 and len(c["reference"]["without_bands"]) == 4
+    assert c["reference"]["extended"]["histories"] == 10 and len(curve["heads"]) == 2
+    with pytest.raises(UserError, match="the rank needs more contexts than the hidden size"):
+        run_study(tmp_path / "few", *words, "tokens=20", f"study.run={tmp_path / 'run'}")
+    with pytest.raises(UserError, match="none"):
+        run_study(tmp_path / "none", *words, f"study.run={tmp_path / 'none'}")
