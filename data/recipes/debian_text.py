@@ -86,7 +86,8 @@ LANGUAGE = (
     "uk|vi|zh"
 )
 FOREIGN = re.compile(
-    rf"/(?:(?:{LANGUAGE})(?:[_-]\w+)?|[a-z][a-z]-(?!US|GB)[A-Z][A-Z])/|[._-](?:{LANGUAGE})(?:[_-]\w\w)?\.(?:x?html?|txt|xml)(?:\.gz)?$|/man/\w\w[._/]"
+    rf"/(?:(?:{LANGUAGE})(?:[_-]\w+)?|[a-z][a-z]-(?!US|GB)[A-Z][A-Z])/"
+    rf"|[._-](?:{LANGUAGE})(?:[_-]\w\w)?\.(?:x?html?|txt|xml)(?:\.gz)?$|/man/\w\w[._/]"
 )
 UNWANTED = re.compile(
     r"genindex|py-modindex|searchindex|/search\.html|_sources/|_modules/|_static/|-members\.html|_source\.html|"
