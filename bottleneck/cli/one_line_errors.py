@@ -28,10 +28,12 @@ from bottleneck.core.paths import CONF
 
 SHOW = "HYDRA_FULL_ERROR"  # Hydra's switch for full tracebacks; where the user sets it they are shown
 OURS = "BOTTLENECK_ONE_LINE"
+NO_SLURM = 'Could not detect "srun"'  # submitit's words
 HYDRA = ".hydra"  # Hydra's folder in a run's folder: the composed config, the overrides
 
 started: list[int] = []  # numbers of the jobs that this process composed and began
 folders: list[Path] = []  # of these jobs
+sweeps: list[Path] = []  # folder of the multirun, once per job
 failures: list[str] = []  # one line for each job of this process that failed
 
 
@@ -45,6 +47,8 @@ def job(work: Callable[[], Any]) -> Any:
     started.append(run.job.num if run.mode == RunMode.MULTIRUN else 0)
     folder = Path(run.runtime.output_dir)
     folders.append(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
+    if run.mode == RunMode.MULTIRUN:
+        sweeps.append(Path(run.sweep.dir))
     here = "BasicLauncher" in run.launcher.get("_target_", "")
     try:
         # hydra.job.chdir=true changed to the run's folder; relative paths are relative to where the command was given
@@ -131,6 +135,11 @@ def one_line_errors(main: Callable[[], object], after_interrupt: Optional[str] =
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if wanted_by_user or NO_SLURM not in str(error):
+            raise
+        print("error: hydra/launcher=slurm: there is no Slurm here (no srun command)", file=sys.stderr)
+        return 2
     except BrokenPipeError:  # the reader closed the pipe, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
         return 0
@@ -140,12 +149,17 @@ def one_line_errors(main: Callable[[], object], after_interrupt: Optional[str] =
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except Stopped as stop:
-        print(f"{stop}; {after_interrupt or go_on(*folders[-1:])}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # after SIGHUP the terminal is gone
+            print(f"{stop}; {after_interrupt or _how_to_resume()}", file=sys.stderr)
         return 128 + stop.signal
     except KeyboardInterrupt:
-        print(f"interrupted; {after_interrupt or go_on(*folders[-1:])}", file=sys.stderr)
+        print(f"interrupted; {after_interrupt or _how_to_resume()}", file=sys.stderr)
         return 130
     return _summary()
+
+
+def _how_to_resume() -> str:
+    return go_on(*folders[-1:], **({"sweep": sweeps[-1]} if sweeps else {}))
 
 
 def _summary() -> int:

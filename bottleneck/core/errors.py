@@ -20,8 +20,13 @@ def check(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def go_on(folder: object = None) -> str:
-    """How to resume an interrupted run, with its folder where that is known."""
+def go_on(folder: object = None, sweep: object = None) -> str:
+    """How to resume a run that was cut off.
+
+    Args: folder: the run's; sweep: folder of the multirun that the run is a job of.
+    """
+    if sweep is not None:  # as a single run its folder would be resumed without the multirun's other jobs
+        return f"resume with the same command, ckpt_path=last and hydra.sweep.dir={sweep}"
     return "resume with ckpt_path=last and " + (f"hydra.run.dir={folder}" if folder else "the same hydra.run.dir")
 
 

@@ -1,4 +1,6 @@
-"""The file format of checkpoints: written whole or not at all, with a checksum of the content, read without running code."""
+"""The file format of checkpoints: written whole or not at all, with a checksum of the content, read without running
+code.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def content_checksum(content: Any) -> str:
-    """SHA-256 of a tree of dicts, lists, tensors and plain values: equal content has equal checksums, whatever its file.
+    """SHA-256 of a tree of dicts, lists, tensors and plain values: equal content has equal checksums, whatever its
+    file.
 
     Dicts count in their order, since the order of optimizer state is part of it.
     """
@@ -95,7 +98,7 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
 
 
 class SaveLast(pl.Callback):
-    """Writes checkpoints/last.ckpt every `every` steps and after the last step; the one before stays as previous.ckpt."""
+    """Writes checkpoints/last.ckpt every `every` steps and after the last; the one before stays as previous.ckpt."""
 
     def __init__(self, run_dir: Path, every: int):
         self.path, self.every = run_dir / LAST, every

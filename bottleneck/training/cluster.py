@@ -1,7 +1,8 @@
 """Which launcher started this process, and its place among the others: torchrun, srun, LSF, MPI, or none of them.
 
-Lightning's own detection is not used for Slurm. It takes every process of an allocation for one of srun's, except in jobs named
-bash or interactive, and it refuses SLURM_NTASKS without SLURM_NTASKS_PER_NODE. What counts here is the step of srun.
+Lightning's own detection is not used for Slurm. It takes every process of an allocation for one of srun's, except in
+jobs named bash or interactive, and it refuses SLURM_NTASKS without SLURM_NTASKS_PER_NODE. What counts here is the step
+of srun.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ BY_HAND = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 class SrunEnvironment(SLURMEnvironment):
-    """The tasks of one srun step. Requeueing is left to `bottleneck.training.signals`: Lightning would save amid a step."""
+    """The tasks of one srun step.
+
+    Requeueing is left to `bottleneck.training.signals`: Lightning would save amid a step.
+    """
 
     def __init__(self) -> None:
         super().__init__(auto_requeue=False)
@@ -72,7 +76,8 @@ def slurm_step_tasks() -> int:
 def cluster_environment() -> Optional[ClusterEnvironment]:
     """How this process was started among others, or None where it was started alone.
 
-    A step of one task counts as started alone, such as a shell by `srun --pty`: the run may then start processes itself.
+    A step of one task counts as started alone, such as a shell by `srun --pty`: the run may then start processes
+    itself.
     """
     if TorchElasticEnvironment.detect():
         return TorchElasticEnvironment()

@@ -1,11 +1,12 @@
 """Several processes on this machine, started and watched by torch's elastic agent.
 
-The process that read the command line becomes the agent: it never joins a process group and sets no variable of one, so the jobs
-of a multirun know nothing of each other, whatever number of processes each has. What torch's agent does otherwise is worked
-around here, and tests/training/test_processes.py shows each point:
+The process that read the command line becomes the agent: it never joins a process group and sets no variable of one, so
+the jobs of a multirun know nothing of each other, whatever number of processes each has. What torch's agent does
+otherwise is worked around here, and tests/training/test_processes.py shows each point:
 
-- A worker that was asked to stop waits for the agent to collect its result, which an agent that was itself asked to stop never
-  does: TORCH_ELASTIC_SHUTDOWN_TIMEOUT passes before it kills the worker. The agent leaves a mark, and workers exit by it.
+- A worker that was asked to stop waits for the agent to collect its result, which an agent that was itself asked to
+  stop never does: TORCH_ELASTIC_SHUTDOWN_TIMEOUT passes before it kills the worker. The agent leaves a mark, and
+  workers exit by it.
 - Workers of an agent that was killed train on, or wait for ever while they start. Workers watch their parent.
 - Ctrl-C while workers import torch prints a traceback from each of them. They start with signals blocked.
 """
@@ -48,7 +49,8 @@ def start_workers(work: Work, cfg: DictConfig, run_dir: Path, settings: Any, dev
     Args:
         work: importable by its name.
         settings: Python's logging settings for the first process.
-    Raises: UserError for what a process raised as one, and where a process was killed; Stopped where the run was asked to stop.
+    Raises: UserError for what a process raised as one, and where a process was killed; Stopped where the run was asked
+    to stop.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -84,7 +86,8 @@ def start_workers(work: Work, cfg: DictConfig, run_dir: Path, settings: Any, dev
 
 
 def _quieten_torch() -> None:
-    # Python's tracker of shared resources, a process of its own, reports semaphores that a killed process could not give back
+    # Python's tracker of shared resources, a process of its own, reports semaphores that a killed process could not
+    # give back
     quiet = "ignore:resource_tracker:UserWarning"
     if quiet not in os.environ.get("PYTHONWARNINGS", ""):
         os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), quiet]))
@@ -116,8 +119,8 @@ def _workers_folder(run_dir: Path) -> Iterator[Path]:
 def _agent_signals(folder: Path) -> Iterator[None]:
     """Turn signals into the end of the agent, and start workers with signals blocked.
 
-    Signals are blocked in this thread, and workers inherit that, while a second thread takes them: Python runs handlers in the
-    main thread all the same.
+    Signals are blocked in this thread, and workers inherit that, while a second thread takes them: Python runs handlers
+    in the main thread all the same.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
 
@@ -186,7 +189,9 @@ def explain(error: Any, devices: int, *, minutes: float, run_dir: Path) -> NoRet
 
 
 class _ParentWatch:
-    """Ends this worker when its agent is gone, or once its work is over and the agent, asked to stop, will not collect it."""
+    """Ends this worker when its agent is gone, or once its work is over and the agent, asked to stop, will not collect
+    it.
+    """
 
     def __init__(self, agent: int, folder: Path):
         self.agent, self.folder = agent, folder

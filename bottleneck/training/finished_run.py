@@ -93,7 +93,10 @@ class FinishedRun:
         return head
 
     def factors(self, row: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """A [V, R] and B [R, D] of a low-rank head, float32. Raises UserError as `tensors`, and for another kind of head."""
+        """A [V, R] and B [R, D] of a low-rank head, float32.
+
+        Raises UserError as `tensors`, and for another kind of head.
+        """
         path, kind = self.file(row), HeadKey.of(row).kind
         check(kind == LOW_RANK, f"{path}: a head of kind {kind} has no factors A and B")
         V, R, D = self.curve["vocab_size"], row["rank"], self.curve["hidden_size"]

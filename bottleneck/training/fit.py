@@ -18,6 +18,7 @@ from bottleneck.core.errors import LostPeers, UserError
 from bottleneck.training import checkpoint, cluster, lightning_signals, processes, zero2
 from bottleneck.training.lost_peers import lost_peers
 from bottleneck.training.module import HeadSweep, ValidateEvery
+from bottleneck.training.out_of_memory import out_of_memory
 from bottleneck.training.progress import TokenProgress
 from bottleneck.training.signals import Flag, StopOnSignal
 
@@ -83,11 +84,12 @@ def fit(trainer: pl.Trainer, module: HeadSweep, *, c: TrainConfig, data: Any, re
     t = c.trainer
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
-    except torch.OutOfMemoryError as error:
-        hint = "out of GPU memory; give a smaller one, fewer heads, or trainer=fsdp"
-        raise UserError(f"trainer.micro_batch_size={t.micro_batch_size}: {hint}: {error}") from error
-    except RuntimeError as error:
-        if trainer.world_size > 1 and lost_peers(error):
+    except (RuntimeError, MemoryError, OSError) as error:
+        if out_of_memory(error):
+            where = "GPU" if trainer.strategy.root_device.type == "cuda" else "CPU"
+            hint = f"out of {where} memory; give a smaller one, fewer heads, or trainer=fsdp"
+            raise UserError(f"trainer.micro_batch_size={t.micro_batch_size}: {hint}: {error}") from error
+        if trainer.world_size > 1 and isinstance(error, RuntimeError) and lost_peers(error):
             who = f"process {trainer.global_rank} of {trainer.world_size}"
             waited = f"had no answer for {t.timeout_minutes} minutes (trainer.timeout_minutes)"
             raise LostPeers(f"{who} lost the others, or {waited}: {error}") from error

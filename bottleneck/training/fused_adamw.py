@@ -1,8 +1,8 @@
 """AdamW with a gradient divisor and a skip flag for each parameter group, by a hook into torch's fused AdamW.
 
-torch's fused kernels take `grad_scale` and `found_inf`, made for loss scaling, once for all groups: `step` reads both from the
-optimizer. `_init_group` runs just before each group is updated, so it is where they are exchanged. This module works around
-that, and tests/training/test_private_hooks.py fails where torch changes it.
+torch's fused kernels take `grad_scale` and `found_inf`, made for loss scaling, once for all groups: `step` reads both
+from the optimizer. `_init_group` runs just before each group is updated, so it is where they are exchanged. This module
+works around that, and tests/training/test_private_hooks.py fails where torch changes it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor
 class HeadAdamW(torch.optim.AdamW):
     """PyTorch's fused AdamW, one parameter group per head.
 
-    Clipping costs no pass over the gradients, and a diverged head stays as it is without the host ever asking the device.
+    Clipping costs no pass over the gradients, and a diverged head stays as it is without the host ever asking the
+    device.
 
     Args: flags: [groups], 1.0 where a group is skipped; read at every step.
     Attributes: divisors: [groups], what gradients are divided by in the next step; from `optim.clip_per_head`.

@@ -1,8 +1,8 @@
 """Takes Lightning's handling of signals away, which `bottleneck.training.signals` replaces.
 
-Lightning asks all processes before every step whether one of them had a SIGTERM, and waits for the answer, which holds up a GPU;
-on Slurm it saves in the middle of a step. It has no option to leave either out, so this module replaces two private methods of
-a trainer. tests/training/test_private_hooks.py fails where Lightning renames them.
+Lightning asks all processes before every step whether one of them had a SIGTERM, and waits for the answer, which holds
+up a GPU; on Slurm it saves in the middle of a step. It has no option to leave either out, so this module replaces two
+private methods of a trainer. tests/training/test_private_hooks.py fails where Lightning renames them.
 """
 
 from __future__ import annotations

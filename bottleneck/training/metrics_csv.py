@@ -20,7 +20,8 @@ COLUMNS = ("step", "tokens", "metric", "head", "value")
 class MetricsCSV(Logger):
     """Rows of step, tokens, metric, head, value, flushed at once, so that a kill loses nothing.
 
-    A resumed run drops the rows after its checkpoint and repeats none. (Lightning's CSVLogger deletes the file instead.)
+    A resumed run drops the rows after its checkpoint and repeats none. (Lightning's CSVLogger deletes the file
+    instead.)
     """
 
     def __init__(self, path: Path, resume_step: Optional[int] = None):

@@ -114,7 +114,7 @@ class HeadSweep(pl.LightningModule):
             folders, steps = ({f[i] for f in found} for i in range(2))
             check(
                 len(folders) == 1,
-                f"hydra.run.dir: differs between processes ({', '.join(sorted(folders)[:2])}); give one on the command line",
+                f"hydra.run.dir: differs between processes ({', '.join(sorted(folders)[:2])}); give one",
             )
             check(
                 len(steps) == 1,
@@ -145,7 +145,10 @@ class HeadSweep(pl.LightningModule):
             self.initial = self.validate()
 
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
-        """Add up the gradients of the batch's micro-batches, then update once. Args: batch: token ids [N, T+1] of this process."""
+        """Add up the gradients of the batch's micro-batches, then update once.
+
+        Args: batch: token ids [N, T+1] of this process.
+        """
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         tokens = batch.shape[0] * (batch.shape[1] - 1)
         losses = torch.zeros(len(self.bank), dtype=torch.float64, device=batch.device)
@@ -183,7 +186,8 @@ class HeadSweep(pl.LightningModule):
             self._log_step(losses, norms, rates)
 
     def on_train_end(self) -> None:
-        # Lightning moves everything to the CPU next: gradients and AdamW's moments, three times the heads, are not needed there
+        # Lightning moves everything to the CPU next: gradients and AdamW's moments, three times the heads, are not
+        # needed there
         for optimizer in self.trainer.optimizers:
             getattr(optimizer, "inner", optimizer).state.clear()  # ZeRO-2 keeps them one deeper
         for p in self.bank.parameters():
@@ -280,7 +284,10 @@ class HeadSweep(pl.LightningModule):
 
 
 class ValidateEvery(pl.Callback):
-    """Validates every `every` steps. Must stand before the callback that saves: a checkpoint then has its step's validation."""
+    """Validates every `every` steps.
+
+    Must stand before the callback that saves: a checkpoint then has its step's validation.
+    """
 
     def __init__(self, every: int):
         self.every = every

@@ -64,7 +64,8 @@ def bank_keys(
 ) -> list[HeadKey]:
     """The keys of the bank: ranks x rates x seeds.
 
-    Args: kind: `head.kind`; options: values of the kind's options, of which those that are not the default enter the keys.
+    Args: kind: `head.kind`; options: values of the kind's options, of which those that are not the default enter the
+    keys.
     """
     declared = HEAD_KINDS[kind].options
     chosen = as_options({name: value for name, value in (options or {}).items() if value != declared[name]})
@@ -89,7 +90,9 @@ def build_optimizer(bank: HeadBank, c: OptimConfig) -> HeadAdamW:
 
 
 def schedule(c: OptimConfig, steps: int) -> Callable[[int], float]:
-    """Share of the peak rate at a step: linear warm-up, then a cosine that reaches `lr_final` when the last step is done."""
+    """Share of the peak rate at a step: linear warm-up, then a cosine that reaches `lr_final` when the last step is
+    done.
+    """
     warmup = max(1, round(c.warmup * steps))
 
     def factor(step: int) -> float:
@@ -107,8 +110,9 @@ def clip_per_head(
 ) -> tuple[Tensor, Tensor]:
     """Scale each head's gradient to norm `clip` at most, and flag heads whose loss or norm is not finite.
 
-    Each head counts by itself: clipping over all heads together, as Lightning's gradient_clip_val does, would make a head depend
-    on the others. Losses and gradients are equal on all processes here, so every process flags alike. Nothing waits for the device.
+    Each head counts by itself: clipping over all heads together, as Lightning's gradient_clip_val does, would make a
+    head depend on the others. Losses and gradients are equal on all processes here, so every process flags alike.
+    Nothing waits for the device.
 
     Args:
         losses: [H]; only asked whether they are finite.

@@ -1,4 +1,5 @@
-"""Recognises errors that say "memory is exhausted", on a GPU or a CPU. On a CPU torch raises a RuntimeError with its own words.
+"""Recognises errors that say "memory is exhausted", on a GPU or a CPU. On a CPU torch raises a RuntimeError with its
+own words.
 
 tests/training/test_private_hooks.py asks torch for too much and fails where the words no longer match.
 """

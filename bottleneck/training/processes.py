@@ -1,6 +1,7 @@
 """The processes of a run: one, several on this machine, or as many as a launcher started.
 
-Launchers are torchrun, srun and whatever else Lightning knows a cluster by: then each process is there already and does its part.
+Launchers are torchrun, srun and whatever else Lightning knows a cluster by: then each process is there already and does
+its part.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def spread(work: Callable[[DictConfig, Path], Any], cfg: DictConfig, run_dir: Pa
     """Call `work(cfg, run_dir)` in every process of the run, and return its result where that is this process.
 
     Args: work: importable by its name.
-    Raises: UserError for what a process raised as one, and where a process was killed; Stopped where the run was asked to stop.
+    Raises: UserError for what a process raised as one, and where a process was killed; Stopped where the run was asked
+    to stop.
     """
     devices, nodes = cfg.trainer.devices, cfg.trainer.num_nodes
     forget_leftovers()
@@ -40,7 +42,7 @@ def spread(work: Callable[[DictConfig, Path], Any], cfg: DictConfig, run_dir: Pa
             forget_gpu()
     check(
         nodes == 1,
-        f"trainer.num_nodes={nodes}: processes on several machines are started by srun or torchrun, see docs/clusters.md",
+        f"trainer.num_nodes={nodes}: srun or torchrun starts processes on several machines, see docs/clusters.md",
     )
     tasks = os.environ.get("SUBMITIT_LOCAL_NTASKS", "1")
     check(
@@ -65,8 +67,8 @@ class SendBfloat16(pl.Callback):
 def leave_at_once(error: BaseException) -> None:
     """After a failure that may be this process's alone, exit without NCCL's collective shutdown, which would block.
 
-    At exit Lightning has NCCL wait for the other processes, which wait for this one: until their time-out nobody would learn what
-    went wrong.
+    At exit Lightning has NCCL wait for the other processes, which wait for this one: until their time-out nobody would
+    learn what went wrong.
     """
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "nccl":
         code = 2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
@@ -80,7 +82,7 @@ def leave_at_once(error: BaseException) -> None:
 
 
 def forget_gpu() -> None:
-    """Free what a run in this process held on a GPU: the next job of a multirun may run in processes beside this one."""
+    """Free what a run in this process held on a GPU: the next job of a multirun may use processes beside this one."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         gc.collect()
         torch.cuda.empty_cache()

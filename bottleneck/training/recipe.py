@@ -1,7 +1,7 @@
 """What describes a run: one list, from which curve.json takes its recipe and W&B the facts of a head.
 
-The recipe is part of a curve's identity: heads of different recipes are on different lines. A setting that a run does not use is
-not in its recipe, and neither is a setting that did not exist in earlier versions and has its default.
+The recipe is part of a curve's identity: heads of different recipes are on different lines. A setting that a run does
+not use is not in its recipe, and neither is a setting that did not exist in earlier versions and has its default.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def recipe(c: TrainConfig, dtype: str) -> dict[str, Any]:
 def head_facts(
     c: TrainConfig, key: HeadKey, *, hidden_size: int, vocab_size: int, data: str, backbone: str
 ) -> dict[str, Any]:
-    """Identifying facts of a head, the same whether it trains alone or beside others. None for settings that are not used.
+    """Identifying facts of a head, the same whether it trains alone or beside others. None for settings that are not
+    used.
 
     Args: data, backbone: labels of the text and the backbone.
     """

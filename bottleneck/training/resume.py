@@ -48,7 +48,8 @@ class StartingPoint:
 def find(c: TrainConfig, run_dir: Path) -> StartingPoint:
     """Decide where the run starts. Reads files, writes none.
 
-    Raises: UserError where a run would be overwritten, where the folder or file holds another run, where no checkpoint is whole.
+    Raises: UserError where a run would be overwritten, where the folder or file holds another run, where no checkpoint
+    is whole.
     """
     stored, steps = dataclasses.asdict(c), total_steps(c)
     wanted = wanted_checkpoint(c.ckpt_path, run_dir, restarted())
@@ -226,10 +227,11 @@ NOTES = {"backbone": str, "data": str, "heads": list, "initial": dict, "step_tok
 
 
 def content_fault(saved: dict[str, Any], bank: HeadBank) -> Optional[str]:
-    """The first thing in a checkpoint that does not fit the bank, or None: names, shapes, optimizer moments, finiteness.
+    """The first thing in a checkpoint that does not fit the bank, or None: names, shapes, optimizer moments,
+    finiteness.
 
-    Finiteness is asked of checkpoints without a checksum only, and not of heads that are marked as diverged. A checksum shows
-    that the content is what the run wrote, and a head may have diverged in the step before the checkpoint.
+    Finiteness is asked of checkpoints without a checksum only, and not of heads that are marked as diverged. A checksum
+    shows that the content is what the run wrote, and a head may have diverged in the step before the checkpoint.
     """
     try:
         fault = _outline_fault(saved, bank) or _moments_fault(saved, bank)
@@ -264,7 +266,9 @@ def _tensors_fault(found: dict[str, Any], wanted: dict[str, Tensor]) -> Optional
 
 
 def _moments_fault(saved: dict[str, Any], bank: HeadBank) -> Optional[str]:
-    """Optimizer state: one entry per trained parameter, with two moments of its shape, after as many steps as the checkpoint."""
+    """Optimizer state: one entry per trained parameter, with two moments of its shape, after as many steps as the
+    checkpoint.
+    """
     if len(saved["optimizer_states"]) != 1 or len(saved["lr_schedulers"]) != 1:
         return "there is not one optimizer with one schedule"
     optimizer = saved["optimizer_states"][0]

@@ -1,9 +1,9 @@
 """On a signal, a run finishes its step, saves a checkpoint and exits; on Slurm its job goes back into the queue.
 
-SIGTERM comes from Slurm's preemption and `scontrol requeue` (Slurm requeues the job by itself), from torchrun and from people;
-SIGHUP from a closed terminal; SIGUSR1 and SIGUSR2 ahead of a time limit (`--signal=USR1@90`, submitit), after which this module
-requeues the job. Every process stops after the same step: flags travel with the losses that are summed over processes anyway,
-and are read some steps later, when that sum is long done, so that nobody waits.
+SIGTERM comes from Slurm's preemption and `scontrol requeue` (Slurm requeues the job by itself), from torchrun and from
+people; SIGHUP from a closed terminal; SIGUSR1 and SIGUSR2 ahead of a time limit (`--signal=USR1@90`, submitit), after
+which this module requeues the job. Every process stops after the same step: flags travel with the losses that are
+summed over processes anyway, and are read some steps later, when that sum is long done, so that nobody waits.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ class Flag:
         """Keep the sum over processes of a step's flags: a tensor of one element, perhaps still being computed.
 
         Args:
-            passes: forward passes of a step, the same on every process and in every step. Steps of many passes are waited for.
+            passes: forward passes of a step, the same on every process and in every step. Steps of many passes are
+                waited for.
         """
         self._lag = LAG // passes
         if not summed.is_cuda:
@@ -95,7 +96,8 @@ class Flag:
         self._sums.append((host, event))
 
     def agreed(self, last: bool = False) -> bool:
-        """Whether some process had a signal: the same answer on every process. Without `send`, whether this process had one.
+        """Whether some process had a signal: the same answer on every process. Without `send`, whether this process had
+        one.
 
         Args: last: this is the last step, so all sums are read, and waited for.
         """

@@ -23,7 +23,10 @@ class EarlierHead(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The head's name and the hash of its file: the same wherever its folder lies. Runs are resumed and compared by it."""
+        """The head's name and the hash of its file: the same wherever its folder lies.
+
+        Runs are resumed and compared by it.
+        """
         return f"{HeadKey.of(self.row).name}:{self.run.hash(self.row)}"
 
     def check_shape(self, hidden_size: int, vocab_size: int) -> None:
@@ -34,12 +37,13 @@ class EarlierHead(NamedTuple):
 
     @torch.no_grad()
     def head(self, backbone: Backbone) -> FullHead:
-        """The head as a `FullHead` on the device and in the dtype of the original head. Raises UserError for another backbone."""
+        """The head as a `FullHead` on the device and in the dtype of the original head.
+
+        Raises UserError for another backbone.
+        """
         theirs = self.run.curve["backbone_hash"]
-        check(
-            theirs == backbone.hash,
-            f"head.teacher={self.run.folder}: its heads were trained on backbone {theirs}, this run's is {backbone.hash}",
-        )
+        about = f"its heads were trained on backbone {theirs}, this run's is {backbone.hash}"
+        check(theirs == backbone.hash, f"head.teacher={self.run.folder}: {about}")
         original = backbone.lm_head.weight
         if HeadKey.of(self.row).kind != LOW_RANK:
             return FullHead(self.run.dense(self.row).to(original))
@@ -59,7 +63,10 @@ def resolve(c: TrainConfig) -> tuple[TrainConfig, Optional[EarlierHead]]:
 
 
 def open_teacher(value: str) -> Optional[EarlierHead]:
-    """The head in a folder, or None where `value` is own or trained. Raises UserError where it is not a finished run's."""
+    """The head in a folder, or None where `value` is own or trained.
+
+    Raises UserError where it is not a finished run's.
+    """
     if value in ("own", "trained"):
         return None
     run = open_run(Path(value).expanduser())

@@ -1,4 +1,7 @@
-"""Where a step's time goes: forward, heads, reduction, optimizer. On a GPU by events, which cost nothing while it works."""
+"""Where a step's time goes: forward, heads, reduction, optimizer.
+
+On a GPU by events, which cost nothing while it works.
+"""
 
 from __future__ import annotations
 

@@ -38,7 +38,10 @@ def build_loggers(
 
 
 def close(loggers: list[Any], curve: Optional[dict[str, Any]], in_sweep: bool) -> None:
-    """End the W&B runs. Args: curve: the result, or None where there is none; in_sweep: the run is a job of a multirun."""
+    """End the W&B runs.
+
+    Args: curve: the result, or None where there is none; in_sweep: the run is a job of a multirun.
+    """
     for logger in loggers:
         if isinstance(logger, WandbHeads):
             logger.finish(curve, not in_sweep)

@@ -39,9 +39,10 @@ FINAL = ("loss", "perplexity", "bits_per_byte", "initial_loss")  # and the metri
 class WandbHeads(Logger):
     """A run for each head, of one group, whether heads train together or apart.
 
-    Every run has its head's facts as `config`, `tokens` as its x axis, and the last, final and best values as `summary`. A
-    resumed run continues in the same W&B runs (offline: in more files of the same runs). Under W&B's agent the only head's run
-    is the agent's; where a trial trains several heads, the agent's run shows their curve and the lowest validation loss.
+    Every run has its head's facts as `config`, `tokens` as its x axis, and the last, final and best values as
+    `summary`. A resumed run continues in the same W&B runs (offline: in more files of the same runs). Under W&B's agent
+    the only head's run is the agent's; where a trial trains several heads, the agent's run shows their curve and the
+    lowest validation loss.
     """
 
     def __init__(

@@ -1,6 +1,7 @@
 """Starting W&B runs: which settings hold, and what its errors mean.
 
-Settings follow W&B's convention: a key of `logger` on the command line, else W&B's environment variable, else the default.
+Settings follow W&B's convention: a key of `logger` on the command line, else W&B's environment variable, else the
+default.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""The heads' optimizer spread over the processes by DeepSpeed's ZeRO stage 2: each process holds a share of AdamW's moments.
+"""The heads' optimizer spread over the processes by DeepSpeed's ZeRO stage 2: each process holds a share of AdamW's
+moments.
 
-DeepSpeed lays a head's A and B end to end, as one parameter group, and gives every process an equal part of it. It reduces the
-gradient of a part to its owner, which updates the part with the optimizer it was given, and gathers the heads again. That
-optimizer is `HeadAdamW`: divisors and flags belong to a whole group, so clipping, divergence and rates of a head are the same
-as under DDP. DeepSpeed's own clipping and overflow check look at all heads together and are off.
+DeepSpeed lays a head's A and B end to end, as one parameter group, and gives every process an equal part of it. It
+reduces the gradient of a part to its owner, which updates the part with the optimizer it was given, and gathers the
+heads again. That optimizer is `HeadAdamW`: divisors and flags belong to a whole group, so clipping, divergence and
+rates of a head are the same as under DDP. DeepSpeed's own clipping and overflow check look at all heads together and
+are off.
 """
 
 from __future__ import annotations
@@ -50,8 +52,8 @@ class Zero2Strategy(DDPStrategy):
 class Zero2AdamW(torch.optim.Optimizer):
     """An optimizer of whole heads to its callers, with the groups and the state of `HeadAdamW`.
 
-    So a run resumes from the checkpoint of any other, whatever its number of processes and its optimizer. DeepSpeed's engine is
-    built at the first backward pass, once heads and state have their initial values.
+    So a run resumes from the checkpoint of any other, whatever its number of processes and its optimizer. DeepSpeed's
+    engine is built at the first backward pass, once heads and state have their initial values.
 
     Attributes: divisors: as `HeadAdamW`.
     """

@@ -24,7 +24,10 @@ from bottleneck.training.run_folder import LAST, PREVIOUS  # noqa: E402
 
 
 def disturb(overrides: list[str], folder: Path, kills: int, seed: int, say=lambda words: None) -> int:
-    """Run, kill one process at a random moment, run again, and so on; then let it finish. Returns how many were killed."""
+    """Run, kill one process at a random moment, run again, and so on; then let it finish.
+
+    Returns how many were killed.
+    """
     rng = random.Random(seed)
     done = 0
     while True:

@@ -1,4 +1,4 @@
-"""Files of a run's folder with the right outline and the wrong content: refused or left out, and reported in one line."""
+"""Files of a run's folder with the right outline and wrong content are refused or left out, in one line."""
 
 from __future__ import annotations
 
@@ -115,8 +115,9 @@ DAMAGE = [
 @pytest.mark.parametrize("checksum", ["kept", "none"])
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda f: f.__qualname__)
 def test_a_damaged_checkpoint_is_never_used(whole, toy, tmp_path, damage, checksum):
-    """Each was resumed in silence, or ended in a traceback. With the checksum kept, the content does not match it; without one,
-    as in checkpoints of earlier versions, names, shapes, moments, finiteness and step are compared."""
+    """Each was resumed in silence, or ended in a traceback. With the checksum kept, the content does not match it;
+    without one, as in checkpoints of earlier versions, names, shapes, moments, finiteness and step are compared.
+    """
     from bottleneck.config.checks import check_config
     from bottleneck.heads.bank import HeadBank
     from bottleneck.heads.key import HeadKey
@@ -129,14 +130,12 @@ def test_a_damaged_checkpoint_is_never_used(whole, toy, tmp_path, damage, checks
     if checksum == "none" and "bottleneck" in c:
         del c["bottleneck"][CHECKSUM]
     torch.save(c, folder / LAST)
-    stored = torch.load(whole / PREVIOUS, weights_only=True)["bottleneck"]["config"]
     config = check_config(composed([*toy, EVERY, "ckpt_path=last"]))
     heads = json.loads((whole / "curve.json").read_text())["heads"]
     bank = HeadBank([HeadKey(h["rank"], h["lr"], h["seed"]) for h in heads], 320, 32)
 
     def start():
-        found = resume.find(config, stored, folder, 20)
-        return resume.verify(found, stored, folder, 20, bank=bank)
+        return resume.verify(resume.find(config, folder), config, run_dir=folder, bank=bank)
 
     with pytest.raises(UserError, match="last.ckpt: "):
         start()

@@ -78,8 +78,7 @@ def test_a_refused_run_leaves_no_folder_and_a_stopped_one_names_its_own(tmp_path
     assert started("optim.lr=-1", "hydra.run.dir=own").wait() == 2 and (tmp_path / "own" / "notes.txt").exists()
     lost = started("ckpt_path=last")
     assert (
-        "error: ckpt_path=last: resumes in hydra.run.dir, which is a new folder by default"
-        in lost.communicate()[1]
+        "error: ckpt_path=last: resumes in hydra.run.dir, which is a new folder by default" in lost.communicate()[1]
         and lost.returncode == 2
     )
     run = started(*toy, "tokens=76800", "trainer.log_every=1")
@@ -164,8 +163,10 @@ def assert_gone(pids):
 
 @pytest.mark.parametrize("deaf", [False, True])
 def test_an_interrupted_benchmark_takes_its_run_along(deaf, monkeypatch, tmp_path):
-    """It had its run killed by subprocess.run a quarter of a second after a Ctrl-C, which left torch's workers, in sessions of their
-    own, alone on their GPUs. The run is given time to end itself; one that does not is killed with all that it started."""
+    """It had its run killed by subprocess.run a quarter of a second after a Ctrl-C, which left torch's workers, in
+    sessions of their own, alone on their GPUs. The run is given time to end itself; one that does not is killed with
+    all that it started.
+    """
     monkeypatch.setattr(ours, "PATIENCE", 1.0 if deaf else 60.0)
     said, pids = tmp_path / "said", []
     trap = "trap '' INT" if deaf else f"trap 'sleep 0.5; kill $!; touch {said}; exit 130' INT"

@@ -126,7 +126,9 @@ def test_threads_of_a_process(environ, monkeypatch):
 
 
 def test_the_default_folder_belongs_to_one_run(environ, monkeypatch, tmp_path):
-    """Two runs in one Slurm allocation, in parallel steps or in one second shared a folder: the second overwrote the first."""
+    """Two runs in one Slurm allocation, in parallel steps or in one second shared a folder: the second overwrote the
+    first.
+    """
     monkeypatch.chdir(tmp_path)
 
     def name(variables, *argv):

@@ -1,7 +1,7 @@
 """Run folders written by the code before the rooms were rebuilt (tests/assets/old_run): they resume and read as before.
 
-The folder holds a backbone, a text, a run that was killed after step 8 of 12 (its checkpoint is of step 5), and the same run
-undisturbed. `written_by.json` names the machine: sums round differently on another CPU or with another torch.
+The folder holds a backbone, a text, a run that was killed after step 8 of 12 (its checkpoint is of step 5), and the
+same run undisturbed. `written_by.json` names the machine: sums round differently on another CPU or with another torch.
 """
 
 from __future__ import annotations

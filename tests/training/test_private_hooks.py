@@ -1,4 +1,4 @@
-"""Private parts of torch and Lightning that the project reaches into are still where they were, and do what they did."""
+"""Private parts of torch and Lightning that the project reaches into are still there, and do what they did."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A real Slurm, started here: warned ahead of a time limit, preempted or killed, a job goes on and ends at the same heads."""
+"""A real Slurm, started here: warned ahead of a time limit, preempted or killed, a job goes on and ends at the same
+heads.
+"""
 
 from __future__ import annotations
 
@@ -76,11 +78,9 @@ def under_way(slurm, folder: Path, steps: int = 7) -> None:
             if r.count(",") >= 4 and r.split(",")[0].isdigit()
         )
 
-    slurm.until(
-        there,
-        200,
-        f"{folder} does not get under way: {Path(f'{folder}.log').read_text()[-2000:] if Path(f'{folder}.log').exists() else ''}",
-    )
+    log = Path(f"{folder}.log")
+    output = log.read_text()[-2000:] if log.exists() else ""
+    slurm.until(there, 200, f"{folder} does not get under way: {output}")
 
 
 def finished(slurm, job: str, folder: Path, whole: Path) -> str:
@@ -106,7 +106,8 @@ def test_a_job_goes_on_by_itself(slurm, whole, tmp_path, how):
     elif how == "requeue":
         slurm.run("scontrol", "requeue", job)
     elif how == "killed":
-        # as where a node dies, when Slurm itself puts the job back (not shown: Debian's slurmctld 22.05 crashes after it has)
+        # as where a node dies, when Slurm itself puts the job back (not shown: Debian's slurmctld 22.05 crashes after
+        # it has)
         for pid in map(
             int,
             subprocess.run(["pgrep", "-f", f"hydra.run.dir={folder}"], capture_output=True, text=True).stdout.split(),

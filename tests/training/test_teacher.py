@@ -1,4 +1,6 @@
-"""head.teacher=FOLDER: the head of an earlier run teaches, whoever it is, wherever its folder lies; what does not fit is refused."""
+"""head.teacher=FOLDER: the head of an earlier run teaches, whoever it is, wherever its folder lies; what does not fit
+is refused.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def earlier(run, tmp_path):
 
 
 def test_the_full_head_in_a_folder_teaches_what_the_full_head_teaches(run, earlier, tmp_path):
-    """Softmaxes ignore the shift, so two routes to one teacher must give the same heads; a teacher that has learned gives others."""
+    """Softmaxes ignore the shift, so two routes to one teacher must give the same heads; a teacher that has learned
+    gives others.
+    """
     objective = ("ranks=[2,8]", "objective=mixed", "head.mix=0.9", "optim.lr=1e-2")
     own = run(*objective, run_dir=tmp_path / "own")
     told = run(*objective, f"head.teacher={earlier}", run_dir=tmp_path / "told")
@@ -46,7 +50,9 @@ def test_the_full_head_in_a_folder_teaches_what_the_full_head_teaches(run, earli
 
 @pytest.mark.parametrize("init", ["fisher", "refined", "svd"])
 def test_closed_forms_are_of_the_head_that_teaches(run, tmp_path, init):
-    """At rank D a closed form is its head itself, so its loss before any training is that with which the teacher ended, and its KL is none."""
+    """At rank D a closed form is its head itself, so its loss before any training is that with which the teacher ended,
+    and its KL is none.
+    """
     learned = run("ranks=[4,32]", "optim.lr=1e-1", run_dir=tmp_path / "learned").curve
     taught = run(
         "ranks=[4,32]",

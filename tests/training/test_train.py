@@ -47,7 +47,7 @@ def test_full_rank_fisher_starts_at_the_own_head(run):
 
 
 def test_reference_is_the_models_own_loss(run, toy_backbone):
-    """The full head's loss by plain Transformers over the validation stream, block by block; and bits per byte by hand."""
+    """The original head's loss by plain Transformers over the validation blocks; bits per byte by hand."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     result = run("ranks=[2]")
@@ -140,7 +140,9 @@ def test_grid_keeps_the_best_and_records_all(run):
 
 
 def test_checkpoint_holds_heads_only_and_resumes_exactly(run, tmp_path):
-    """Stopped half-way and resumed equals uninterrupted; the backbone is in no checkpoint; a finished run can be resumed."""
+    """Stopped half-way and resumed equals uninterrupted; the backbone is in no checkpoint; a finished run can be
+    resumed.
+    """
     whole = run(run_dir=tmp_path / "whole")
     state = torch.load(tmp_path / "whole" / LAST, weights_only=True)
     assert state["state_dict"] and not [n for n in state["state_dict"] if n.startswith("backbone")]
@@ -273,7 +275,10 @@ def test_multirun_merged_equals_side_by_side(run, toy, tmp_path):
 
 
 def kill_until_done(overrides, folder, kills: int, seed: int) -> int:
-    """Run, SIGKILL at a random moment, resume, and so on; then let it finish. Returns how often it was killed while running."""
+    """Run, SIGKILL at a random moment, resume, and so on; then let it finish.
+
+    Returns how often it was killed while running.
+    """
     rng = random.Random(seed)
     killed = 0
     for attempt in range(kills + 1):
@@ -305,7 +310,9 @@ def test_killed_and_resumed_is_bit_identical(toy, run, tmp_path, kills):
 
 @pytest.mark.slow
 def test_the_default_sweep_is_a_curve(tmp_path):
-    """The embedded default: perplexity falls with rank by far more than noise, the best head is within 5 % of the own head."""
+    """The embedded default: perplexity falls with rank by far more than noise, the best head is within 5 % of the own
+    head.
+    """
     done = shell("trainer=cpu", f"hydra.run.dir={tmp_path / 'run'}", timeout=580)
     assert done.returncode == 0, done.stderr[-2000:]
     c = json.loads((tmp_path / "run" / "curve.json").read_text())

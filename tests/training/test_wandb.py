@@ -1,4 +1,6 @@
-"""W&B's offline files, read back by its own command: a run a head, alike from one process and from a multirun; resumed runs go on."""
+"""W&B's offline files, read back by its own command: a run a head, alike from one process and from a multirun; resumed
+runs go on.
+"""
 
 from __future__ import annotations
 
@@ -221,7 +223,9 @@ def test_a_server_that_cannot_be_reached_stops_nothing(toy, quiet, tmp_path, mon
 
 
 def test_settings_are_an_explicit_key_then_the_environment_then_the_default():
-    """WANDB_MODE and the others were ignored, and `online` was passed against them: text could be uploaded that should not be."""
+    """WANDB_MODE and the others were ignored, and `online` was passed against them: text could be uploaded that should
+    not be.
+    """
     default = wandb_settings(LoggerConfig(), {})
     assert (default.project, default.mode, default.entity, default.group, default.tags, default.folder) == (
         "bottleneck",
@@ -279,7 +283,10 @@ def test_what_the_environment_forbids_is_not_uploaded(toy, quiet, tmp_path, monk
 
 @pytest.mark.slow
 def test_several_heads_of_one_agents_trial(toy, quiet, tmp_path):
-    """It ended in a traceback: all heads got the agent's run id. The agent's run has their curve and the lowest loss."""
+    """It ended in a traceback: all heads got the agent's run id.
+
+    The agent's run has their curve and the lowest loss.
+    """
     env = {"WANDB_SWEEP_ID": "s1", "WANDB_RUN_ID": "agentsrun", "WANDB_SILENT": "true"}
     done = shell(*toy, *OFFLINE, "ranks=[2,8]", "tokens=1024", f"hydra.run.dir={tmp_path / 'run'}", **env)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,4 +1,6 @@
-"""Workers of a run of several processes end with it: within seconds of a signal, at any moment, and when the agent is killed."""
+"""Workers of a run of several processes end with it: within seconds of a signal, at any moment, and when the agent is
+killed.
+"""
 
 from __future__ import annotations
 
@@ -57,8 +59,9 @@ def assert_nothing_left(folder: Path, processes: list[psutil.Process]) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_does_not_wait_for_torchs_timeout(tmp_path, number):
-    """Workers waited for an agent that never collects their results, 60 s by default: SIGTERM took 61 s, with the checkpoint
-    written 0.01 s after the signal. Preemption gives 30."""
+    """Workers waited for an agent that never collects their results, 60 s by default: SIGTERM took 61 s, with the
+    checkpoint written 0.01 s after the signal. Preemption gives 30.
+    """
     run = start(tmp_path)
     until(lambda: at_work(tmp_path))
     workers = spawned(run)
