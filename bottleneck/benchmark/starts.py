@@ -18,6 +18,7 @@ Dims: n tokens of a batch, N tokens, D hidden size, R rank, V vocabulary.
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -175,7 +176,7 @@ def methods(h_ND: Tensor, head: FullHead, rank: int) -> Iterator[tuple[str, Call
     ):
         kind = "second-order" if solve.second_order else "kl"
         name = f"gauss-newton {kind} {solve.tokens} x {solve.batches}, {solve.steps} steps, damping {solve.damping}"
-        yield name, lambda solve=solve: solved(solve)
+        yield name, functools.partial(solved, solve)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,1 +1,1 @@
-"""Exact sums over validation tokens, and agreement with the original head."""
+"""Validation losses as sums over all tokens, and agreement with the original head."""

@@ -47,6 +47,9 @@ class HeadBank(nn.Module):
     Raises: UserError for a duplicate head, or a kind that cannot be trained in other coordinates.
     """
 
+    diverged: Tensor
+    whiten_DD: Optional[Tensor]
+
     def __init__(
         self,
         keys: list[HeadKey],
@@ -97,6 +100,7 @@ class HeadBank(nn.Module):
         """
         for head in self._heads():
             head.use_coordinates(root_DD)
+        assert self.whiten_DD is not None
         self.whiten_DD.copy_(inverse_DD)
 
     def factors(self, key: HeadKey) -> tuple[Tensor, Tensor]:
@@ -112,8 +116,9 @@ class HeadBank(nn.Module):
     @torch.no_grad()
     def finish_gradients(self) -> None:
         """Once all tokens of a step are in, turn the gradients of B into those of C: dC = dB M^-1."""
-        for head in self._heads() if self.whiten_DD is not None else ():
-            head.finish_gradients(self.whiten_DD)
+        if self.whiten_DD is not None:
+            for head in self._heads():
+                head.finish_gradients(self.whiten_DD)
 
     def impl(self, key: HeadKey, dtype: torch.dtype) -> str:
         """The implementation of the loss that a head runs on for hidden states of a dtype: never "auto"."""

@@ -81,7 +81,7 @@ def _word(value: Any) -> str:
 
 
 def full_rank_index(keys: list[HeadKey], hidden_size: int) -> int:
-    """Which head teaches under head.teacher=trained: the one of rank D. Raises UserError unless there is exactly one."""
+    """Which head teaches under head.teacher=trained: the one of rank D. Raises UserError unless exactly one has it."""
     full = [i for i, key in enumerate(keys) if key.rank == hidden_size]
     needs = f"needs exactly one head of the full rank {hidden_size} in the run, with one rate and one seed"
     check(len(full) == 1, f"head.teacher=trained: {needs}; found {len(full)}")

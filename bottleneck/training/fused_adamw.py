@@ -8,6 +8,7 @@ works around that, and tests/training/test_private_hooks.py fails where torch ch
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,9 +44,10 @@ class HeadAdamW(torch.optim.AdamW):
 
 
 @torch.no_grad()
-def group_norms(groups: list[list[Tensor]]) -> Tensor:
+def group_norms(groups: Sequence[Sequence[Tensor]]) -> Tensor:
     """Norms of the gradients of groups of parameters, [groups]. The bits of a norm depend on its group alone."""
-    parts = iter(torch._foreach_norm([p.grad for group in groups for p in group]))
+    gradients = [p.grad for group in groups for p in group if p.grad is not None]  # all have one
+    parts = iter(torch._foreach_norm(gradients))
     norms = [[next(parts) for _ in group] for group in groups]
     if {len(n) for n in norms} == {2}:  # low-rank heads only: one operation for all
         return torch.linalg.vector_norm(torch.stack([x for n in norms for x in n]).view(-1, 2), dim=1)

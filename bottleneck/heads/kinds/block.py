@@ -28,6 +28,8 @@ class Blocks(Head):
         shrink: R_i = R / shrink^i, at least 1.
     """
 
+    place_V: Tensor
+
     def __init__(self, vocab_size: int, rank: int, hidden_size: int, bands: Sequence[int], shrink: int):
         super().__init__(vocab_size, start_rank=rank)
         edges = [0, *(b for b in bands if 0 < b < vocab_size), vocab_size]

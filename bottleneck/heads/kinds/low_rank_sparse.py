@@ -21,6 +21,8 @@ class LowRankSparse(Factored):
     Args: rows: F.
     """
 
+    tokens_F: Tensor
+
     def __init__(self, vocab_size: int, rank: int, hidden_size: int, rows: int):
         super().__init__(vocab_size, rank, hidden_size)
         count = min(rows, vocab_size)
