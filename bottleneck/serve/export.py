@@ -1,10 +1,12 @@
-"""A trained head for use elsewhere: as a whole Transformers model, or as its two matrices.
+"""A trained head for use elsewhere: as a whole Transformers model, as a model to serve, or as its two matrices.
 
-    python -m bottleneck.export RUN_DIR --rank R --to DIR [--form dense|factored]
+    python -m bottleneck.export RUN_DIR --rank R --to DIR [--form dense|serve|factored]
 
-dense: the run's backbone with W = A B as its output head, untied: AutoModelForCausalLM loads it. factored: tensors
-lm_head.down.weight [R, D] and lm_head.up.weight [V, R], logits = up(down(h)), the layout of low-rank draft heads. The
-folder is written under another name and renamed when it is complete; a dense one is loaded again and compared before.
+dense: the run's backbone with W = A B as its output head, untied: AutoModelForCausalLM loads it. serve: the backbone
+with the head as two matrices, logits = up(down(h)), at the cost of the rank: AutoModelForCausalLM loads it with
+trust_remote_code=True, vLLM with the plugin of this package. factored: the two tensors alone, lm_head.down.weight
+[R, D] and lm_head.up.weight [V, R], the layout of low-rank draft heads. A folder is written under another name and
+renamed when it is complete; dense and served models are loaded again and compared before.
 
 Dims: N sequences, T sequence length, D hidden size, R rank, V vocabulary. W_VD = A_VR @ B_RD.
 """
@@ -25,11 +27,12 @@ from bottleneck.backbone.model import DTYPES, Backbone, label, load_model, load_
 from bottleneck.cli import one_line_errors as cli
 from bottleneck.core.errors import Parser, check
 from bottleneck.serve.folder import check_same, new_folder, probe, read_back, save_model, write_json
+from bottleneck.serve.served import check_served, note_tokenizer, write_served
 from bottleneck.serve.swap import prove, replace_head, set_head
 from bottleneck.training.finished_run import FinishedRun, open_run
 
 __all__ = ["command", "export", "main", "open_run", "prove", "quiet", "set_head"]
-FORMS = ("dense", "factored")
+FORMS = ("dense", "serve", "factored")
 FACTS = "bottleneck.json"  # where a head comes from
 HEAD_FACTS = ("rank", "lr", "seed", "init", "parameters", "loss", "perplexity", "bits_per_byte", "initial_loss")
 RUN_FACTS = ("data", "data_hash", "tokens", "validation_tokens", "recipe", "reference", "versions")
@@ -48,7 +51,7 @@ def facts(run: FinishedRun, row: dict[str, Any], *, form: str, dtype: str, famil
         "hidden_size": D,
         "vocab_size": V,
         "dtype": dtype,
-        **(tensors if form == "factored" else {}),
+        **(tensors if form != "dense" else {}),
         "backbone": {
             "name": label(b) if b.name else run.curve["backbone"],
             "path": b.path,
@@ -97,6 +100,29 @@ def _dense(run: FinishedRun, row: dict[str, Any], W_VD: Tensor, *, dtype: str, t
         b = run.backbone
         again = read_back(part, backbone, dtype, attention=b.attn_implementation, code=b.trust_remote_code)
         check_same(again, W_VD, hidden, ids, dtype=dtype)
+
+
+@torch.no_grad()
+def _served(
+    run: FinishedRun, row: dict[str, Any], factors: tuple[Tensor, Tensor], *, dtype: str, tokenizer: Any, to: Path
+) -> None:
+    model, backbone = run.model(_dtype_to_load(run, dtype))
+    _prepare(model, backbone.name, dtype)
+    ids = probe(model)
+    hidden = backbone(ids).float()
+
+    def fresh() -> Any:
+        again = load_model(dataclasses.replace(run.backbone, dtype=cast(Any, _dtype_to_load(run, dtype))))
+        _prepare(again, backbone.name, dtype)
+        return again
+
+    with new_folder(to) as part:
+        write_served(model, backbone, factors, fresh=fresh, part=part)
+        tokenizer.save_pretrained(part)
+        note_tokenizer(part)
+        write_json(part / FACTS, facts(run, row, form="serve", dtype=dtype, family=backbone.family))
+        del model  # a second copy is loaded
+        check_served(part, backbone, factors, ids_NT=ids, hidden=hidden, dtype=DTYPES[dtype])
 
 
 def _prepare(model: Any, name: str, dtype: str) -> None:
@@ -160,6 +186,8 @@ def export(run: FinishedRun, row: dict[str, Any], to: Path, *, form: str = "dens
     tokenizer = load_tokenizer(run.backbone)
     if factors is None:
         _dense(run, row, run.dense(row), dtype=dtype, tokenizer=tokenizer, to=to)
+    elif form == "serve":
+        _served(run, row, factors, dtype=dtype, tokenizer=tokenizer, to=to)
     else:
         _factored(run, row, factors, dtype=dtype, tokenizer=tokenizer, to=to)
     return to
@@ -175,13 +203,16 @@ def quiet() -> None:
 def _parser() -> Parser:
     parser = Parser(
         prog="python -m bottleneck.export",
-        description="Write a trained head as a Transformers model, or as its two matrices.",
+        description="Write a trained head as a Transformers model, as a model for vLLM, or as its two matrices.",
     )
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of a finished run")
     parser.add_argument("--rank", type=int, required=True, help="rank of the head")
     parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="new or empty folder")
     parser.add_argument(
-        "--form", choices=FORMS, default="dense", help="whole model, or lm_head.down and lm_head.up (default: dense)"
+        "--form",
+        choices=FORMS,
+        default="dense",
+        help="whole model, model with the head as two matrices, or these alone (default: dense)",
     )
     parser.add_argument("--lr", type=float, help="the head of this rate (default: the best of the rank)")
     parser.add_argument("--seed", type=int, help="the head of this seed (default: the best of the rank)")

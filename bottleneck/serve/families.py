@@ -82,7 +82,7 @@ def walk(family: str, folder: Path) -> Outcome:
         try:
             _export(cfg, backbone, W, folder / dtype)
             exported = exported or SUPPORTED
-        except UserError as error:
+        except Exception as error:  # also a defect of ours: the table shows it, and the test of the table fails
             exported = _short(error)
     return Outcome(family, told["float32"], told["bfloat16"], exported, between)
 

@@ -53,17 +53,21 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def save_model(model: Any, folder: Path) -> None:
+def save_model(model: Any, folder: Path, without: Optional[str] = None) -> None:
     """`save_pretrained`; weights that are still shared are written under each of their names.
 
     Untying the head in the config also unties what else a family ties (Zamba's shared layers): loaded again, every name
     must be there.
+
+    Args: without: weights whose names begin so are left out.
     """
-    state = model.state_dict()
+    state = {k: t for k, t in model.state_dict().items() if without is None or not k.startswith(without)}
     storages = [t.data_ptr() for t in state.values() if t.numel()]
     shared = len(set(storages)) < len(storages)
     try:
-        model.save_pretrained(folder, **({"state_dict": {k: t.clone() for k, t in state.items()}} if shared else {}))
+        if shared:
+            state = {k: t.clone() for k, t in state.items()}
+        model.save_pretrained(folder, **({"state_dict": state} if shared or without else {}))
     except (OSError, SafetensorError):
         raise
     except Exception as error:

@@ -19,6 +19,7 @@ from bottleneck.core.errors import UserError, check
 
 log = logging.getLogger(__name__)
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")  # where families keep a factor of the logits
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 NO_CAP = 2.0**20  # c · tanh(x / c) is x to 1e-9 for every logit: for families whose config must have a cap
 
 
@@ -93,9 +94,8 @@ def configs_of(model: Any) -> list[Any]:
 
 
 def _caps(holder: Any) -> Iterator[str]:
-    """Names under which a config or model keeps a soft cap of its logits (caps of attention scores are none)."""
-    names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-    for name in dict.fromkeys((*names, *(n for n in vars(holder) if "cap" in n and "logit" in n and "attn" not in n))):
+    """Names under which a config or module keeps a soft cap of its logits (not those of attention or router scores)."""
+    for name in CAPS:
         if isinstance(getattr(holder, name, None), (int, float)):
             yield name
 

@@ -1,0 +1,131 @@
+"""One folder that Transformers and vLLM load, with the head as two matrices: `--form serve`.
+
+Dims: D hidden size, R rank, V vocabulary. Logits = up(down(h)), up.weight [V, R], down.weight [R, D].
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Callable
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bottleneck.backbone.model import Backbone
+from bottleneck.core.errors import UserError, check
+from bottleneck.serve import low_rank_head
+from bottleneck.serve.folder import save_model, write_json
+from bottleneck.serve.low_rank_head import DOWN, INDEX, PREFIX, UP
+from bottleneck.serve.swap import replace_head, set_head
+
+HEAD_FILE = "model-head.safetensors"
+WHOLE, BODY_FILE = "model.safetensors", "model-body.safetensors"
+
+
+@torch.no_grad()
+def write_served(
+    model: Any, backbone: Backbone, factors: tuple[Tensor, Tensor], *, fresh: Callable[[], Any], part: Path
+) -> None:
+    """Write a model and a low-rank head into a folder.
+
+    Args: factors: A [V, R], B [R, D]. fresh: loads the model anew, see `write_dense`.
+    Raises: UserError if the family cannot be served so.
+    """
+    architecture, family = type(model).__name__, backbone.family
+    check(
+        getattr(transformers, architecture, None) is type(model),
+        f"backbone {backbone.name}: family {family} has code of its own ({architecture}); --form serve cannot wrap it",
+    )
+    place = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), "")
+    check(
+        place == "lm_head",
+        f"backbone {backbone.name}: family {family} keeps its head in {place or 'no module'}, "
+        "--form serve needs lm_head",
+    )
+    A, B = factors
+    scale = set_head(model, A @ B)
+    if backbone.rewrites_weights:
+        model = fresh()
+        replace_head(model, A @ B)
+    weight = model.get_output_embeddings().weight
+    up = weight.new_zeros(len(weight), A.shape[1])
+    up[: len(A)] = (A / scale).to(up)
+    down = B.to(up).contiguous()
+    check(
+        bool(up.isfinite().all()) and bool(down.isfinite().all()),
+        "--dtype: cannot hold all values of the head; use a wider one",
+    )
+    save_model(model, part, without="lm_head.")
+    _add_head(part, up, down)
+    config = json.loads((part / "config.json").read_text(encoding="utf-8"))
+    name = PREFIX + architecture
+    config |= {
+        "architectures": [name],
+        "auto_map": {"AutoModelForCausalLM": f"{Path(low_rank_head.__file__).stem}.{name}"},
+        "tie_word_embeddings": False,
+        "head_rank": A.shape[1],
+        "head_shape": list(weight.shape),
+    }
+    write_json(part / "config.json", config)
+    shutil.copyfile(low_rank_head.__file__, part / Path(low_rank_head.__file__).name)
+
+
+def note_tokenizer(part: Path) -> None:
+    """Write the identity of the folder's tokenizer into its config, so that loaders notice another one."""
+    if (part / "tokenizer.json").is_file():
+        config = json.loads((part / "config.json").read_text(encoding="utf-8"))
+        config["head_tokenizer"] = low_rank_head.file_hash(part / "tokenizer.json")
+        write_json(part / "config.json", config)
+
+
+def _add_head(part: Path, up: Tensor, down: Tensor) -> None:
+    """The head as one more file of the index; loaders ignore files that it does not list."""
+    if (part / INDEX).is_file():
+        index = json.loads((part / INDEX).read_text(encoding="utf-8"))
+    else:
+        from safetensors import safe_open
+
+        (part / WHOLE).rename(part / BODY_FILE)
+        with safe_open(part / BODY_FILE, "pt") as f:
+            index = {"metadata": {}, "weight_map": dict.fromkeys(f.keys(), BODY_FILE)}
+    save_file({DOWN: down.clone(), UP: up.clone()}, part / HEAD_FILE, metadata={"format": "pt"})
+    index["weight_map"] |= {DOWN: HEAD_FILE, UP: HEAD_FILE}
+    files = sorted(set(index["weight_map"].values()))
+    index["metadata"]["total_size"] = sum((part / name).stat().st_size for name in files)
+    write_json(part / INDEX, index)
+
+
+@torch.no_grad()
+def check_served(
+    part: Path,
+    backbone: Backbone,
+    factors: tuple[Tensor, Tensor],
+    *,
+    ids_NT: Tensor,
+    hidden: Tensor,
+    dtype: torch.dtype,
+) -> None:
+    """Load a folder with Transformers and compare its logits with A B h. Raises UserError if they differ.
+
+    Args: hidden: the backbone's hidden states [N, T, D] of ids_NT, before its head was exchanged.
+    """
+    name, family = backbone.name, backbone.family
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(part, trust_remote_code=True, dtype=dtype).eval()
+        got = model(input_ids=ids_NT, use_cache=False).logits.float()
+    except Exception as error:  # of any kind: this is a check of what was written
+        raise UserError(
+            f"backbone {name}: family {family} cannot be served: loaded again, {type(error).__name__}: "
+            f"{str(error)[:200]}"
+        ) from error
+    A, B = (t.to(dtype).float() for t in factors)
+    want = hidden @ B.T @ A.T
+    off = float((got - want).abs().max() / want.abs().max())
+    check(
+        off < (1e-4 if dtype == torch.float32 else 2e-2),
+        f"backbone {name}: family {family} cannot be served: loaded again, its logits differ by {off:.2g}",
+    )
