@@ -187,7 +187,7 @@ def load_shape(cfg: BackboneConfig) -> tuple[int, Optional[int], int]:
         raise UserError(f"backbone {label(cfg)}: family {config.model_type} has no linear LM head")
     # A family may cut the rows that pad its head off the logits. A forward pass on the meta device shows how many are
     # left; not every family can run there.
-    rows = getattr(text, "unpadded_vocab_size", None) or len(weight)
+    rows = min(getattr(text, "unpadded_vocab_size", None) or len(weight), len(weight))
     with contextlib.suppress(Exception), torch.no_grad(), _silent():
         rows = model(input_ids=torch.zeros(1, 4, dtype=torch.long, device="meta"), use_cache=False).logits.shape[-1]
     return weight.shape[1], min(limits) if limits else None, rows

@@ -38,6 +38,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     **{f: dict(rotary_dim=4) for f in ("codegen", "gptj")},
     **{f: dict(head_dim=8) for f in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral", "ministral3")},
     "beam": dict(final_logit_softcapping=30.0),
+    "glm4_moe_lite": _MLA,
     "axk1": dict(**_MLA, n_group=1, topk_group=1),
     "deepseek_v2": dict(**_MLA, num_experts_per_tok=2, n_group=1, topk_group=1),
     "dots1": dict(n_routed_experts=4, n_shared_experts=1, n_group=1, topk_group=1, num_experts_per_tok=2),

@@ -42,4 +42,6 @@ def test_the_table_is_current():
     outcomes = list(families.walk_all(FAMILIES, cores()))
     assert families.table(outcomes).splitlines() == TABLE.read_text().splitlines()
     assert sum(o.float32 == families.SUPPORTED for o in outcomes) >= 165
-    assert all(o.export == families.SUPPORTED for o in outcomes if o.float32 == families.SUPPORTED)
+    trained = [o for o in outcomes if o.float32 == families.SUPPORTED]
+    # HY-V4 in bfloat16 does not come back as it was saved, and is refused
+    assert {o.family for o in trained if o.export != families.SUPPORTED} <= {"hy_v4"}

@@ -48,7 +48,7 @@ def test_transformers_computes_the_heads_logits(family, toy_backbone, tmp_path):
     with torch.no_grad():
         got, want = model(input_ids=ids, use_cache=False).logits, backbone(ids) @ B.T @ A.T
     assert got.shape == want.shape and (got - want).abs().max() < 1e-5 * want.abs().max()
-    assert type(model).__name__ == f"LowRank{type(model).__mro__[1].__name__}"
+    assert type(model).__name__.startswith("LowRank")
     assert [tuple(p.shape) for p in model.lm_head.parameters()] == [(4, B.shape[1]), (len(model.lm_head.up.weight), 4)]
 
 
