@@ -24,8 +24,8 @@ from bottleneck.config.checks import check_config
 from bottleneck.config.schema import BackboneConfig, OptimConfig
 from bottleneck.core.errors import UserError
 from bottleneck.heads.bank import HeadBank, HeadKey
-from bottleneck.training.run_folder import LAST
 from bottleneck.training.optim import build_optimizer, clip_per_head
+from bottleneck.training.run_folder import LAST
 from conftest import ROOT, assert_same_heads, composed, heads_of, shell
 
 SMALL = dict(
