@@ -7,7 +7,6 @@ results. The parts are in bottleneck/training. Modules that import torch are imp
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,8 +24,6 @@ from bottleneck.core.startup import prepare_process
 if TYPE_CHECKING:
     from bottleneck.training.run_results import Result
     from bottleneck.training.session import Session
-
-log = logging.getLogger("bottleneck")
 
 
 def train(cfg: DictConfig, run_dir: Path) -> Result:
@@ -50,8 +47,7 @@ def _train(cfg: DictConfig, run_dir: Path, *, session: Session) -> Result:
     # resume or start
     begun = resume.find(c, run_dir)
     if begun.finished is not None:
-        log.info("%s is finished: nothing to do", run_dir)
-        return run_results.Result(begun.finished, None, trainer=None, run_dir=run_dir)
+        return run_results.already_finished(begun.finished, run_dir)
 
     # inputs
     session.listen_to_slurm()

@@ -17,7 +17,7 @@ from rich.console import Console
 from bottleneck.cli import one_line_errors as cli
 from bottleneck.core.errors import Parser, check
 from bottleneck.results.cost import AXES
-from bottleneck.results.files import MERGED, complete, read, write
+from bottleneck.results.files import MERGED, complete, read, write, write_missing
 from bottleneck.results.merging import band_losses, finish, mark_best, merge
 from bottleneck.results.schema import IDENTITY, SCHEMA, printable
 from bottleneck.results.table import show
@@ -34,6 +34,7 @@ __all__ = [
     "read",
     "show",
     "write",
+    "write_missing",
 ]
 
 

@@ -1,7 +1,7 @@
 """Curves as files: curve.json, curve.csv, curve.png and details.png of a folder.
 
 curve.json is the result; the other files are made from it. It is written first, so that nothing that happens to a
-picture costs a result, and `complete` makes what is missing.
+picture costs a result, and `write_missing` makes what is missing.
 """
 
 from __future__ import annotations
@@ -131,18 +131,20 @@ def _csv(curves: list[dict[str, Any]]) -> str:
 
 
 def complete(run_dir: Path) -> dict[str, Any] | None:
-    """The curve of a run that finished, or None. Files that follow from curve.json and are missing are written.
-
-    They are missing where the run was killed, or its disk was full, after it had written curve.json. A run has finished
-    when curve.json and every head file are there.
-    """
+    """The curve of a run that finished: curve.json and every head file are there. None otherwise. Writes nothing."""
     try:
         (found,) = _read(run_dir / "curve.json")
         files = [run_dir / "heads" / f"{HeadKey.of(h).name}.safetensors" for h in found["heads"]]
     except (UserError, ValueError):
         return None
-    if not all(f.is_file() for f in files):
-        return None
+    return found if all(f.is_file() for f in files) else None
+
+
+def write_missing(found: dict[str, Any], run_dir: Path) -> None:
+    """Write the files that follow from a finished run's curve.json and are missing.
+
+    They are missing where the run was killed, or its disk was full, after it had written curve.json.
+    """
     for name in ("curve.json", *DERIVED):
         for part in leftovers(run_dir / name):
             with contextlib.suppress(OSError):
@@ -153,4 +155,3 @@ def complete(run_dir: Path) -> dict[str, Any] | None:
     if missing:
         _write_derived([found], run_dir, missing)
         log.info("wrote %s from %s", ", ".join(missing), run_dir / "curve.json")
-    return found

@@ -17,6 +17,7 @@ from bottleneck.core.environment import environment
 from bottleneck.core.errors import check
 from bottleneck.core.run_file import write_run_file
 from bottleneck.results import files, table
+from bottleneck.training.cluster import global_rank
 from bottleneck.training.curve_of_run import build_curve
 from bottleneck.training.head_files import save_heads
 from bottleneck.training.inputs import Inputs
@@ -57,6 +58,14 @@ def write_results(c: TrainConfig, inputs: Inputs, *, module: HeadSweep, run_dir:
         table.show([curve], Console())
         log.info("wrote curve.json, curve.csv, curve.png, details.png and heads/ in %s", run_dir)
     return Result(curve, module, trainer=module.trainer, run_dir=run_dir)
+
+
+def already_finished(curve: dict[str, Any], run_dir: Path) -> Result:
+    """The result of a run that was finished before. Process 0 writes files of its results that are missing."""
+    if global_rank() == 0:
+        files.write_missing(curve, run_dir)
+    log.info("%s is finished: nothing to do", run_dir)
+    return Result(curve, None, trainer=None, run_dir=run_dir)
 
 
 def optimized_value(run_dir: Path, metric: str) -> float:

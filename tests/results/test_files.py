@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,14 +48,19 @@ def test_a_rerun_completes_the_files_of_a_finished_run(tmp_path, missing):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     (run / f".curve.csv.{dead.pid}.part").write_text("half")
-    assert curve.complete(run) == json.loads(whole["curve.json"])
+    found = curve.complete(run)
+    assert (
+        found == json.loads(whole["curve.json"]) and not (run / missing[0]).exists()
+    )  # a refused command writes nothing
+    curve.write_missing(found, run)
     assert {name: (run / name).read_bytes() for name in whole} == whole and not list(run.glob(".*.part"))
 
 
 def test_a_whole_set_is_left_as_it_is(tmp_path):
     run = finished(tmp_path / "run")
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
-    assert curve.complete(run) is not None and {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
+    curve.write_missing(curve.complete(run), run)
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
     (run / "heads" / "r8_lr1e-1_s0.safetensors").unlink()
     assert curve.complete(run) is None  # it has not finished
     (run / "curve.json").write_text("{")
@@ -85,7 +91,7 @@ def test_whenever_writing_ends_no_file_is_of_another_curve(tmp_path, monkeypatch
         curve.write([new], run)
     monkeypatch.setattr(files, "_put", put)
     assert calls == ["curve.json", *DERIVED][: at + 1] and not (run / calls[-1]).exists()
-    curve.complete(run)
+    curve.write_missing(curve.complete(run), run)
     curve.write([new], tmp_path / "whole")
     for name in ("curve.json", *DERIVED):
         assert (run / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
@@ -186,3 +192,26 @@ def test_a_plugins_metric_is_everywhere(run, plugged, tmp_path, capsys):
     curve.write([again], tmp_path / "merged")
     assert "surprise" in (tmp_path / "merged" / "curve.csv").read_text().splitlines()[0].split(",")
     METRICS.register(plugged)
+
+
+def test_a_run_on_a_file_whose_name_is_not_utf8(run, toy_text, tmp_path):
+    """The run trained to its end and then had no curve."""
+    text, folder = (tmp_path / os.fsdecode(name) for name in (b"t\xe9xt.jsonl", b"r\xfcn"))
+    shutil.copy(toy_text, text)
+    c = run("tokens=512", "ranks=[2]", f"data.files='{text}'", run_dir=folder).curve
+    assert c["data"].encode().endswith(b"xt.jsonl") and curve.read([folder]) == [json.loads(json.dumps(c))]
+    assert (folder / "curve.csv").is_file() and (folder / "curve.png").is_file()
+
+
+def test_a_run_that_lost_its_pictures_is_completed(run, tmp_path, caplog):
+    """The same command again, with ckpt_path=last: no training, and the whole set."""
+    folder = tmp_path / "run"
+    first = run("tokens=512", "ranks=[2]").curve
+    whole = {name: (folder / name).read_bytes() for name in ("curve.json", *DERIVED)}
+    for name in DERIVED:
+        (folder / name).unlink()
+    with caplog.at_level(logging.INFO):
+        again = run("tokens=512", "ranks=[2]", "ckpt_path=last")
+    assert again.module is None and again.curve == json.loads(json.dumps(first))
+    assert {name: (folder / name).read_bytes() for name in whole} == whole
+    assert "wrote curve.csv, curve.png, details.png from" in caplog.text
