@@ -45,6 +45,7 @@ def _train(cfg: DictConfig, run_dir: Path, *, session: Session) -> Result:
     cluster.check_world(c.trainer.devices, c.trainer.num_nodes)
 
     # resume or start
+    c = resume.as_begun(c, run_dir)
     begun = resume.find(c, run_dir)
     if begun.finished is not None:
         return run_results.already_finished(begun.finished, run_dir)

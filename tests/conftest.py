@@ -104,6 +104,7 @@ def toy(toy_backbone, toy_text, tmp_path_factory) -> list[str]:
         "trainer.threads=1",
         "trainer.checkpoint_every=3",
         "ranks=[2,8,32]",
+        "optim.full_rank=1",
         "head.calibration_tokens=1024",
         "trainer.progress=false",
     ]

@@ -62,9 +62,10 @@ def main() -> None:
         optim = checks.check_config(cfg).optim
         print(
             f"\n{curve['backbone']}, {init}, {curve['tokens']:,} tokens, batch {curve['recipe']['batch_size']} x "
-            f"{curve['recipe']['block_size']}, own head {curve['reference']['loss']:.4f}"
+            f"{curve['recipe']['block_size']}, original head {curve['reference']['loss']:.4f}"
         )
-        report(curve, lambda rank: power_rate(optim, init, rank, curve["hidden_size"], curve["vocab_size"]))  # noqa: B023
+        shape = curve["hidden_size"], curve["vocab_size"]
+        report(curve, lambda rank: power_rate(optim, init, rank, *shape))  # noqa: B023
 
 
 if __name__ == "__main__":

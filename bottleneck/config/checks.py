@@ -204,6 +204,7 @@ def _check_optim(o: Any) -> None:
     two = len(o.betas) == 2 and all(0 <= b < 1 for b in o.betas)
     check(two, f"optim.betas={list(o.betas)}: must be two numbers, at least 0 and below 1")
     as_rate("optim.eps", o.eps)
+    as_rate("optim.full_rank", o.full_rank)
     as_rate("optim.lr_ratio", o.lr_ratio)
     check(0 <= o.weight_decay < math.inf, f"optim.weight_decay={o.weight_decay}: must be a number of at least 0")
     check(0 <= o.warmup < 1, f"optim.warmup={o.warmup}: the share of warm-up steps must be at least 0 and below 1")

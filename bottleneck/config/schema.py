@@ -182,6 +182,9 @@ class OptimConfig:
     gamma: float | dict[str, float] = key(
         {}, "Exponent of the power rule: a number, or one per start. Default: the start's own.", read=Any
     )
+    full_rank: float = key(
+        1.0, "Power rule: factor on the rate at rank d, where a closed form starts as the original head itself."
+    )
     n_ref: Optional[int] = key(
         None, "Power rule: number of parameters at which lr_ref holds. Default: the full-rank head.", read=Any
     )

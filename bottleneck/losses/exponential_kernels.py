@@ -130,7 +130,8 @@ def exponentiate_tma(
 ):
     """The same for Hopper: z, A and E are tensor descriptors, and a program takes many tiles.
 
-    The loop over tiles and the one over R are one, so that the next tile's operands are on their way during an epilogue.
+    The loop over tiles and the one over R are one, so that the next tile's operands are on their way during an
+    epilogue.
     HALVES: the epilogue goes in two halves of the columns, which takes less shared memory.
     """
     blocks = tl.cdiv(M, BM)

@@ -34,7 +34,9 @@ def power_rate(
     )
     n_ref = hidden_size * (vocab_size + hidden_size) if c.n_ref is None else c.n_ref
     n = rank * (vocab_size + hidden_size) if parameters is None else parameters
-    return float(f"{lr_ref * (n_ref / n) ** gamma:.3g}")
+    rate = lr_ref * (n_ref / n) ** gamma
+    # a closed form of full rank is the original head, which a rate for other starts would only disturb
+    return float(f"{rate * c.full_rank if start.closed_form and rank == hidden_size else rate:.3g}")
 
 
 def rates(

@@ -5,6 +5,7 @@ Order of use: `find` before anything is loaded, `verify` once the bank of heads 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -43,6 +44,28 @@ class StartingPoint:
     path: Optional[Path] = None
     step: Optional[int] = None
     finished: Optional[dict[str, Any]] = None
+
+
+# Keys that are newer than some checkpoints, where the default of conf/train.yaml changes something: what they were in
+# effect
+NEWER: dict[tuple[str, str], Any] = {("optim", "full_rank"): 1.0}
+
+
+def as_begun(c: TrainConfig, run_dir: Path) -> TrainConfig:
+    """The config with what a run in this folder began with, for keys that did not exist then. Reads files, writes
+    none.
+    """
+    given = [] if c.ckpt_path in (None, "last") else [Path(c.ckpt_path)]
+    begun: Optional[dict[str, Any]] = None
+    for path in (*given, run_dir / LAST, run_dir / PREVIOUS):
+        if begun is None and path.is_file():
+            with contextlib.suppress(UserError):  # a damaged file; `find` reports it
+                begun = read_checkpoint(path, mmap=True)["bottleneck"]["config"]
+    begun = read_run_file(run_dir) if begun is None else begun
+    for (group, name), value in NEWER.items():
+        if begun is not None and isinstance(begun.get(group), dict) and name not in begun[group]:
+            c = dataclasses.replace(c, **{group: dataclasses.replace(getattr(c, group), **{name: value})})
+    return c
 
 
 def find(c: TrainConfig, run_dir: Path) -> StartingPoint:

@@ -127,6 +127,9 @@ def test_power_rule():
     o = OptimConfig(lr_ref=1e-3, gamma=0.5)
     assert power_rate(o, "fisher", 256, 256, 8192) == 1e-3
     assert power_rate(o, "fisher", 64, 256, 8192) == 2e-3
+    low = OptimConfig(lr_ref=1e-3, gamma=0.5, full_rank=0.05)  # at rank d only, and for closed forms only
+    assert power_rate(low, "fisher", 256, 256, 8192) == 5e-5 and power_rate(low, "normal", 256, 256, 8192) == 1e-3
+    assert power_rate(low, "fisher", 64, 256, 8192) == 2e-3
     assert (
         power_rate(OptimConfig(lr_ref=1e-3, gamma=0.5, n_ref=4 * 256 * (8192 + 256)), "fisher", 256, 256, 8192) == 2e-3
     )

@@ -119,7 +119,9 @@ def test_functions_and_lines_are_short():
 
 
 def test_the_entry_point_sets_no_state_on_what_it_built():
-    """In train.py nothing is assigned to an attribute or an item, and no expression is evaluated for a side effect alone."""
+    """In train.py nothing is assigned to an attribute or an item, and no expression is evaluated for a side effect
+    alone.
+    """
     for node in ast.walk(ast.parse((ROOT / "train.py").read_text())):
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         if isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign)):

@@ -1,9 +1,9 @@
 """An interpolated 5-gram model over token ids, the yardstick that the embedded backbone must beat.
 
-Modified Kneser–Ney smoothing (Chen & Goodman 1999, Sec. 3): three discounts an order, estimated from the counts of counts;
-the lower orders count distinct left neighbours instead of occurrences; the unigrams are interpolated with the uniform
-distribution, so every token has some probability. Counts live in sorted arrays, so memory is about 30 bytes a token and
-order, and nothing is built in Python loops.
+Modified Kneser–Ney smoothing (Chen & Goodman 1999, Sec. 3): three discounts an order, estimated from the counts of
+counts; the lower orders count distinct left neighbours instead of occurrences; the unigrams are interpolated with the
+uniform distribution, so every token has some probability. Counts live in sorted arrays, so memory is about 30 bytes a
+token and order, and nothing is built in Python loops.
 """
 
 import numpy as np
@@ -30,8 +30,9 @@ def nll(train_ids, val_ids, vocab=8192, order=ORDER):
     """
     train, val = np.asarray(train_ids, np.int64), np.asarray(val_ids, np.int64)
     m, n = len(train), len(val)
-    # grams[k]: sorted unique keys of the k+1-grams; a key is (rank of the k-gram that is its context) * vocab + last token.
-    # at[k], goal[k]: rank in grams[k] of the k+1-gram that ends at each position of train and of val (-1 where unseen)
+    # grams[k]: sorted unique keys of the k+1-grams; a key is (rank of the k-gram that is its context) * vocab + last
+    # token. at[k], goal[k]: rank in grams[k] of the k+1-gram that ends at each position of train and of val (-1 where
+    # unseen)
     grams, at, goal, left = [], [], [], []
     for k in range(order):
         context = np.zeros(m, np.int64) if k == 0 else np.concatenate([[-1], at[k - 1][:-1]])
