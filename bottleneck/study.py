@@ -76,5 +76,10 @@ def _run() -> None:
         raise
 
 
+def command() -> int:
+    """`python -m bottleneck.study …`; returns the exit code."""
+    return cli.one_line_errors(_run, after_interrupt=RESUME)
+
+
 if __name__ == "__main__":
-    sys.exit(cli.one_line_errors(_run, after_interrupt=RESUME))
+    sys.exit(command())
