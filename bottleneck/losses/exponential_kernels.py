@@ -130,9 +130,8 @@ def exponentiate_tma(
 ):
     """The same for Hopper: z, A and E are tensor descriptors, and a program takes many tiles.
 
-    The loop over tiles and the one over R are one, so that the next tile's operands are on their way during an
-    epilogue.
-    HALVES: the epilogue goes in two halves of the columns, which takes less shared memory.
+    The loops over tiles and over R are flattened, so the next tile's operands are loaded during an epilogue.
+    HALVES: the epilogue stores its columns in two halves, which takes less shared memory.
     """
     blocks = tl.cdiv(M, BM)
     for index in tl.range(tl.program_id(0), blocks * T, programs, flatten=True):

@@ -203,7 +203,7 @@ def _quack(device: torch.device) -> Optional[ModuleType]:
         return importlib.import_module("bottleneck.losses.quack_epilogue")
     except Exception as error:  # whatever a package of compilers raises on a machine that it does not know
         why = f"{type(error).__name__}: {error}"
-        log.info("head steps at ranks above 128 run without QuACK, 5 to 15 %% slower (%s); see docs/speed.md", why)
+        log.info("head steps at ranks above 128 run without QuACK, up to 20 %% slower (%s); see docs/speed.md", why)
         return None
 
 
