@@ -89,6 +89,17 @@ class Run:
         ours.stop(self.process)
 
 
+def _kill(one: Run, every: int) -> tuple[int, float]:
+    """Kill a worker after two checkpoints; return the step reached and the seconds until it was passed again."""
+    one.until(2 * every + 1)
+    workers = [p for p in ours.family(one.process.pid)[1:] if trains(p)]  # the first is torchrun's agent
+    killed = time.monotonic()
+    os.kill(workers[-1], signal.SIGKILL)
+    time.sleep(1.0)  # rows on their way to the log arrive
+    reached = one.step()
+    return reached, one.until(reached + 1) - killed
+
+
 def run(args: argparse.Namespace) -> list[Row]:
     counts, ranks, device = scale.read(args)
     n, every = counts[-1], args.checkpoint_every
@@ -118,15 +129,7 @@ def run(args: argparse.Namespace) -> list[Row]:
             try:
                 start = one.until(1)
                 if folder.name == "cut":
-                    one.until(2 * every + 1)
-                    workers = [
-                        p for p in ours.family(one.process.pid)[1:] if trains(p)
-                    ]  # the first is torchrun's agent
-                    killed = time.monotonic()
-                    os.kill(workers[-1], signal.SIGKILL)
-                    time.sleep(1.0)  # what was on its way to the log arrives
-                    reached = one.step()
-                    lost = one.until(reached + 1) - killed
+                    reached, lost = _kill(one, every)
                 else:
                     step = (one.until(args.steps) - start) / (args.steps - 1)
                 one.end()

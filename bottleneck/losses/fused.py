@@ -139,7 +139,12 @@ def _flash(
     kernels.merge[(triton.cdiv(N, BN),)](z, A, y, m, l, acc, lse, loss, dz, N, V, R=R, S=S, BN=BN, GRAD=grad)
     if dA is None:
         return loss, None
-    t = spread_tile or _tile(SPREAD, R, z)
+    _spread(z, A, y, lse, dA, scale, spread_tile or _tile(SPREAD, R, z))
+    return loss, dz
+
+
+def _spread(z: Tensor, A: Tensor, y: Tensor, lse: Tensor, dA: Tensor, scale: float, t: Tile) -> None:
+    (N, R), V = z.shape, len(A)
     kernels.spread[(triton.cdiv(V, t.entries),)](
         z,
         A,
@@ -154,11 +159,10 @@ def _flash(
         BN=t.tokens,
         BV=t.entries,
         ADD=True,
-        PRECISE=precise,
+        PRECISE=z.dtype == torch.float32,
         num_warps=t.warps,
         num_stages=t.stages,
     )
-    return loss, dz
 
 
 def _chunks(
