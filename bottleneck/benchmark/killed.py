@@ -103,10 +103,8 @@ def _kill(one: Run, every: int) -> tuple[int, float]:
 def run(args: argparse.Namespace) -> list[Row]:
     counts, ranks, device = scale.read(args)
     n, every = counts[-1], args.checkpoint_every
-    check(
-        every >= 1 and args.steps >= 2 * every + 3,
-        f"--steps {args.steps}: give {2 * every + 3} or more, twice --checkpoint-every and a little",
-    )
+    least = f"give {2 * every + 3} or more, twice --checkpoint-every and a little"
+    check(every >= 1 and args.steps >= 2 * every + 3, f"--steps {args.steps}: {least}")
     said = Console(stderr=True)
     case = ours.Case(
         args.shape,
@@ -122,7 +120,7 @@ def run(args: argparse.Namespace) -> list[Row]:
     with ours.inputs(args.shape, args.steps * case.tokens) as (backbone, tokens), tempfile.TemporaryDirectory() as name:
         overrides = ours.overrides(case, backbone, tokens)
         folders = [Path(name) / which for which in ("whole", "cut")]
-        rows = []
+        rows: list[Row] = []
         for folder in folders:
             said.print(f"{case.name} on {n}: {folder.name}", highlight=False)
             one = Run(n, overrides, folder)
