@@ -243,6 +243,9 @@ def _worker(
     except KeyboardInterrupt:
         watch.over = True
         return signal.SIGINT, None
+    finally:  # what is left is the end of the process, in which an exception would only be printed
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     return None
 
 

@@ -121,7 +121,7 @@ def begin(
             id=run_id,
             resume="allow" if mode == "online" else None,
             dir=str(folder),
-            mode=mode,
+            mode=mode,  # type: ignore[arg-type]  # one of MODES
             reinit="create_new",
             settings=settings,
         )

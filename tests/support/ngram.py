@@ -33,7 +33,7 @@ def nll(train_ids, val_ids, vocab=8192, order=ORDER):
     # grams[k]: sorted unique keys of the k+1-grams; a key is (rank of the k-gram that is its context) * vocab + last
     # token. at[k], goal[k]: rank in grams[k] of the k+1-gram that ends at each position of train and of val (-1 where
     # unseen)
-    grams, at, goal, left = [], [], [], []
+    grams, at, goal = [], [], []
     for k in range(order):
         context = np.zeros(m, np.int64) if k == 0 else np.concatenate([[-1], at[k - 1][:-1]])
         seek = np.zeros(n, np.int64) if k == 0 else np.concatenate([[-1], goal[k - 1][:-1]])
