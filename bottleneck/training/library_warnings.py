@@ -24,7 +24,7 @@ def hide() -> None:
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub").propagate = False  # it prints its retries itself
-    if rank_zero_only.rank:
+    if getattr(rank_zero_only, "rank", 0):  # set by Lightning, not in its types
         logging.getLogger().setLevel(logging.WARNING)
     for message in MESSAGES:
         warnings.filterwarnings("ignore", message=message)
