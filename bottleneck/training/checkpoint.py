@@ -54,7 +54,7 @@ def content_checksum(content: Any) -> str:
         if isinstance(node, torch.Tensor):
             flat = node.detach().cpu().contiguous().reshape(-1)
             digest.update(f"tensor {node.dtype} {tuple(node.shape)} ".encode())
-            digest.update(memoryview(flat.view(torch.uint8).numpy()))
+            digest.update(flat.view(torch.uint8).numpy().data)
         elif isinstance(node, dict):
             digest.update(f"dict {len(node)} ".encode())
             for key, value in node.items():

@@ -98,7 +98,12 @@ def forget_leftovers() -> None:
         left = os.environ.pop("LOCAL_RANK", None)
         if left is not None:
             log.info("LOCAL_RANK=%s: ignored, since %s are not all set", left, ", ".join(BY_HAND))
-        rank_zero_only.rank = 0
+        set_lightning_rank(0)
+
+
+def set_lightning_rank(rank: int) -> None:
+    """Tell Lightning the number of this process; it reads the attribute wherever only process 0 acts."""
+    vars(rank_zero_only)["rank"] = rank  # its types do not know the attribute
 
 
 def global_rank() -> int:

@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, NoReturn, Optional
 
 from omegaconf import DictConfig
-from pytorch_lightning.utilities import rank_zero_only
 
 from bottleneck.config.schema import register
 from bottleneck.core.errors import LostPeers, Stopped, UserError, go_on
+from bottleneck.training.cluster import set_lightning_rank
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # Slurm's, ahead of a time limit
@@ -230,9 +230,10 @@ def _worker(
     watch = _ParentWatch(agent, Path(folder))
     try:
         _listen(Path(folder))
-        rank_zero_only.rank = int(os.environ["RANK"])  # Lightning looked for it when it was imported, before it was set
+        rank = int(os.environ["RANK"])
+        set_lightning_rank(rank)  # Lightning looked for it when it was imported, before it was set
         register()
-        if rank_zero_only.rank == 0:
+        if rank == 0:
             logging.config.dictConfig(settings)
         else:
             logging.basicConfig(level=logging.WARNING, format="%(message)s")

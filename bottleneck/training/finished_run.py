@@ -10,7 +10,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, cast
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -135,7 +135,7 @@ class FinishedRun:
         """
         random = getattr(self.backbone, "weights", None) == "random"
         check(not random, f"{self.folder}: its backbone had random weights; there is no model to put a head on")
-        model = load_model(dataclasses.replace(self.backbone, dtype=dtype), device_type)
+        model = load_model(dataclasses.replace(self.backbone, dtype=cast(Any, dtype)), device_type)
         backbone = Backbone(model, self.curve["backbone"])
         wanted = self.curve["backbone_hash"]
         found = f"its weights are {backbone.hash}, the heads in {self.folder} were trained on {wanted}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -22,4 +23,4 @@ def save_heads(bank: HeadBank, folder: Path, metadata: dict[str, str]) -> None:
         about = metadata | {"rank": key.rank, "lr": key.lr, "seed": key.seed} | key.facts
         # one metadata entry: safetensors writes several in random order
         content = save(tensors, metadata={"bottleneck": json.dumps(about, sort_keys=True)})
-        write_atomic(folder / f"{key.name}.safetensors", lambda part, content=content: part.write_bytes(content))
+        write_atomic(folder / f"{key.name}.safetensors", functools.partial(Path.write_bytes, data=content))

@@ -149,7 +149,8 @@ class HeadSweep(pl.LightningModule):
 
         Args: batch: token ids [N, T+1] of this process.
         """
-        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        optimizer: Any = self.optimizers()  # one of each
+        scheduler: Any = self.lr_schedulers()
         tokens = batch.shape[0] * (batch.shape[1] - 1)
         losses = torch.zeros(len(self.bank), dtype=torch.float64, device=batch.device)
         self.timer.begin(
@@ -224,19 +225,22 @@ class HeadSweep(pl.LightningModule):
         """Validate and log: {head name: loss}. All processes call it together."""
         trainer = self.trainer
         batches = self.validation(trainer.global_rank, trainer.world_size)
-        losses, self.reference, self.validation_tokens = validate(self.backbone, self.bank, batches)
+        losses, reference, self.validation_tokens = validate(self.backbone, self.bank, batches)
+        self.reference = reference
         named = {key.name: loss for key, loss in zip(self.bank.keys, losses)}
         self._clock = None  # validation is not training time
-        rows = {f"val/loss/{name}": loss for name, loss in named.items()} | {"val/loss/full": self.reference}
-        for name, loss in [*named.items(), ("full", self.reference)]:
+        rows = {f"val/loss/{name}": loss for name, loss in named.items()} | {"val/loss/full": reference}
+        for name, loss in [*named.items(), ("full", reference)]:
             numbers = derived(loss, self.validation_tokens, self.text_bytes)
-            rows |= {f"val/{n}/{name}": numbers[n] for n in ("perplexity", "bits_per_byte") if numbers[n] is not None}
+            shown = {n: numbers[n] for n in ("perplexity", "bits_per_byte")}
+            rows |= {f"val/{n}/{name}": value for n, value in shown.items() if value is not None}
         self._log(rows)
         return named
 
     def _log_step(self, losses: Tensor, norms: Tensor, rates: list[float]) -> None:
         rows: dict[str, float] = {f"train/seconds/{phase}": s for phase, s in self.timer.seconds().items()}
-        losses, norms = losses.tolist(), norms.tolist()  # waits for the device: the time is that of finished steps
+        # waits for the device: the time is that of finished steps
+        values = list(zip(self.bank.keys, losses.tolist(), norms.tolist(), rates))
         now, step = time.perf_counter(), self.global_step
         if self._clock is not None:
             began, at = self._clock
@@ -245,7 +249,7 @@ class HeadSweep(pl.LightningModule):
         if self.device.type == "cuda":
             # since the process began
             rows["train/peak_memory_gib/all"] = torch.cuda.max_memory_allocated(self.device) / 2**30
-        for key, loss, norm, lr in zip(self.bank.keys, losses, norms, rates):
+        for key, loss, norm, lr in values:
             rows |= {f"train/loss/{key.name}": loss, f"train/grad_norm/{key.name}": norm, f"train/lr/{key.name}": lr}
         self._log(rows)
 

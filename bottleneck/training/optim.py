@@ -10,6 +10,7 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
+from bottleneck.config.checks import as_list
 from bottleneck.config.schema import OptimConfig
 from bottleneck.core.extensions import HEAD_KINDS, STARTS
 from bottleneck.heads.bank import HeadBank
@@ -44,9 +45,9 @@ def rates(
 ) -> list[float]:
     """The learning rates to train at one rank. Args: parameters: see `power_rate`."""
     if c.lr is not None:
-        return list(c.lr)
+        return list(as_list(c.lr))
     if c.lr_rule == "table":
-        return list(c.table[rank])
+        return list((c.table or {})[rank])
     power = power_rate(c, init, rank, hidden_size, vocab_size, parameters=parameters)
     if c.lr_rule == "power":
         return [power]

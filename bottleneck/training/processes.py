@@ -61,7 +61,8 @@ class SendBfloat16(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         # torch allows its hook by name with NCCL only; gloo sums bfloat16 as well
-        trainer.strategy.model.register_comm_hook(None, lambda group, bucket: bf16_compress_hook(group, bucket))
+        wrapped: Any = trainer.strategy.model
+        wrapped.register_comm_hook(None, lambda group, bucket: bf16_compress_hook(group, bucket))
 
 
 def leave_at_once(error: BaseException) -> None:

@@ -96,9 +96,9 @@ def find(c: TrainConfig, run_dir: Path) -> StartingPoint:
         if done is None:
             log.info("ckpt_path=last: no checkpoint in %s yet, starting at step 0", run_dir)
         return StartingPoint(finished=done)
-    path, saved, fault = _newest(run_dir, stored, steps)
-    if fault is not None:
-        log.warning("%s; resuming from %s, step %d", fault, path.name, saved["global_step"])
+    path, saved, skipped = _newest(run_dir, stored, steps)
+    if skipped is not None:
+        log.warning("%s; resuming from %s, step %d", skipped, path.name, saved["global_step"])
     done = curve.complete(run_dir) if saved["global_step"] >= steps else None
     return StartingPoint(path, saved["global_step"], done)
 

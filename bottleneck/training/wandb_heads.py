@@ -53,7 +53,7 @@ class WandbHeads(Logger):
         self.runs: dict[str, Any] = {}
         self.trial: Any = None  # the run of W&B's agent, where that is not the only head's
         self.ids: dict[str, Any] = {BEST: {}}
-        if rank_zero_only.rank == 0:
+        if getattr(rank_zero_only, "rank", 0) == 0:  # set by Lightning, not in its types
             self._begin(heads, resume_step)
 
     def _begin(self, heads: dict[str, dict[str, Any]], resume_step: Optional[int]) -> None:

@@ -45,7 +45,8 @@ class Zero2Strategy(DDPStrategy):
         """Use no wrapper: DDP's would reduce the gradients a second time."""
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
-        self.optimizers[0].backward(closure_loss)
+        sharded: Any = self.optimizers[0]
+        sharded.backward(closure_loss)
         return closure_loss
 
 
@@ -95,7 +96,7 @@ class Zero2AdamW(torch.optim.Optimizer):
         self._whole = {}
         for group, flat, shapes in self._groups() if self.engine is not None else ():
             state = self.inner.state[flat]
-            whole = {name: _gather(state[name], to) for name in MOMENTS}
+            whole: dict[str, Any] = {name: _gather(state[name], to) for name in MOMENTS}
             if dist.get_rank() != to:
                 continue
             start = 0

@@ -206,7 +206,9 @@ def test_after_a_failure_nccls_farewell_is_left_out(monkeypatch, error, code):
 
 def test_layers_are_compiled_for_the_share_of_a_process(run, monkeypatch):
     shapes = []
-    monkeypatch.setattr("bottleneck.backbone.model.Backbone.compile_layers", lambda self, shape: shapes.append(shape) or False)
+    monkeypatch.setattr(
+        "bottleneck.backbone.model.Backbone.compile_layers", lambda self, shape: shapes.append(shape) or False
+    )
     run("backbone.compile=true", "trainer.micro_batch_size=64")
     assert shapes == [(8, 64)]
 
