@@ -173,7 +173,8 @@ def grouped(sums: np.ndarray, tokens: np.ndarray) -> tuple[list[int], list[list[
     most.
 
     Args: sums: summed losses [H, N] of blocks, nats; tokens: of each block [N].
-    Returns: tokens of each group [G]; mean losses, one list of G for each of the H rows, nats to 7 decimals, None where they are not finite.
+    Returns: tokens of each group [G]; mean losses, one list of G for each of the H rows, nats to 7 decimals, None where
+        they are not finite.
     """
     parts = np.array_split(np.arange(len(tokens)), min(GROUPS, len(tokens)))
     counts = [int(tokens[p].sum()) for p in parts]

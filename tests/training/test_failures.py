@@ -38,11 +38,13 @@ def test_a_defect_in_one_job_leaves_the_others(monkeypatch, capsys, launcher, mo
         job=SimpleNamespace(num=1, override_dirname="ranks=8", get=lambda *_: 1),
         mode=mode,
         launcher={"_target_": launcher},
+        sweep=SimpleNamespace(dir="sweep"),
     )
     monkeypatch.setattr(cli.HydraConfig, "get", lambda: run)
     monkeypatch.setattr(cli, "failures", [])
     monkeypatch.setattr(cli, "started", [0])
     monkeypatch.setattr(cli, "folders", [])
+    monkeypatch.setattr(cli, "sweeps", [])
     with contextlib.nullcontext() if goes_on else pytest.raises(ZeroDivisionError):
         cli.job(lambda: 1 / 0)
     assert ("Traceback" in capsys.readouterr().err) == goes_on

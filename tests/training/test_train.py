@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from bottleneck.core.errors import UserError
 from bottleneck.results import curve
+from bottleneck.training.checkpoint import AtomicCheckpointIO
 from bottleneck.training.run_folder import LAST
 from conftest import ROOT, assert_same_heads, command, heads_of, shell
 
@@ -224,7 +225,7 @@ def test_damaged_and_foreign_checkpoints(run, tmp_path, toy_backbone):
         run("tokens=1024", f"ckpt_path={ROOT / 'pyproject.toml'}")
     (tmp_path / "run" / "curve.json").unlink()  # else the run is finished, and nothing is loaded
     state["bottleneck"]["backbone"] = "0" * 16
-    torch.save(state, last)
+    AtomicCheckpointIO().save_checkpoint(state, last)  # with the checksum of its content
     with pytest.raises(UserError, match="other backbone weights"):
         run("tokens=1024", "ckpt_path=last")
 
