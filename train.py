@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 
 def train(cfg: DictConfig, run_dir: Path) -> Result:
-    """One run of the composed config in its folder. A finished run is left as it is.
+    """Train one run of the composed config in its folder. A finished run is left as it is.
 
-    Raises: UserError for bad input, before any weights are loaded where that is possible; Stopped after a signal.
+    Raises: UserError for bad input, if possible before any weights are loaded; Stopped after a signal.
     """
     from bottleneck.training.session import open_session
 
@@ -72,8 +72,8 @@ def _train(cfg: DictConfig, run_dir: Path, *, session: Session) -> Result:
 
 
 def run_everywhere(cfg: DictConfig, run_dir: Path) -> float:
-    """`train` in every process of the run. Returns the value of `optimized_metric`, for Hydra's sweepers."""
-    c = checks.check_config(cfg)  # bad values are reported once, before there are several processes
+    """Run `train` in every process of the run. Returns the value of `optimized_metric`, for Hydra's sweepers."""
+    c = checks.check_config(cfg)  # before other processes start, so that a bad value is reported once
     from bottleneck.training import cluster, processes, run_results
 
     processes.spread(train, cfg, run_dir)

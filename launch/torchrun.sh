@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# One run over the GPUs of one node, or of several; a group that loses a process starts again from its last checkpoint.
+# One run over the GPUs of one node or several. If a process fails, all restart from the last checkpoint.
 #
 #     launch/torchrun.sh experiment=figure6 backbone=pythia-1b
 #     NNODES=2 RDZV=node0:29500 RUN_ID=one launch/torchrun.sh …        on every node, node0 being one of them
 #
-# From the environment: NPROC (processes on a node, default its GPUs), NNODES, RDZV (host:port of the meeting point), RUN_ID,
+# From the environment: NPROC (processes per node, default: its GPUs), NNODES, RDZV (rendezvous host:port), RUN_ID,
 # RUN_DIR (default outputs/torchrun-RUN_ID), RESTARTS (default 3), PYTHON (default .venv/bin/python).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -17,7 +17,7 @@ if [ "$NNODES" -gt 1 ]; then
 else
     here=(--local-addr=127.0.0.1)
 fi
-# else a group that starts again meets addresses of the one before in the agent's store (pytorch issue 135712)
+# without it, a restarted group reads addresses of the previous group from the agent's store (pytorch issue 135712)
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 RUN_ID=${RUN_ID:-$(date +%Y-%m-%d-%H-%M-%S)}
 

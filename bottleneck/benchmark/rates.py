@@ -1,4 +1,4 @@
-"""Which learning rate is best at which rank: the measurement behind the power rule's defaults (launch/LOG.md).
+"""Which learning rate is best at which rank: the measurement behind the power rule's defaults (docs/log.md).
 
     python bottleneck/benchmark/rates.py --out DIR [--inits fisher,scaled] [--rates 1e-4:3e-2:9] [OVERRIDES…]
 

@@ -1,7 +1,7 @@
-"""One line from the errors of Hydra and OmegaConf, whose messages take several lines and do not name our keys.
+"""Turn errors of Hydra and OmegaConf into one line. Their messages take several lines and do not name our keys.
 
-Hydra has no error codes, so this module matches its words. tests/config/test_config.py raises each of them through
-Hydra and fails where a new version words them differently.
+Hydra has no error codes, so this module matches the text of its messages. tests/config/test_config.py raises each error
+through Hydra and fails if a new version words it differently.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _explain(error: BaseException) -> str:
 
 
 def _known(text: str) -> str | None:
-    """The line for an error that this module knows, from the messages of the whole chain."""
+    """The one-line message for a known error, or None. `text` holds the messages of the error and of its causes."""
     if "Could not override 'study'" in text:
         return "study: is for python -m bottleneck.study, which computes the paper's other figures"
     if "hydra/launcher/submitit" in text:

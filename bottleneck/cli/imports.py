@@ -1,4 +1,4 @@
-"""Import a command under a guard: Ctrl-C in the seconds that imports take is one line, not a traceback."""
+"""Import a command under a guard: Ctrl-C during its imports, which take seconds, prints one line and no traceback."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from bottleneck.cli.hydra_messages import explain
 from bottleneck.cli.plugin_option import load_plugins
 from bottleneck.config.schema import register
-from bottleneck.core.errors import Stopped, UserError, go_on
+from bottleneck.core.errors import Stopped, UserError, how_to_resume
 from bottleneck.core.files import write_atomic
 from bottleneck.core.paths import CONF
 
@@ -31,17 +31,17 @@ OURS = "BOTTLENECK_ONE_LINE"
 NO_SLURM = 'Could not detect "srun"'  # submitit's words
 HYDRA = ".hydra"  # Hydra's folder in a run's folder: the composed config, the overrides
 
-started: list[int] = []  # numbers of the jobs that this process composed and began
-folders: list[Path] = []  # of these jobs
+started: list[int] = []  # numbers of the jobs that this process started
+folders: list[Path] = []  # folders of these jobs
 sweeps: list[Path] = []  # folder of the multirun, once per job
 failures: list[str] = []  # one line for each job of this process that failed
 
 
 def job(work: Callable[[], Any]) -> Any:
-    """Run one Hydra job; returns what `work` returns, NaN where the job failed. The next jobs of a multirun run anyway.
+    """Run one Hydra job. Returns the result of `work`, or NaN if the job failed; a multirun goes on with its next job.
 
-    A UserError is printed as one line and remembered, since Hydra would print it with a second line. On a cluster it is
-    raised, so that the job counts as failed there.
+    A UserError is printed here as one line and kept in `failures`, because Hydra would add a second line. On a cluster
+    the error is raised, so that the job counts as failed there.
     """
     run = HydraConfig.get()
     started.append(run.job.num if run.mode == RunMode.MULTIRUN else 0)
@@ -51,7 +51,7 @@ def job(work: Callable[[], Any]) -> Any:
         sweeps.append(Path(run.sweep.dir))
     here = "BasicLauncher" in run.launcher.get("_target_", "")
     try:
-        # hydra.job.chdir=true changed to the run's folder; relative paths are relative to where the command was given
+        # hydra.job.chdir=true has changed to the run's folder, but paths are relative to the folder of the command
         with contextlib.chdir(run.runtime.cwd):
             return work()
     except UserError as error:
@@ -72,9 +72,10 @@ def job(work: Callable[[], Any]) -> Any:
 
 
 def keep_hydra_files(cfg: DictConfig) -> None:
-    """Write `.hydra/` into the job's folder, once: a later command in the same folder, also a refused one, keeps it.
+    """Write `.hydra/` into the job's folder, unless the folder already holds a run.
 
-    Hydra itself would write it for every command, before any check; conf/train.yaml sets hydra.output_subdir to null.
+    Hydra itself would overwrite it on every command, before any check, so conf/train.yaml sets hydra.output_subdir to
+    null.
     """
     run = HydraConfig.get()
     folder = Path(run.runtime.output_dir)
@@ -86,13 +87,13 @@ def keep_hydra_files(cfg: DictConfig) -> None:
 
 
 def _remove_empty_run(folder: Path) -> None:
-    """Remove the folder of a refused run, in which only Hydra's files and an empty log are."""
+    """Remove the folder of a refused run if it holds nothing but Hydra's files and an empty log."""
     names = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
     known = {HYDRA, ".lock", "train.log", "study.log"}
     if names <= known and not any(p.stat().st_size for p in folder.glob("*.log")):
         shutil.rmtree(folder, ignore_errors=True)
         if folder.parent.parent.name == "outputs":
-            with contextlib.suppress(OSError):  # the day's folder, where this was its first run
+            with contextlib.suppress(OSError):  # fails if the day's folder holds other runs
                 folder.parent.rmdir()
 
 
@@ -130,7 +131,7 @@ def one_line_errors(main: Callable[[], object], after_interrupt: Optional[str] =
             raise
         print(f"error: {error if isinstance(error, UserError) else explain(error)}", file=sys.stderr)
         return 2
-    except ValueError as error:  # Hydra reports some overrides of groups so, such as backbone=null
+    except ValueError as error:  # Hydra raises it for some overrides of groups, such as backbone=null
         if wanted_by_user or started:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -141,7 +142,7 @@ def one_line_errors(main: Callable[[], object], after_interrupt: Optional[str] =
         print("error: hydra/launcher=slurm: there is no Slurm here (no srun command)", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader closed the pipe, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout again at exit
         return 0
     except OSError as error:  # a folder that cannot be written, a full disk
         if wanted_by_user or error.filename is None:
@@ -159,11 +160,11 @@ def one_line_errors(main: Callable[[], object], after_interrupt: Optional[str] =
 
 
 def _how_to_resume() -> str:
-    return go_on(*folders[-1:], **({"sweep": sweeps[-1]} if sweeps else {}))
+    return how_to_resume(*folders[-1:], **({"sweep": sweeps[-1]} if sweeps else {}))
 
 
 def _summary() -> int:
-    """The exit code after all jobs; failures that scrolled by are repeated."""
+    """Repeat the failures of a multirun's jobs at its end, and return the exit code."""
     if failures and len(started) > 1:
         print("\n".join([f"{len(failures)} of {len(started)} jobs failed:", *failures]), file=sys.stderr)
     return 2 if failures else 0

@@ -1,8 +1,8 @@
-"""`plugin=PATH` on the command line: import the plugin, and search its folder `conf`, before Hydra composes the config.
+"""`plugin=PATH` on the command line: import the plugin and add its folder `conf` to Hydra's search path.
 
-Hydra composes before it runs any code of the command, but a plugin may bring choices such as `head=NAME`. So the option
-is read from the command line first. The composed config carries it as the key `plugin`, from which workers and cluster
-jobs load it (`config.checks`).
+Hydra composes the config before it runs any code of the command, but a plugin may add choices such as `head=NAME`.
+Therefore the option is read from the command line first. The composed config keeps it as the key `plugin`, from which
+worker processes and cluster jobs load the plugin (`config.checks`).
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ class PluginFolders(SearchPathPlugin):
 
 
 def load_plugins(words: Sequence[str]) -> list[str]:
-    """Load the plugins that a command line names and those of installed packages.
+    """Load the plugins named on a command line and those of installed packages.
 
-    Args: words: of the command line, such as `plugin=mine.py`, `+plugin=mine.py`, `plugin=[a.py,folder]`.
-    Returns: the words for Hydra: `plugin` is a key of the config, so a `+` before it goes, and its paths are absolute.
-    Raises: UserError where a plugin does not exist or does not import.
+    Args: words: the command line's arguments, such as `plugin=mine.py`, `+plugin=mine.py`, `plugin=[a.py,folder]`.
+    Returns: the arguments for Hydra. `plugin` is a key of the config, so a `+` before it is removed; paths become
+        absolute.
+    Raises: UserError if a plugin does not exist or cannot be imported.
     """
     out: list[str] = []
     given: list[str] = []

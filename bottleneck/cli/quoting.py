@@ -1,4 +1,4 @@
-"""How to write a value that Hydra's grammar cannot read unquoted, such as a path with `=` or an accent."""
+"""Quote values that Hydra's grammar cannot parse unquoted, such as a path with `=` or an accent."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hydra.errors import OverrideParseException
 
 
 def parsed(override: str) -> Optional[str]:
-    """The text that Hydra reads an override's value as; None where it cannot be read or is no single value."""
+    """The value of an override as Hydra parses it, as text. None if it does not parse or is not a single value."""
     try:
         value = OverridesParser.create().parse_override(override).value()
     except OverrideParseException:
@@ -22,7 +22,7 @@ def parsed(override: str) -> Optional[str]:
 def quoted(override: str) -> Optional[str]:
     """The override with its value in Hydra's quotes, quoted again for the shell: `'data.files="a=b.txt"'`.
 
-    Returns: None where the override has no value, or where quotes do not help.
+    Returns: None if the override has no value, or if quoting does not make it valid.
     """
     key, equals, value = override.partition("=")
     if not equals or not value:
@@ -34,7 +34,7 @@ def quoted(override: str) -> Optional[str]:
 
 
 def unreadable(override: str, reason: str) -> str:
-    """The message for an override that Hydra cannot read: what it is, and how to quote it."""
+    """The error message for an override that Hydra cannot parse: the cause, and how to quote the value."""
     key, _, value = override.partition("=")
     line = quoted(override)
     closing = {"[": "]", "{": "}"}.get(value[:1], "")
@@ -44,5 +44,5 @@ def unreadable(override: str, reason: str) -> str:
     if line is None or not key.strip("+~"):
         return f"{override}: cannot be read as KEY=VALUE: {reason}"
     special = sorted(set(re.sub(r"[A-Za-z0-9_/.,:*?@%+|\- \\$]", "", value)))
-    what = f"the value has {' '.join(special)} in it, so it" if special else "the value"
+    what = f"the value contains {' '.join(special)}, so it" if special else "the value"
     return f"{override}: {what} must be quoted, for Hydra and for the shell: {line}"

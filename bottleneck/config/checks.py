@@ -1,4 +1,4 @@
-"""Refuse what the schema's types cannot express: impossible values and combinations, before any weights are loaded."""
+"""Checks that types cannot express: refuse impossible values and combinations before any weights are loaded."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def check_config(cfg: DictConfig) -> TrainConfig:
     c: Any = OmegaConf.to_object(cfg)  # a TrainNode: mutable, so that values can be brought into form
 
     c.plugin = [str(Path(str(p)).expanduser().absolute()) for p in as_list(c.plugin)]
-    plugins.load(c.plugin)  # in a worker or a cluster job they are not there yet; what they declare is looked up below
+    plugins.load(c.plugin)  # worker processes and cluster jobs have not loaded them; the checks below look names up
     _check_metric(c.optimized_metric)
     if c.ranks != "auto":
         check(not isinstance(c.ranks, str), f"ranks={c.ranks!r}: must be a rank, a list of ranks, or auto")
@@ -117,7 +117,7 @@ def _check_data(d: Any) -> None:
     for name in ("files", "validation_files", "tokens"):
         value = getattr(d, name)
         check("" not in as_list(value), f"data.{name}: holds an empty path; an unset shell variable gives one")
-        if value is not None:  # a folder whose name is a number is read as one
+        if value is not None:  # Hydra parses a folder name such as 2024 as a number
             setattr(d, name, [str(v) for v in value] if isinstance(value, list) else str(value))
     _check_source(d)
     if d.files is not None:
@@ -131,7 +131,7 @@ def _check_data(d: Any) -> None:
 
 
 def _check_source(d: Any) -> None:
-    """There is exactly one source of text, and only keys that it reads."""
+    """Require exactly one source of text, and refuse keys that this source does not read."""
     given = [name for name in ("files", "dataset", "prepared", "tokens") if getattr(d, name) is not None]
     either = (
         "either data.files (local) or data.dataset (Hub name) or data.prepared (folder of prepared tokens)"
@@ -158,7 +158,7 @@ def _check_source(d: Any) -> None:
 
 
 def _check_head(h: Any) -> None:
-    """Kind, start and objective exist, go with the loss implementation, and read every option that is given."""
+    """Kind, start and objective must exist, support the loss implementation, and use every option that is given."""
     _one_of("head.loss_impl", h.loss_impl, ("auto", *LOSSES.names()))
     if h.loss_memory != "auto":
         h.loss_memory = as_count("head.loss_memory", h.loss_memory)
@@ -187,7 +187,7 @@ def _check_optim(o: Any) -> None:
             rates = [as_rate(f"optim.{name}", v) for v in as_list(value)]
             setattr(o, name, _unique(f"optim.{name}", rates))
     if o.lrs is not None:
-        o.lr_rule = "grid"  # a list of rates to try means nothing else
+        o.lr_rule = "grid"  # only the grid reads lrs
     if o.lr_rule == "table":
         full = isinstance(o.table, dict) and len(o.table) > 0
         example = "optim.table={64:0.01}, or several: {64:[0.01,0.02]}"
@@ -219,7 +219,7 @@ def _table_rates(rank: Any, given: Any) -> list[float]:
 
 
 def _by_start(key: str, given: Any, defaults: dict[str, float]) -> Any:
-    """A number for every start, or a dict with one per start: what is given, else the start's own."""
+    """A dict with one number per start, from one number for all or a dict; starts not given keep their defaults."""
     if not isinstance(given, dict):
         return given if key == "optim.gamma" and given == 0 else as_rate(key, given)
     for start, number in given.items():
@@ -243,7 +243,7 @@ def _check_trainer(c: TrainConfig) -> None:
     multiple = f"must be a multiple of the {processes} processes (trainer.devices x num_nodes)"
     check(c.batch_size % processes == 0, f"batch_size={c.batch_size}: {multiple}")
     if t.shard != "none":
-        several = "spreads over several processes, here is one; give trainer.devices=2 or more"
+        several = "needs several processes, this run has one; give trainer.devices=2 or more"
         check(processes > 1, f"trainer.shard={t.shard}: {several}")
         ready = not t.shard.startswith("zero") or importlib.util.find_spec("deepspeed") is not None
         check(ready, f"trainer.shard={t.shard}: DeepSpeed is not installed: pip install -e '.[deepspeed]'")
@@ -286,15 +286,15 @@ def check_shapes(c: TrainConfig, hidden_size: int, context: Optional[int]) -> li
     return ranks
 
 
-COMPILE_FROM = 20_000_000  # tokens from which compiling a backbone's layers pays for itself (launch/LOG.md)
+COMPILE_FROM = 20_000_000  # tokens from which compiling a backbone's layers pays for itself (docs/log.md)
 
 
 def check_device(c: TrainConfig, device_type: str, *, gpus: int) -> None:
-    """Refuse a device or a loss implementation that is not there, and more processes than there are GPUs."""
+    """Refuse a device or a loss implementation that is not available, and more processes than GPUs."""
     t = c.trainer
     missing = "there is no CUDA GPU here; allowed are auto, cpu"
     check(t.accelerator != "gpu" or gpus > 0, f"trainer.accelerator=gpu: {missing}")
-    few = f"there are {gpus} GPUs here, one for each process"
+    few = f"each process needs a GPU, and this machine has {gpus}"
     check(device_type != "cuda" or t.devices <= gpus, f"trainer.devices={t.devices}: {few}")
     impl = c.head.loss_impl
     refusal = None if impl == "auto" else LOSSES[impl].refuses(device_type, None)

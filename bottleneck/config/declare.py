@@ -42,7 +42,7 @@ def group(schema: type) -> Any:
 def composable(schema: type) -> type:
     """The class that Hydra composes `schema` with: mutable, the same keys, types that OmegaConf accepts.
 
-    It is put beside `schema` in its module as NAMENode, where pickle finds it: composed configs are sent to workers.
+    It is added to the module of `schema` as NAMENode so that pickle finds it: composed configs are sent to workers.
     """
     name, module = f"{schema.__name__.removesuffix('Config')}Node", sys.modules[schema.__module__]
     if hasattr(module, name):
@@ -89,7 +89,7 @@ def freeze(schema: type[T], composed: Any, prefix: str = "") -> T:
 
 
 def fits(hint: Any, value: Any) -> bool:
-    """Whether a value is of a declared type. An int is a float; a bool is no number."""
+    """Whether a value has a declared type. An int is accepted as a float; a bool is not a number."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return True

@@ -30,7 +30,7 @@ def head_options(h: HeadConfig, declared: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def all_options(h: HeadConfig) -> dict[str, Any]:
-    """Every option that has a key of its own or is used by this run: its value, None where nothing uses it."""
+    """Values of all options that have a key of their own or that this run uses; None for an option it does not use."""
     used: dict[str, Any] = {}
     for item in chosen(h).values():
         used |= head_options(h, item.options)

@@ -321,4 +321,4 @@ def unknown_key(key: str) -> str:
     return f"{key}: unknown key{hint} (python train.py --cfg job lists all keys)"
 
 
-register()  # a job on a cluster reads its config before it runs any code of ours but imports
+register()  # at import, because a cluster job reads its config before it calls any of our functions

@@ -1,4 +1,4 @@
-"""The name of a run's default folder: unique to the run, the same in its processes, found again by a requeued job."""
+"""The name of a run's default folder: unique to the run, equal in all its processes and in a requeued Slurm job."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def default_folder(base: str = "outputs") -> str:
     if os.environ.get("SLURM_JOB_ID"):
         return _slurm_folder(base)
     if any(name in os.environ for name in ("LOCAL_RANK", "LSB_JOBID", "OMPI_COMM_WORLD_RANK")):
-        return _started()  # the processes of other launchers share nothing but the time
+        return _started()  # other launchers give their processes nothing in common but the time
     return f"{_started()}-{_digits()}"
 
 
@@ -56,7 +56,7 @@ def _digits() -> str:
 
 def _slurm_folder(base: str) -> str:
     job, step = os.environ["SLURM_JOB_ID"], slurm_step()
-    # a job may hold several runs, which differ in their command lines. A second try may add the keys left out here
+    # a job may hold several runs, whose command lines differ. A second try may add the keys that are left out here
     added = ("ckpt_path=", "hydra.run.dir=", "hydra.sweep.dir=")
     words = [w for w in sys.argv[1:] if not w.lstrip("+").startswith(added)]
     digest = hashlib.sha256("\0".join(words).encode(errors="surrogateescape")).hexdigest()[:6]

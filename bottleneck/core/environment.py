@@ -16,7 +16,7 @@ from bottleneck.core.paths import ROOT
 
 @functools.cache
 def commit() -> str:
-    """Short hash of the git commit, + where tracked files were changed since; "" without git."""
+    """Short hash of the git commit, followed by + if tracked files have changed since; "" without git."""
 
     def git(*words: str) -> str:
         return subprocess.run(
@@ -37,7 +37,7 @@ def cores() -> int:
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Of installed packages; "" for those that are not."""
+    """Version of each package; "" if it is not installed."""
     found = {}
     for package in packages:
         try:

@@ -1,4 +1,4 @@
-"""Errors that the user can fix, shown as one line with exit code 2; and the end of a run by a signal."""
+"""Errors that the user can fix, shown as one line with exit code 2, and the exception of a run stopped by a signal."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ def check(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def go_on(folder: object = None, sweep: object = None) -> str:
-    """How to resume a run that was cut off.
+def how_to_resume(folder: object = None, sweep: object = None) -> str:
+    """A hint for the user: how to resume a stopped run.
 
-    Args: folder: the run's; sweep: folder of the multirun that the run is a job of.
+    Args:
+        folder: the run's folder.
+        sweep: folder of the multirun that the run belongs to, if any.
     """
-    if sweep is not None:  # as a single run its folder would be resumed without the multirun's other jobs
+    if sweep is not None:  # hydra.run.dir would resume this job without the multirun's other jobs
         return f"resume with the same command, ckpt_path=last and hydra.sweep.dir={sweep}"
     return "resume with ckpt_path=last and " + (f"hydra.run.dir={folder}" if folder else "the same hydra.run.dir")
 

@@ -1,9 +1,9 @@
 """What can be added to the project by one file: starts, head kinds, objectives, losses, metrics and studies.
 
-Each kind of extension has a dataclass that says what a declared object must tell about itself, and a registry of the
-declared objects. Config checks, help, plots and docs read the registries, so no module keeps a list of names. Rooms
-above `core` declare their objects; a registry imports the folder of its built-in objects on first use. Heavy types
-appear in annotations only.
+Each kind of extension has a dataclass with the fields that a declared object must fill, and a registry of the declared
+objects. Config checks, help, plots and docs read the registries, so no module keeps a list of names. Rooms above `core`
+declare their objects; a registry imports the folder of its built-in objects on first use. Heavy types appear in
+annotations only.
 
 Dims: n tokens of a chunk, D hidden size, R rank, V vocabulary.
 """
@@ -28,7 +28,7 @@ class Start:
 
     Attributes:
         make: (`heads.starting.StartInputs`) -> function from a head's key to its factors (A [V, R], B [R, D]).
-        closed_form: nothing in it is random, so heads of different seeds start equal.
+        closed_form: computed without randomness, so heads of different seeds start equal.
         nested: the factors of rank r are the first r columns of A and rows of B of every higher rank.
         reads_hidden: it reads the hidden states of the calibration tokens, which are then kept until it is done.
         lr_ref, gamma: defaults of `optim.lr_ref` and `optim.gamma` for heads that start so.
@@ -79,7 +79,7 @@ class Objective:
             option `temperature` (1 where the objective has none).
         options: the `head.*` keys it reads besides `teacher`, with their defaults.
         impls: values of `head.loss_impl` that can compute it; None: any.
-        fast: (options) -> the share m of the KL for which `losses.distill.steps` computes the same faster.
+        fast: (options) -> m, the share of the KL, with which `losses.distill.steps` computes the same loss faster.
     """
 
     name: str
@@ -164,7 +164,7 @@ class Metric:
 
 
 def _accept(keys: Any) -> None:
-    """The check of a study whose keys need none."""
+    """The default `check` of a study: accepts all values."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,6 @@ class Study:
 STARTS: Registry[Start] = Registry("head.init", "start", "bottleneck.heads.starts")
 HEAD_KINDS: Registry[HeadKind] = Registry("head.kind", "head kind", "bottleneck.heads.kinds")
 OBJECTIVES: Registry[Objective] = Registry("head.objective", "objective", "bottleneck.losses.objectives")
-# The owners of these rooms extend the dataclasses above and may name another folder.
 LOSSES: Registry[Loss] = Registry("head.loss_impl", "loss implementation", "bottleneck.losses.impls")
 METRICS: Registry[Metric] = Registry("metric", "metric", "bottleneck.evaluation.metrics")
 STUDIES: Registry[Study] = Registry("study", "study", "bottleneck.studies")

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic writing: a file is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bottleneck.core.errors import UserError
 
 
 def leftovers(path: Path) -> list[Path]:
-    """Unfinished copies of `path` that killed processes left: .NAME.PID.part beside it, of no living process."""
+    """Unfinished copies of `path` left by killed processes: files .NAME.PID.part beside it whose process is gone."""
     own = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.part")
     found = ((p, own.fullmatch(p.name)) for p in path.parent.iterdir())
     return [p for p, m in found if m and (int(m[1]) == os.getpid() or not _alive(int(m[1])))]
@@ -34,8 +34,8 @@ def write_atomic(path: Path, write: Callable[[Path], Any], keep: Optional[Path] 
 
     Args:
         write: takes the path to write to.
-        keep: where an existing file is moved first. After a kill between the two renames it is found there.
-    Raises: UserError where the file cannot be written, as on a full disk.
+        keep: path to which an existing file is moved first. A kill between the two renames leaves it there.
+    Raises: UserError if the file cannot be written, for example on a full disk.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -56,7 +56,7 @@ def write_atomic(path: Path, write: Callable[[Path], Any], keep: Optional[Path] 
 
 
 def _free(path: Path) -> str:
-    """The free space on a file's disk, where it is little: torch's message for a full disk does not mention it."""
+    """Text with the free space on a disk, "" if there is plenty: torch's error does not mention a full disk."""
     with contextlib.suppress(OSError):
         free = shutil.disk_usage(path.parent).free
         if free < 1 << 30:

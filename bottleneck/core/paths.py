@@ -1,4 +1,4 @@
-"""Where configs, embedded text and backbone are: in a checkout at the top level, in a wheel inside the package."""
+"""Paths of the configs, the embedded text and the embedded backbone: top level of a checkout, or inside the package."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CHECKOUT = ROOT != PACKAGE
 def in_repository(path: str) -> Path:
     """A path that a config gives relative to this repository.
 
-    An installed package is not written to: what would be in the checkout's .cache is in the user's cache folder.
+    Nothing is written into an installed package: it uses the user's cache folder instead of the checkout's .cache.
     """
     if CHECKOUT or not path.startswith(".cache/"):
         return ROOT / path

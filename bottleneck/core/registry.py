@@ -73,7 +73,7 @@ class Registry(Generic[T]):
         return name in self._items
 
     def __getitem__(self, name: str) -> T:
-        """Raises UserError that lists the names there are."""
+        """The object of a name. Raises UserError with the allowed names if there is none."""
         self._read()
         known = name in self._items
         check(known, f"{self.key}={name}: no such {self.noun}; allowed are {', '.join(self.names())}")

@@ -1,8 +1,7 @@
-"""run.json: what a run's folder holds a run of, written by the run itself once it has been accepted, read by every
-command.
+"""run.json: the config of the run in a folder. The run writes it once its config has been accepted; commands read it.
 
-Hydra's `.hydra/config.yaml` describes the last command that named the folder, also where that was refused. Folders of
-earlier versions have nothing else, so it is read where there is no run.json.
+Hydra's `.hydra/config.yaml` may describe a later command in the same folder, even a refused one. Folders written by
+earlier versions have only that file, so it is read if there is no run.json.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ def read_run_file(folder: Path) -> Optional[dict[str, Any]]:
 def read_run_config(folder: Path) -> Optional[dict[str, Any]]:
     """The config of a run's folder: from run.json, else from Hydra's file; None where there is neither.
 
-    Raises: UserError where the file that is there is damaged.
+    Raises: UserError if the file is damaged.
     """
     config = read_run_file(folder)
     path = folder / HYDRA_CONFIG

@@ -1,4 +1,4 @@
-"""What a command does before torch is imported."""
+"""Settings that must be made before torch is imported."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import signal
 
 
 def prepare_process() -> None:
-    """Set what torch reads when it is imported, and hold back Slurm's warning ahead of a time limit.
+    """Set the environment variables that torch reads on import, and block Slurm's warning before a time limit.
 
-    OpenMP threads that wait sleep instead of spinning: beside one other busy process on two cores, a run is 2 to 3
-    times faster (docs/log.md). Slurm's signal would end the process while it imports; `training.session` handles it.
+    Waiting OpenMP threads sleep instead of spinning, which makes a run 2 to 3 times faster beside one other busy
+    process on two cores (docs/log.md). Slurm's signal would kill the process during imports; `training.session`
+    handles it later.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     if "SLURM_JOB_ID" in os.environ:

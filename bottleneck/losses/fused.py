@@ -40,7 +40,7 @@ class Tile(NamedTuple):
     resident: int = 1
 
 
-# Measured on an H100 with bfloat16, N = 8,192, V = 50,304 (launch/LOG.md), by padded rank.
+# Measured on an H100 with bfloat16, N = 8,192, V = 50,304 (docs/log.md), by padded rank.
 SCAN = {
     16: Tile(64, 128, 4, 3, 2),
     32: Tile(64, 128, 4, 3, 2),

@@ -30,7 +30,7 @@ from typing import Any, Callable, Iterator, NoReturn, Optional
 from omegaconf import DictConfig
 
 from bottleneck.config.schema import register
-from bottleneck.core.errors import LostPeers, Stopped, UserError, go_on
+from bottleneck.core.errors import LostPeers, Stopped, UserError, how_to_resume
 from bottleneck.training.cluster import set_lightning_rank
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
@@ -183,8 +183,10 @@ def explain(error: Any, devices: int, *, minutes: float, run_dir: Path) -> NoRet
         name = signal.Signals(-first.exitcode).name
         if first.exitcode == -signal.SIGABRT:
             waited = f"had no answer for {minutes:g} minutes (trainer.timeout_minutes)"
-            raise LostPeers(f"{who} was ended by SIGABRT: it lost the others, or {waited}; {go_on(run_dir)}") from None
-        raise UserError(f"{who} was killed by {name}, the others were stopped; {go_on(run_dir)}") from None
+            raise LostPeers(
+                f"{who} was ended by SIGABRT: it lost the others, or {waited}; {how_to_resume(run_dir)}"
+            ) from None
+        raise UserError(f"{who} was killed by {name}, the others were stopped; {how_to_resume(run_dir)}") from None
     raise RuntimeError(f"{who} failed: {text}\n{trace}") from None
 
 

@@ -182,6 +182,3 @@ def _stored_config(folder: Path) -> tuple[Path, dict[str, Any]]:
             f"{folder}: neither {RUN_FILE}, {LAST} nor {HYDRA_CONFIG} is there to say where the backbone is"
         )
     return folder / HYDRA_CONFIG, config
-
-
-Run = FinishedRun  # the name that serve and downstream still import

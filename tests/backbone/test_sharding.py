@@ -237,7 +237,7 @@ def test_processes_validate_equally_many_batches():
     "overrides, words",
     [
         (["trainer.shard=magic"], "trainer.shard=magic: must be one of none, fsdp, zero3, zero2"),
-        (["trainer=fsdp", "trainer.devices=1"], "trainer.shard=fsdp: spreads over several processes, here is one"),
+        (["trainer=fsdp", "trainer.devices=1"], "trainer.shard=fsdp: needs several processes, this run has one"),
         (["trainer=fsdp", "backbone.compile=true"], "backbone.compile=true: does not go with trainer.shard=fsdp"),
         (["trainer.reduce_dtype=float8"], "trainer.reduce_dtype=float8: must be one of float32, bfloat16"),
         (
