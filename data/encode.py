@@ -23,7 +23,7 @@ from bottleneck.data.words import WordEncoder, cutter
 CORE_CHARS = 1 << 18  # characters of one batch for each core …
 MOST_CHARS = 1 << 21  # … and at most: the tokenizer needs about 120 bytes a character
 LONG_CHARS = 1 << 19  # longer documents are tokenised in pieces of about this length, for the same reason
-# places for a cut: after a line break before a letter, and between a word and the space before the next word
+# candidates for a cut: after a line break before a letter, and between a word and the space before the next word
 CUTS = re.compile(r"\n(?=[^\W\d_])|(?<=[^\W\d_])(?= [^\W\d_])")
 AHEAD = 3  # batches that may wait to be written
 WINDOW = 512  # characters on each side of a cut that are tokenised with the cut and without it
@@ -134,7 +134,7 @@ class Writer:
         self.file = open(path, "wb")
         self.eos, self.encode, self.limit, self.pool = eos, encode, limit, pool
         # A small limit means short batches, so that little more is read than is kept. Their length is the same on every
-        # machine, because it decides which documents are read, and of these some are kept for validation.
+        # machine, because it decides which documents are read, and some of these are held out for validation.
         self.batch = batch_chars() if limit is None else min(MOST_CHARS, max(4096, limit))
         self.offered = self.tokens = self.documents = self.bytes = self.crc = self._chars = 0
         self._texts: list[str] = []
@@ -195,6 +195,6 @@ class Writer:
         return {"tokens": self.tokens, "documents": self.documents, "bytes": self.bytes, "crc32": self.crc}
 
     def abandon(self) -> None:
-        """Close the file without complaint: what was written is about to be deleted."""
+        """Close the file and ignore errors: it is about to be deleted."""
         with contextlib.suppress(OSError):
             self.file.close()

@@ -1,4 +1,4 @@
-"""Which documents are held out for validation where the text has none: decided by a hash of each document."""
+"""Which documents are held out for validation if the text has no validation part: a hash of each document decides."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Iterable, Iterator
 
 from bottleneck.core.errors import check
 
-FIRST_DOCUMENTS = 200  # among these at least one is held out, however small the text is
+FIRST_DOCUMENTS = 200  # at least one of these documents is held out, however small the text is
 
 
 def document_hash(text: str, seed: int) -> int:

@@ -1,4 +1,4 @@
-"""Which local files are text, and which of them their names or folders set apart for validation."""
+"""Which local files are text, and which of them are for validation by their names or folders."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ ABOUT = {"readme.md", "config.json", "dataset_info.json", "dataset_infos.json", 
 def expand(key: str, patterns: Any) -> list[str]:
     """Folders, globs and files as a sorted list of files.
 
-    Folders are read with all folders in them, also those that are symbolic links. Hidden files and folders (.git,
+    Folders are read recursively, including symbolic links. Hidden files and folders (.git,
     .ipynb_checkpoints, __pycache__) are left out unless the pattern names them.
 
-    Raises: UserError where nothing is there.
+    Raises: UserError if there is no file.
     """
     found = [path for pattern in patterns_of(key, patterns) for path in files_of(key, pattern)]
     return distinct(found)
@@ -119,10 +119,10 @@ class Split:
 def split_of_folder(names: list[str]) -> Split:
     """Split the files of a folder as `datasets` does.
 
-    The first of these that finds a name decides: shards data/SPLIT-00000-of-00010.*, folders named train, validation or
-    test, files named so. Where it finds no text to train on or none to hold out, files without a split are asked for
-    their own names, and the rest is for training. Without validation text, test is taken for it. Where no name says
-    anything, all files are for training.
+    The first of these conventions that matches any name decides: shards data/SPLIT-00000-of-00010.*, folders named
+    train, validation or test, files with such names. If it finds no training or no validation text, files without a
+    split are split by their own names, and the rest is for training. Without validation text, the test text is used
+    for validation. If no name matches, all files are for training.
 
     Args:
         names: paths relative to the folder.

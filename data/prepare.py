@@ -137,7 +137,7 @@ def _fill(cfg: DataConfig, source: Source, train: Writer, validation: Writer) ->
         for d in source.validation():
             hashes.append(document_hash(d, 0))
             validation.add(d)
-            if validation.full:  # what lies beyond the limit is not validated on, so it need not be read
+            if validation.full:  # text beyond the limit is not used for validation, so it need not be read
                 break
         validation.finish()
         held = set(hashes[: validation.documents])
@@ -164,7 +164,7 @@ def _with_progress(documents: Iterable[tuple[bool, str]], train: Writer) -> Iter
 
 
 def _account(source: Source, train: Writer, validation: Writer, *, copies: int, waiting: int) -> dict[str, int]:
-    """What became of every row and document that was read; the sums must agree. Logs what was left out."""
+    """Account for every row and document that was read; the sums must agree. Logs what was left out."""
     beyond = waiting + sum(w.offered - w.documents for w in (train, validation))
     rows = source.counts
     read = {

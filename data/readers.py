@@ -1,7 +1,7 @@
-"""The texts of one file: plain text, JSON lines or Parquet, as they are or compressed.
+"""The texts of one file: plain text, JSON lines or Parquet, plain or compressed.
 
-Every fault names the file and, where there is one, the line. Only the text column is looked at, so files may differ in
-all other columns. `datasets` is not used here, because it converts a whole column where one value has another type, and
+Every error names the file and, if there is one, the line. Only the text column is read, so files may differ in all
+other columns. `datasets` is not used here, because it converts a whole column where one value has another type, and
 accepts a truncated .zst file.
 """
 
@@ -37,7 +37,7 @@ UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 @dataclass
 class RowCounts:
-    """What became of the rows of a source: `rows` = `empty` + `bad` + texts that were returned."""
+    """Counts of a source's rows: `rows` = `empty` + `bad` + texts that were returned."""
 
     rows: int = 0
     empty: int = 0  # rows without text: the value is missing, null or ""
@@ -185,7 +185,7 @@ class RowReader:
             seekable: Any = io.BytesIO(raw.read()) if path.lower().endswith(COMPRESSED) else raw
             try:
                 yield from self._column_rows(path, pq.ParquetFile(seekable))
-            except pa.ArrowException as error:  # some of its kinds are no ValueError
+            except pa.ArrowException as error:  # some of its errors are not ValueErrors
                 raise ValueError(str(error)) from error
 
     def _column_rows(self, path: str, file: Any) -> Iterator[Optional[str]]:
@@ -231,7 +231,7 @@ def readable(path: Any) -> str:
 
 
 def local_path(pattern: Any) -> Path:
-    """A path with ~ expanded, where ~ or ~user is a folder; another name that begins with ~ stays as it is."""
+    """A path with ~ expanded if ~ or ~user is a folder; another name that begins with ~ stays as it is."""
     return Path(os.path.expanduser(str(pattern)))
 
 
@@ -299,8 +299,8 @@ class _ZstdFile(io.RawIOBase):
 
 
 def _paragraphs(stream: TextIO) -> Iterator[str]:
-    """What stands between empty lines, without it where it is empty."""
-    parts: list[str] = []  # of the paragraph that has not ended yet
+    """The paragraphs of a text, which are separated by empty lines; empty ones are left out."""
+    parts: list[str] = []  # lines of the paragraph that has not ended yet
     while chunk := stream.read(CHUNK):
         last = parts[-1][-1] if parts else ""
         parts.append(chunk)
@@ -325,7 +325,7 @@ def _values(text: str) -> list[Any]:
 
 
 def _spans_lines(line: bytes, error: Exception) -> bool:
-    """Whether a line is not JSON because its value goes on in the next line: so the fault is at its very end."""
+    """Whether a line is not JSON because its value continues on the next line: the error is then at its very end."""
     at_end = isinstance(error, json.JSONDecodeError) and error.pos >= len(error.doc.rstrip())
     return at_end and line.lstrip()[:1] in (b"{", b"[")
 
@@ -346,7 +346,7 @@ def _kind(value: Any) -> str:
 
 
 def _explained(path: str, rows: Iterator[Optional[str]], kind: str) -> Iterator[Optional[str]]:
-    """The same rows; what goes wrong while they are read becomes one line that names the file."""
+    """The same rows; an error while they are read becomes one line that names the file."""
     name = readable(path)
     ending = Path(path).suffix.lower()
     try:
@@ -368,7 +368,7 @@ def _explained(path: str, rows: Iterator[Optional[str]], kind: str) -> Iterator[
 
 
 def _not_utf8(path: str) -> str:
-    """Where a text file is not UTF-8."""
+    """A description of where a text file is not UTF-8."""
     with contextlib.suppress(EOFError, OSError, *DAMAGE), open_bytes(path) as raw:
         for number, line in enumerate(raw, 1):
             if number == 1 and line.startswith(UTF16_MARKS):

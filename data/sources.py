@@ -1,4 +1,4 @@
-"""Where documents come from: local text files or a Hub dataset, and which of them are for validation."""
+"""The sources of documents: local text files or a Hub dataset, and which of the documents are for validation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SAMPLE_BY = {"file": "document", "paragraph": "paragraph", "line": "line"}  # da
 
 
 class Source:
-    """The documents of one config: `train()` and, where the text has them apart, `validation()`.
+    """The documents of one config: `train()` and, if the text has separate ones, `validation()`.
 
     Attributes:
         counts: rows read so far, and how many of them were empty or left out.
@@ -55,7 +55,7 @@ class Source:
             reader_of(path)
 
     def _training_of(self, pattern: str) -> list[str]:
-        """The training files of one file, folder or glob; a folder's own validation files are noted on the way."""
+        """The training files of one file, folder or glob; also records a folder's own validation files."""
         folder = local_path(pattern)
         files = files_of("data.files", pattern)
         if not folder.is_dir():
@@ -79,7 +79,7 @@ class Source:
         return [str(folder / name) for name in split.train]
 
     def _held_out_of(self, patterns: Any) -> list[str]:
-        """The files of `data.validation_files`: of a folder that is split by its names, its validation text."""
+        """The files of `data.validation_files`; of a folder that is split by its names, only the validation text."""
         found = []
         for pattern in patterns_of("data.validation_files", patterns):
             folder, files = local_path(pattern), files_of("data.validation_files", pattern)
@@ -104,7 +104,8 @@ class Source:
         return bool(self.validation_files) or bool(self.cfg.dataset and self.cfg.validation_split)
 
     def describe(self) -> dict[str, Any]:
-        """What the prepared tokens depend on, for the cache key. Local files count by path, size and time."""
+        """Everything that the prepared tokens depend on, for the cache key. Local files count by path, size and
+        time."""
         c = self.cfg
 
         def stat(paths: Iterable[str]) -> list:
@@ -126,7 +127,7 @@ class Source:
         return about
 
     def train(self) -> Iterator[str]:
-        """The training documents in their order, or all documents where none are apart for validation."""
+        """The training documents in their order, or all documents if there are no separate ones for validation."""
         return self._documents(self.files, self.cfg.split)
 
     def validation(self) -> Iterator[str]:
@@ -145,7 +146,7 @@ class Source:
                 self.blank += 1
 
     def readers(self, files: list[str]) -> Iterator[tuple[str, list[str], dict[str, Any]]]:
-        """How `datasets.load_dataset` would be called for some files: (reader, its files, its options)."""
+        """The arguments of `datasets.load_dataset` for some files: (reader, its files, its options)."""
         for reader, paths, unit in self._by_reader(files):
             yield reader, paths, {"sample_by": SAMPLE_BY[unit]} if reader == "text" else {}
 
@@ -170,7 +171,7 @@ class Source:
     def _hub_rows(self, split: Optional[str]) -> Iterator[str]:
         import datasets
 
-        datasets.logging.set_verbosity(logging.CRITICAL)  # what is wrong is reported below, once
+        datasets.logging.set_verbosity(logging.CRITICAL)  # errors are reported below, once
         c, where = self.cfg, f"data.dataset={self.cfg.dataset}"
         options: dict[str, Any] = {"name": c.subset} if c.subset else {}
         try:
@@ -179,7 +180,8 @@ class Source:
                 files = builder.config.data_files or {}
                 splits = str(split).split("+")
                 if all(part in files for part in splits):
-                    # JSON: our reader looks at the text alone; `datasets` rewrites a column of mixed types as JSON text
+                    # JSON: our reader reads only the text column; `datasets` rewrites a column of mixed types as JSON
+                    # text
                     yield from self._json_urls([url for part in splits for url in files[part]])
                     return
                 options["on_mixed_types"] = None
@@ -194,7 +196,7 @@ class Source:
         except Exception as error:  # datasets, pyarrow, zstandard and the network each raise their own kinds
             cause: BaseException = error
             while isinstance(cause, datasets.exceptions.DatasetGenerationError) and cause.__cause__ is not None:
-                cause = cause.__cause__  # the error itself says nothing but that there was one
+                cause = cause.__cause__  # the error itself has no information
             raise UserError(f"{where}: cannot be read: {type(cause).__name__}: {cause}") from error
 
     def _json_urls(self, urls: list[str]) -> Iterator[str]:

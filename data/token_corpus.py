@@ -1,7 +1,7 @@
-"""Token files as the corpus of a run: joined into one stream, or rows as they are, with validation text apart.
+"""Token files as the corpus of a run: joined into one stream, or rows as they are, with separate validation text.
 
-Nothing is copied and no index is read as a whole, so opening 10^11 tokens takes seconds. A joined stream is the one
-that prepared text has: end-of-text, document, end-of-text, document …, end-of-text.
+Nothing is copied and no index is read as a whole, so opening 10^11 tokens takes seconds. A joined stream has the layout
+of prepared text: end-of-text, document, end-of-text, document …, end-of-text.
 
 Dims: N sequences, T tokens predicted per sequence.
 """
@@ -28,13 +28,13 @@ from bottleneck.data.readers import local_path, readable
 from bottleneck.data.token_formats import Shard, files_in, open_shards
 
 log = logging.getLogger(__name__)
-EXACT = 1 << 28  # ids up to which every id is checked and hashed at the start; beyond it, samples are
+EXACT = 1 << 28  # ids up to which every id is checked and hashed at the start; of a larger source, samples
 SAMPLES = 4096  # places sampled of a larger source
 SAMPLED = 64  # ids at each of them
 SCANNED = 1 << 24  # ids scanned at once
 REACH = 1 << 22  # ids searched for the end of a document
-SMALL = 1 << 24  # blocks up to which an order is a permutation in memory, as that of prepared text
-TRIES = 1000  # places at which documents to hold out are looked for, at least
+SMALL = 1 << 24  # blocks up to which an order is a permutation in memory, as for prepared text
+TRIES = 1000  # least number of places at which documents to hold out are searched
 PYTHIA_ROWS = 1024  # rows of one training step of Pythia: data.skip=stepN
 
 
@@ -86,7 +86,7 @@ class JoinedStream:
             out[:] = shard.ids[at : at + len(out)]
             return
         starts: Any = shard.documents if shard.documents is not None else np.array([0, len(shard.ids)])
-        # end-of-text of document i is at starts[i + 1] + i, since one was put in after each document before it
+        # end-of-text of document i is at starts[i + 1] + i, because one was inserted after each document before it
         documents = range(len(starts) - 1)
         first, last = (
             bisect.bisect_right(documents, place, key=lambda i: int(starts[i]) + i) - 1
@@ -106,7 +106,7 @@ class JoinedStream:
 def _lack_end_of_text(shards: list[Shard], eos: int) -> bool:
     """Whether the documents are stored without end-of-text between them, judged by up to 1,000 documents of each shard.
 
-    Files without boundaries have nothing else that separates documents, so they are left as they are.
+    In files without boundaries only end-of-text separates documents, so they are left as they are.
     """
     seen = having = 0
     for shard in shards:
@@ -174,7 +174,7 @@ class Order:
     def __getitem__(self, part: slice) -> np.ndarray:
         stop = min(len(self), len(self) if part.stop is None else part.stop)
         size = max(0, self.count - self.skip)
-        some = min(size, stop + len(self.held_out))  # enough even if all that are held out are among them
+        some = min(size, stop + len(self.held_out))  # enough even if they include all that are held out
         if self.seed is None:
             order = np.arange(some)
         elif size <= SMALL:
@@ -186,7 +186,7 @@ class Order:
 
 
 def shuffled(indices: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """Where a pseudo-random permutation of 0 … size−1 puts some indices, without storing the permutation.
+    """The images of some indices under a pseudo-random permutation of 0 … size−1, which is not stored.
 
     A Feistel network of six rounds over the next even number of bits; values beyond `size` are sent through it again.
     """
@@ -329,7 +329,7 @@ class TokenCorpus(Corpus):
         return max(1, min(self.cfg.validation_tokens, int(have * self.cfg.validation_fraction)))
 
     def _hold_out_rows(self) -> np.ndarray:
-        """Keep some rows apart: the last ones in the order of the source, else a random choice."""
+        """Hold some rows out: the last ones in the order of the source, else a random choice."""
         have = self.count - self.skip
         check(have > 1, f"data: {self.name} has {have} rows, too few to hold one out; give data.validation_files")
         wanted = min(max(1, self._wanted() // self.block), have - 1)
@@ -343,7 +343,7 @@ class TokenCorpus(Corpus):
         return np.concatenate([self.table[i] for i in self.held_out.tolist()]).astype(np.int64)
 
     def _hold_out_documents(self) -> np.ndarray:
-        """Keep documents apart, and all blocks that overlap them: the last ones of the source, or a random choice."""
+        """Hold documents out, and all blocks that overlap them: the last ones of the source, or a random choice."""
         T, stream, wanted, begin = self.block, self.stream, self._wanted(), self.skip * self.block
         spans: dict[int, int] = {}  # first id of a document: the end-of-text after it
         rng = np.random.default_rng([self.cfg.seed, 1])

@@ -9,7 +9,7 @@
     arrow        a column of id lists in .arrow files, as `datasets.save_to_disk` writes them
     parquet      a column of id lists; it is compressed, so it is decoded into memory
 
-Every fault names the file. References: indexed_dataset of Megatron-LM and GPT-NeoX, data_common of llm.c, the formats
+Every error names the file. References: indexed_dataset of Megatron-LM and GPT-NeoX, data_common of llm.c, the formats
 of NumPy and safetensors.
 """
 
@@ -104,7 +104,7 @@ class MegatronStarts:
 
 
 class FileArray:
-    """An array in a file, of which only the asked parts are read.
+    """An array in a file, of which only the requested parts are read.
 
     Not a memory map: with random access over a large file, page faults cost far more than reads of the same bytes.
     """

@@ -1,11 +1,10 @@
-"""Tokenising by words: where a tokenizer treats words separately, each distinct word is tokenised once and looked up.
+"""Tokenising by words: if a tokenizer treats words separately, each distinct word is tokenised once and looked up.
 
 GPT-2's byte-level pre-tokenizer (GPT-2, Pythia, OPT, SmolLM2, the embedded backbone) matches
 `'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+` from left to right
-and tokenises each match separately. This module finds the same matches between ASCII characters. Whatever touches
-another character goes
-to the tokenizer itself, up to the next place where every match ends in any context: between visible ASCII and ASCII
-white space.
+and tokenises each match separately. This module finds the same matches between ASCII characters. Text that touches
+another character goes to the tokenizer itself, up to the next place where every match ends in any context: between
+visible ASCII and ASCII white space.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import numpy as np
 S, V, O = r"[\t-\r ]", r"[!-~]", r"[^\t-\r -~]"  # ASCII white space, visible ASCII, everything else
 SHORT = "'(?:s|t|re|ve|m|ll|d)"
 NOTHING = {"type": "Sequence", "normalizers": []}  # no normalizer, as Transformers 5.17 stores it
-MOST_CHARS = 1 << 24  # characters of the words that are remembered; beyond it all are forgotten
+MOST_CHARS = 1 << 24  # characters of the cached words; beyond this the cache is cleared
 
 
 def parts(digits: bool, blanks: bool) -> re.Pattern:
@@ -60,7 +59,7 @@ def cutter(backend: Any) -> Optional[re.Pattern]:
         or about["padding"]
     ):
         return None
-    # NFC leaves ASCII unchanged, unless a combining character follows, and that is not cut off
+    # NFC leaves ASCII unchanged unless a combining character follows; the two are not cut apart
     if about["normalizer"] not in (None, NOTHING, {"type": "NFC"}):
         return None
     for t in about["added_tokens"]:

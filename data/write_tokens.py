@@ -56,11 +56,11 @@ def _megatron(stream: np.ndarray, path: Path, eos: int) -> str:
     ends = [np.zeros(0, np.int64)]
     name = f"{path.name}_document"
     with open(path.with_name(f"{name}.bin"), "wb") as f:
-        for at in range(1, len(stream), COPIED):  # the end-of-text before the first document is not of a document
+        for at in range(1, len(stream), COPIED):  # the end-of-text before the first document belongs to no document
             ids = np.asarray(stream[at : at + COPIED])
             f.write(ids.astype(dtype).tobytes())
             ends.append(np.flatnonzero(ids == eos) + at)
-    starts = np.concatenate([[0], *ends])  # of documents, in ids of the file: one after each end-of-text
+    starts = np.concatenate([[0], *ends])  # document boundaries, in ids of the file: one after each end-of-text
     sizes = np.diff(starts)
     check(len(sizes) > 0 and sizes.max() < 2**31, f"{name}: a document has more than 2^31 ids")
     with open(path.with_name(f"{name}.idx"), "wb") as f:

@@ -14,7 +14,7 @@ from bottleneck.core.errors import check
 def merge(model: Any, name: str) -> None:
     """Merge the adapters that Transformers has put into `model` and put the plain layers back in place.
 
-    Raises: UserError where there is an adapter of a kind that cannot be merged (prompt tuning, for one).
+    Raises: UserError for an adapter of a kind that cannot be merged, such as prompt tuning.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -33,7 +33,7 @@ def merge(model: Any, name: str) -> None:
             continue
         found += 1
     check(bool(found), f"backbone {name}: its adapter changes no layer; only adapters that can be merged are supported")
-    # What Transformers remembers of the adapter would make `save_pretrained` write it, under PEFT's names
+    # Otherwise `save_pretrained` would write the adapter, under PEFT's names
     model._hf_peft_config_loaded = False
     for name_of_memory in ("peft_config", "_weight_conversions"):
         vars(model).pop(name_of_memory, None)

@@ -1,4 +1,4 @@
-"""The backbone's original head, and the measurement of what a family does between that head's product and its logits.
+"""The backbone's original head, and a measurement of how a family turns that head's product into logits.
 
 Dims: N sequences, T sequence length, D hidden size (width of the head's input), V vocabulary of the head.
 """
@@ -108,9 +108,9 @@ def _matrices(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def find_head(model: Any, run: Callable[[], Tensor]) -> tuple[nn.Module, Tensor, Tensor]:
-    """The linear module that makes the logits, what it received [N, T, D], and the logits [N, T, V] of one pass.
+    """The linear module that computes the logits, its input [N, T, D], and the logits [N, T, V] of one pass.
 
-    Raises: UnknownHeadError where no linear module's output has as many columns as the logits.
+    Raises: UnknownHeadError if no linear module's output has as many columns as the logits.
     """
     calls: list[tuple[nn.Module, Tensor]] = []
 
@@ -139,20 +139,20 @@ def _weight(module: nn.Module) -> Tensor:
     return weight
 
 
-# What is put in the place of h Wᵀ + b: powers of two, which every scale multiplies exactly
+# Values that replace h Wᵀ + b: powers of two, so that multiplying by a scale is exact
 _GRID = [0.0, *(s * 2.0**k for k in (-3, -1, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 14) for s in (1, -1)), 0.0]
 
 
 @torch.no_grad()
 def measure(run: Callable[[], Tensor], head: nn.Module, config: Any) -> HeadMap:
-    """What stands between the product of `head` and the logits: scale, soft cap, bias and a cut of the vocabulary.
+    """Measure what a family does to the product of `head`: scale, soft cap, bias and a cut of the vocabulary.
 
-    The product is replaced by known numbers, the same for every token of the vocabulary, and the logits are read: they
-    are an exact picture of the map, whatever the family's config calls its parts.
+    The product is replaced by known numbers, the same for every token of the vocabulary. The logits then show the map
+    exactly, whatever the family's config calls its parts.
 
     Args:
         run: a forward pass over ids [2, 16], to logits [2, 16, V].
-        config: the model's; a measured number that is one of its numbers, but for rounding, becomes that number.
+        config: of the model; a measured number that equals one of its numbers up to rounding is replaced by it.
     Raises: UnknownHeadError where the map is not cap(scale · (x + b)).
     """
     grid = torch.tensor(_GRID, dtype=torch.float32)
@@ -196,7 +196,7 @@ def measure(run: Callable[[], Tensor], head: nn.Module, config: Any) -> HeadMap:
 
 
 def _cap(y: Tensor) -> Optional[float]:
-    """The value that an odd, saturating map tends to; None where it grows on."""
+    """The limit of an odd, saturating map; None if it does not saturate."""
     top, below = float(y[_GRID.index(2.0**14)]), float(y[_GRID.index(2.0**11)])
     return top if top > 0 and top < 2 * below else None
 
@@ -216,6 +216,6 @@ def numbers_of(config: Any) -> list[float]:
 
 
 def snapped(value: float, numbers: list[float], near: float) -> float:
-    """The number of the config within a relative `near` of a measured (and so rounded) one; else the measured one."""
+    """The config's number within a relative distance `near` of a measured, rounded one; else the measured one."""
     nearest = min(numbers, key=lambda n: abs(n - value))
     return nearest if abs(nearest - value) <= near * abs(value) else value

@@ -68,7 +68,7 @@ def _check_path(cfg: BackboneConfig) -> None:
 
 
 def _base(cfg: BackboneConfig) -> BackboneConfig:
-    """The config of the model below an adapter where `path` holds the adapter alone; else `cfg`."""
+    """The config of an adapter's base model if `path` holds only the adapter; else `cfg`."""
     folder = Path(cfg.path).expanduser()
     if not (folder / ADAPTER).is_file() or (folder / "config.json").is_file():
         return cfg
@@ -83,7 +83,7 @@ def _base(cfg: BackboneConfig) -> BackboneConfig:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Transformers prints tables of missing weights and progress bars; what matters of them is raised as one line."""
+    """Silence Transformers' tables of missing weights and its progress bars; `load` raises what matters as one line."""
     before = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity(logging.CRITICAL)
     transformers.utils.logging.disable_progress_bar()
@@ -94,7 +94,7 @@ def _silent() -> Iterator[None]:
 
 
 def _load(what: str, cfg: BackboneConfig, load: Callable[[], T]) -> T:
-    """`load()`, with what Transformers, safetensors and tokenizers raise as one line that names the key at fault."""
+    """Call `load()`; errors of Transformers, safetensors and tokenizers become one line that names the key at fault."""
     try:
         with _silent():
             return load()
@@ -131,7 +131,7 @@ def _family(cfg: BackboneConfig) -> str:
 
 
 def load_tokenizer(cfg: BackboneConfig) -> Any:
-    """The backbone's tokenizer. Raises UserError where there is none, or it has no end-of-text token."""
+    """The backbone's tokenizer. Raises UserError if there is none, or it has no end-of-text token."""
     _check_path(cfg)
     if cfg.tokenizer:
         kwargs: dict[str, Any] = {"trust_remote_code": cfg.trust_remote_code}
@@ -154,7 +154,7 @@ def load_tokenizer(cfg: BackboneConfig) -> Any:
 
 
 def load_config(cfg: BackboneConfig) -> Any:
-    """The Transformers config. Raises UserError where there is none, or its quantization is unknown to Transformers."""
+    """The Transformers config. Raises UserError if there is none, or Transformers does not know its quantization."""
     _check_path(cfg)
     base = _base(cfg)
     config = _load("config", base, lambda: AutoConfig.from_pretrained(base.path, **_source(base)))
@@ -176,7 +176,7 @@ def load_config(cfg: BackboneConfig) -> Any:
 def load_shape(cfg: BackboneConfig) -> tuple[int, Optional[int], int]:
     """Width of the head's input, context length (None: no limit) and vocabulary, from the config alone (no weights).
 
-    Raises: UserError where the config is not that of a causal LM with one linear head.
+    Raises: UserError if the config is not that of a causal LM with one linear head.
     """
     config = load_config(cfg)
     text = config.get_text_config(decoder=True)
@@ -185,8 +185,8 @@ def load_shape(cfg: BackboneConfig) -> tuple[int, Optional[int], int]:
     weight = getattr(model.get_output_embeddings(), "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
         raise UserError(f"backbone {label(cfg)}: family {config.model_type} has no linear LM head")
-    # A family may cut the rows that pad its head off the logits. A forward pass on the meta device shows how many are
-    # left; not every family can run there.
+    # A family may drop the head's padding rows from the logits. A forward pass on the meta device shows how many
+    # remain; not every family can run there.
     rows = min(getattr(text, "unpadded_vocab_size", None) or len(weight), len(weight))
     with contextlib.suppress(Exception), torch.no_grad(), _silent():
         rows = model(input_ids=torch.zeros(1, 4, dtype=torch.long, device="meta"), use_cache=False).logits.shape[-1]
@@ -202,7 +202,7 @@ def _options(cfg: BackboneConfig, device_type: str) -> dict[str, Any]:
 def empty_model(cfg: BackboneConfig, device_type: str = "cpu", tied: Optional[bool] = None) -> Any:
     """The model that the config describes, in eval mode, with parameters and buffers on the meta device (no memory).
 
-    Args: tied: whether head and embeddings are one parameter, where the weights know better than the config.
+    Args: tied: whether head and embeddings are one parameter; None: as the config says. The weights may differ from it.
     """
     config = load_config(cfg)
 
@@ -231,16 +231,16 @@ def load_model(cfg: BackboneConfig, device_type: str = "cpu") -> Any:
     """The whole Transformers model with its original head, in eval mode; a PEFT adapter is merged into the weights.
 
     Args: device_type: "cuda" or "cpu": decides the dtype that "auto" stands for (bfloat16 or float32).
-    Raises: UserError where it cannot be loaded, the files lack weights, or a weight is not a usable number.
+    Raises: UserError if it cannot be loaded, the files lack weights, or a weight is not a usable number.
     """
     if cfg.weights == "random":
         return random_model(cfg, device_type)
-    load_config(cfg)  # refuses what Transformers would pass over in silence
+    load_config(cfg)  # raises for a quantization that Transformers would silently ignore
     options = _options(cfg, device_type)
     adapted = (Path(cfg.path).expanduser() / ADAPTER).is_file()
     dtype = options["dtype"]
     if adapted:
-        options["dtype"] = torch.float32  # so that the merged weights do not depend on the dtype but for one rounding
+        options["dtype"] = torch.float32  # so that the dtype affects the merged weights by one rounding only
     source = {**_source(cfg), **options, "output_loading_info": True}
     path = str(Path(cfg.path).expanduser()) if adapted else cfg.path
     load: Callable[[], Any] = lambda: AutoModelForCausalLM.from_pretrained(path, **source)

@@ -41,7 +41,7 @@ __all__ = [
     "load_tokenizer",
     "random_model",
 ]
-SHORT = 64  # block length of the probe of causality where the caller does not know the run's
+SHORT = 64  # block length of the causality check if the caller does not know the run's
 
 
 class Backbone(nn.Module):
@@ -54,10 +54,10 @@ class Backbone(nn.Module):
         rewrites_weights: whether the family changes its weights in place when it runs (RWKV rescales them).
 
     Args:
-        weights_hash: the identity, where no process holds all weights.
+        weights_hash: the identity, if no process holds all weights.
         block_size: tokens in a sequence of the run, the length at which causality is checked.
     Raises: UserError where the family has no linear head, does something unknown between it and the logits, cannot run
-        on token ids alone, looks at later tokens, or where a weight is not a usable number.
+        on token ids alone, looks at later tokens, or has a weight that is not a usable number.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Backbone(nn.Module):
         model.requires_grad_(False)
         if weights_hash is None:
             check_numbers(model, name)
-        self.engine: Optional[tuple] = None  # what holds the parameters, where they are spread over processes
+        self.engine: Optional[tuple] = None  # owner of the parameters if they are sharded over processes
         self._compiled_for: Optional[tuple[int, int]] = None
         versions = [p._version for p in model.parameters()]
         parts = self._take_apart(model)
@@ -91,10 +91,10 @@ class Backbone(nn.Module):
         """Load weights from the Hub, a folder, a GGUF file or an adapter, and prove that the hidden states are right.
 
         Args:
-            device: where it goes, and the proof runs; decides the dtype "auto" stands for (bfloat16 on a GPU, else
+            device: of the weights and the proof; decides the dtype that "auto" stands for (bfloat16 on a GPU, else
                 float32).
             block_size: see `Backbone`.
-        Raises: UserError where it cannot be loaded, and as `Backbone`.
+        Raises: UserError if it cannot be loaded, and as `Backbone`.
         """
         model = load_model(cfg, torch.device(device).type).to(device)
         return cls(model, label(cfg), shape_hash(model) if cfg.weights == "random" else None, block_size=block_size)
@@ -107,14 +107,14 @@ class Backbone(nn.Module):
             raise UserError(f"backbone {self.name}: family {self.family} is not supported: {error}") from error
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # a model that needs images, speech or a language has its own way to say so
+        except Exception as error:  # models that need images, speech or a language raise various kinds of errors
             dtypes = " and ".join(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()}))
             raise UserError(
                 f"backbone {self.name}: family {self.family} does not run on token ids alone, with weights in "
                 f"{dtypes}: {type(error).__name__}: {str(error)[:200]}"
             ) from error
-        # Both are submodules, so that they move along between devices. The body comes first: the hash names the weight
-        # of a tied head after the embeddings.
+        # Both are submodules, so that they move between devices with the backbone. The body comes first: the hash names
+        # the weight of a tied head after the embeddings.
         self.body: Any = parts.body
         self.lm_head: Any = parts.linear
         self._alone = parts.body is not model
@@ -187,7 +187,7 @@ class Backbone(nn.Module):
     def compile_layers(self, shape: tuple[int, int]) -> bool:
         """Compile the body's repeated layers for batches [N, T] of one shape; batches of other shapes run uncompiled.
 
-        One layer is compiled for all, which takes seconds where compiling the whole body takes a minute.
+        One layer is compiled for all; this takes seconds, compiling the whole body a minute.
         Returns: False, without compiling, if the family does not name its layers.
         """
         layers = layers_of(self.body)

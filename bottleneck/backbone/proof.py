@@ -1,4 +1,4 @@
-"""Proof, when a backbone is loaded, that its hidden states and head give its logits and that it reads left to right.
+"""Check, when a backbone is loaded, that its hidden states and head give its logits and that it is causal.
 
 Both checks run the model as training does: in its dtype, on its device, without a cache or a mask.
 Dims: N sequences, T sequence length, D hidden size, V vocabulary of the head.
@@ -16,8 +16,8 @@ from bottleneck.backbone.head import FullHead, HeadMap, find_head, head_input, m
 from bottleneck.backbone.weights import body_of
 
 PROBE = (2, 16)  # sequences and tokens of the probe of logits
-# Largest error of logits relative to the largest logit: both sides run the same product in the same dtype, so what
-# differs is the order of summation, and in 16 bits the rounding of a cap
+# Largest error of logits relative to the largest logit: both sides run the same product in the same dtype, so they
+# differ by the order of summation, and in 16 bits by the rounding of a cap
 LOGIT_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
 LOGIT_TOLERANCE_16 = 8e-3
 # Largest movement of an earlier hidden state relative to its length
@@ -36,8 +36,8 @@ class Parts:
 
     Attributes:
         linear, map: its head, and how logits follow from the head's product.
-        body: what makes the head's input: the base model where it does so alone, else the whole model, stopped at its
-            head (BERT-like decoders have a transform between the two).
+        body: computes the head's input: the base model if its output is that input, else the whole model, stopped at
+            its head (BERT-like decoders have a transform between the two).
         hidden [N, T, D], logits [N, T, V]: the head's input and the logits of the probe.
     """
 
@@ -52,8 +52,8 @@ class Parts:
 def take_apart(model: Any) -> Parts:
     """Find and measure the head of a causal LM, on a probe of 2 × 16 random tokens.
 
-    Raises: UnknownHeadError where it has no linear head, or does something unknown to its product. Whatever the model
-        itself raises where it does not run on token ids alone.
+    Raises: UnknownHeadError if it has no linear head, or does something unknown to its product. If the model does not
+        run on token ids alone, the model's own error.
     """
     ids = probe_ids(id_bound(model), PROBE, _device(model))
 
@@ -68,7 +68,7 @@ def take_apart(model: Any) -> Parts:
         alone = alone.to(hidden.dtype)
         if relative_error(alone, hidden) < 1e-6:
             return Parts(linear, found, body, alone, logits)
-        # a family may divide its hidden states by a number, which is as good as a scale of the logits (MiniCPM)
+        # a family may divide its hidden states by a number, which is equivalent to a scale of the logits (MiniCPM)
         factor = float((alone.double() * hidden.double()).sum() / alone.double().square().sum().clamp(min=1e-30))
         near = 1e-5 if hidden.dtype == torch.float32 else 4e-3
         if found.of(linear).bias_V is None and factor and relative_error(alone * factor, hidden) < 2 * near:
@@ -105,7 +105,7 @@ def through(model: Any, linear: nn.Module, ids_NT: Tensor) -> Tensor:
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:
-    """Largest difference relative to the largest number; NaN where either holds one."""
+    """Largest difference relative to the largest number; NaN if either holds one."""
     got, wanted = got.float(), wanted.float()
     return ((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)).item()
 
@@ -123,12 +123,12 @@ def parity(head: FullHead, hidden: Tensor, logits: Tensor) -> Optional[str]:
 
 @torch.no_grad()
 def leak(run: Callable[[Tensor], Tensor], tokens: int, block: int, device: torch.device) -> Optional[float]:
-    """How far earlier hidden states move when later tokens change; None if they stay where they are, to rounding.
+    """How far earlier hidden states move when later tokens change; None if they do not, up to rounding.
 
-    Two sequences of `block` tokens are read, and read again with their second halves changed: to other random tokens,
-    and to one token repeated, as padded last blocks of a run end. Where the first halves move at all (a mixture of
-    experts sums other batches in another order), the movement is compared with that of a sequence whose neighbour in
-    the batch changes, which is rounding alone.
+    Two sequences of `block` tokens are read, and read again with their second halves replaced by other random tokens
+    and by one repeated token, like the end of a run's padded last block. If the first halves move at all (a mixture of
+    experts sums another batch in another order), the movement is compared with that of a sequence whose neighbour in
+    the batch changes, which is due to rounding only.
 
     Args:
         run: ids [2, block] to hidden states [2, block, D].

@@ -1,13 +1,13 @@
-"""A frozen backbone that one GPU cannot hold: spread over the processes of a run, gathered layer by layer when it runs.
+"""A frozen backbone that one GPU cannot hold: sharded over the processes of a run, gathered layer by layer.
 
-`fsdp` is PyTorch's FSDP2, `zero3` DeepSpeed's ZeRO stage 3. Both see parameters that never have a gradient, and neither
-sees the heads, which stay whole on every process and are reduced by DDP. Process 0 reads the weights into its own
-memory (Hub, folder or GGUF: whatever Transformers loads) and broadcasts them part by part, so that a GPU never holds
-more than its share and one layer. Prefer `fsdp`: it is part of PyTorch, compiles nothing, and gathers by layer, whereas
+`fsdp` is PyTorch's FSDP2, `zero3` DeepSpeed's ZeRO stage 3. Both handle parameters that never have a gradient. Neither
+handles the heads, which stay whole on every process and are reduced by DDP. Process 0 reads the weights into its own
+memory (from the Hub, a folder or a GGUF file) and broadcasts them part by part, so that a GPU never holds more than its
+share and one layer. Prefer `fsdp`: it is part of PyTorch, compiles nothing, and gathers by layer, whereas
 ZeRO-3 runs Python hooks around every module. The backbone's original head stays whole on every process: the reference
 loss and the closed-form starts need all of it.
 
-A forward pass is collective: every process must call it equally often, see `even`.
+A forward pass is collective: every process must call it equally often; see `even`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def deepspeed(device: torch.device) -> Any:
 
 
 def load(cfg: BackboneConfig, mode: str, device: torch.device, *, block_size: Optional[int] = None) -> Backbone:
-    """Load a backbone, spread over all processes (a collective call), and prove that its hidden states are right.
+    """Load a backbone, sharded over all processes (a collective call), and prove that its hidden states are right.
 
     Args:
         mode: "fsdp" or "zero3".
@@ -109,7 +109,7 @@ def load(cfg: BackboneConfig, mode: str, device: torch.device, *, block_size: Op
         backbone.body is not model,
         f"backbone {label(cfg)}: family {backbone.family} has no body that runs without its head, it cannot be sharded",
     )
-    # DeepSpeed's hooks live as long as its engine; the tuple keeps the engine from becoming a submodule
+    # DeepSpeed's hooks live as long as its engine; in a tuple the engine does not become a submodule
     backbone.engine = (engine,)
     log.info("%s: spread by %s, %.1f%% of its body in each process", label(cfg), mode, 100 * held(backbone) / elements)
     return backbone
@@ -140,7 +140,7 @@ def _local(p: Tensor) -> Tensor:
 
 
 def _announce(cfg: BackboneConfig, device: torch.device) -> tuple[Any, str]:
-    """The model, and the hash of its weights. Process 0 loads it; the others get its outline, on the meta device."""
+    """The model, and the hash of its weights. Process 0 loads it; the others get it without weights (meta device)."""
     group = dist.new_group(backend="gloo", timeout=LOADING)
     model: Any = None
     about: dict[str, Any] = {}

@@ -1,7 +1,7 @@
-"""Small configs for every causal LM that Transformers knows, with which the walk over families is made.
+"""Small configs for every causal LM that Transformers knows; `serve.families` tries them all.
 
-A family's default config is shrunk by the names of its numbers; families whose numbers depend on each other in ways
-that names do not show have an entry in `EXTRA`.
+The numbers of a family's default config are recognised by their names and made small. Families whose numbers depend
+on each other in ways that names do not show have an entry in `EXTRA`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     ),
     "xmod": dict(default_language="en_XX"),
     "zaya": dict(num_experts_per_tok=1),
-    # the original head of these has more to it than W in checkpoints that people use
+    # in published checkpoints of these families the original head is more than W
     "falcon_h1": dict(lm_head_multiplier=0.25),
     "granite": dict(logits_scaling=8.0),
     "hyperclovax": dict(logits_scaling=0.125),

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from bottleneck.core.errors import UserError
 
-LARGEST = 1e8  # no trained weight comes near it; one beyond it overflows in the next product or norm
+LARGEST = 1e8  # far above any trained weight; a larger one overflows in the next product or norm
 
 
 def body_of(model: Any) -> nn.Module:
-    """The part that Transformers calls the base model; the model itself where it has none under its own name."""
+    """The part that Transformers calls the base model; the model itself if it has none under its own name."""
     body = getattr(model, model.base_model_prefix, None)
     return body if isinstance(body, nn.Module) else model
 
@@ -47,7 +47,7 @@ def materialise(
 ) -> None:
     """Replace the parameters that `modules` own by frozen ones with the values `make(old)`.
 
-    Args: memo: of earlier calls, where parts share parameters.
+    Args: memo: of earlier calls, if parts share parameters.
     """
     memo = {} if memo is None else memo
     for module in modules:
@@ -68,9 +68,10 @@ def untie(model: Any) -> None:
 
 
 def randoms(model: Any, device: torch.device) -> Callable[[nn.Parameter], Tensor]:
-    """Random values for the parameters of an `empty_model`, whatever the order in which they are asked for.
+    """Random values for the parameters of an `empty_model`, independent of the order of the requests.
 
-    The model's buffers get their proper values. Scales are 1, biases 0, matrices as wide as the family starts them.
+    The model's buffers get their proper values. Scales are 1, biases 0; matrices have the standard deviation of the
+    family's initialisation.
     """
     for name, p in model.named_parameters():
         vars(p)["drawn_as"] = name  # an attribute, so that `untie` can hand it to the head's copy

@@ -1,6 +1,6 @@
 """Text to tokens against plain `datasets.map` with the same tokenizer, and prepared tokens to batches.
 
-Every measurement runs in a fresh process. The implementations take turns, so other load on the machine meets all.
+Every measurement runs in a fresh process. The implementations alternate, so other load on the machine affects all.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> list[Row]:
     files = args.files if len(args.files) > 1 else args.files[0]
     cfg = DataConfig(files=files, validation_tokens=10**15)  # all text is tokenised on both sides
     name = f"{Source(cfg).name}, {label(backbone)}"
-    load_tokenizer(backbone)  # what is wrong with it is told before anything is measured
+    load_tokenizer(backbone)  # raises errors before anything is measured
     found: dict[str, list[tuple[float, int, float]]] = {}
     for _ in range(args.repeats):
         for measure in (_prepare, _map):
@@ -72,20 +72,20 @@ def run(args: argparse.Namespace) -> list[Row]:
 
 
 def _apart(measure: Callable, *args: Any) -> list:
-    """Call in a fresh process: memory is counted from nothing, nothing is warm."""
+    """Call in a fresh process: memory is counted from zero and no cache is warm."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_quiet) as pool:
         return pool.submit(measure, *args).result()
 
 
 def _quiet() -> None:
-    """No progress bars, and no warnings about what is meant to be so."""
+    """Turn off progress bars and expected warnings."""
     datasets.disable_progress_bars()
     transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message=".*'set_vital' is deprecated.*")
 
 
 def _peak_mib(children: int = 0) -> float:
-    """Peak memory of this process and of its ended children, which are taken to be as large as the largest of them."""
+    """Peak memory of this process and of its ended children, each counted as large as the largest of them."""
     most = (
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         + children * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss

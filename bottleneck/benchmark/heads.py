@@ -107,7 +107,7 @@ def _numbers(name: str, text: str) -> list[int]:
 
 
 def _cases(args: argparse.Namespace, ranks: list[int], device: str) -> Callable[[int], Case]:
-    """Return what makes the tensors of a rank. Raises UserError."""
+    """Return a function that makes the tensors of a rank. Raises UserError."""
     check(args.text is None or args.backbone is not None, "--text: is read with --backbone only")
     if args.backbone is not None:
         real = hidden.read(args.backbone, args.text, args.tokens, device)
@@ -160,7 +160,7 @@ def _compared(works: list[tuple[str, Work]], c: Case, repeats: int, device: str)
         console.print(f"rank {c.A.shape[1]}: {label}", highlight=False)
         try:
             rows.append(_measure(label, work, c, repeats, device, want))
-        except Exception as error:  # a peer that does not support this shape is a finding, not an end
+        except Exception as error:  # a peer that does not support this shape is a finding; the benchmark continues
             console.print(f"  {type(error).__name__}: {str(error)[:200]}", highlight=False)
     own = ("ours", "linear_cross_entropy", BARE)
     theirs = [r for r in rows if not r.implementation.startswith(own)]
@@ -178,7 +178,7 @@ def _error(x: Tensor, want: Tensor) -> float:
 
 
 def _measure(label: str, work: Work, c: Case, repeats: int, device: str, want: Truth) -> Row:
-    first = work()  # ours adds to zeros here; compiles where something is compiled
+    first = work()  # ours adds to zeros here; also triggers compilation
     errors = {}
     if label != BARE:
         errors = {
@@ -190,7 +190,7 @@ def _measure(label: str, work: Work, c: Case, repeats: int, device: str, want: T
     c.A.grad = c.B.grad = None
     peak = peak_mib(work, device)
     times = seconds(work, device, repeats)
-    if peak is not None and not label.startswith("ours"):  # peers make gradients, ours adds to existing ones
+    if peak is not None and not label.startswith("ours"):  # peers create gradients, ours adds to existing ones
         peak -= sum(t.numel() * t.element_size() for t in (c.A, c.B)) / 2**20
     N, D = c.h.shape
     case = f"N={N} V={len(c.A)} d={D} r={c.A.shape[1]}"

@@ -1,6 +1,6 @@
 """Real tensors for `benchmark heads`: a backbone's hidden states on a text, and the best low-rank heads for them.
 
-Random logits are flat; a language model's are peaked, so kernels meet other numbers and gradients other errors.
+Random logits are flat, a language model's are peaked; this changes the work of kernels and the errors of gradients.
 
 Dims: N tokens, D hidden size, R rank, V vocabulary.
 """
@@ -44,7 +44,7 @@ class Real(NamedTuple):
 
 
 def read(folder: Path, text: Optional[Path], tokens: int, device: str) -> Real:
-    """Run a backbone over the first tokens of a text. Raises UserError where one of them is not there or too short."""
+    """Run a backbone over the first tokens of a text. Raises UserError if one of them is missing or too short."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     check((folder / "config.json").is_file(), f"--backbone {folder}: no folder of a backbone (config.json is missing)")

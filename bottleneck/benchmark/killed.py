@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def trains(pid: int) -> bool:
-    """Whether a process is one that trains, or looks on, not a helper of Python's."""
+    """Whether a process trains or supervises, and is not a helper process of Python."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
@@ -55,7 +55,7 @@ class Run:
     def __init__(self, processes: int, overrides: list[str], folder: Path):
         self.folder = folder
         env = dict(os.environ, NPROC=str(processes), RESTARTS="1", PYTHON=sys.executable, RUN_DIR=str(folder))
-        # in a session of its own, so that nothing of it is left behind where this is stopped
+        # in its own session, so that all of its processes can be ended with this one
         self.process = subprocess.Popen(
             [str(ROOT / "launch/torchrun.sh"), *overrides], env=env, stdout=sys.stderr, start_new_session=True
         )
@@ -68,7 +68,7 @@ class Run:
         return int(number) if number.isdigit() else 0
 
     def until(self, step: int) -> float:
-        """Wait until a step is logged; when that was. Raises UserError after WAIT, or where the run has ended."""
+        """Wait until a step is logged; return that time. Raises UserError after WAIT, or if the run has ended."""
         end = time.monotonic() + WAIT
         while self.step() < step:
             check(
@@ -95,7 +95,7 @@ def _kill(one: Run, every: int) -> tuple[int, float]:
     workers = [p for p in ours.family(one.process.pid)[1:] if trains(p)]  # the first is torchrun's agent
     killed = time.monotonic()
     os.kill(workers[-1], signal.SIGKILL)
-    time.sleep(1.0)  # rows on their way to the log arrive
+    time.sleep(1.0)  # let pending rows reach the log
     reached = one.step()
     return reached, one.until(reached + 1) - killed
 

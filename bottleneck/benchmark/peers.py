@@ -1,6 +1,6 @@
 """Other implementations of a head step that `benchmark heads` runs if they are installed, each imported on first use.
 
-Peers get what is fastest for them: parameters and gradients in 16 bits, autograd. A peer that does not support a shape
+Peers run in their fastest setting: parameters and gradients in 16 bits, autograd. A peer that does not support a shape
 raises, which the benchmark reports as a finding. How their wheels reach a machine without a network: docs/speed.md.
 
 Dims: N tokens, D hidden size, R rank, V vocabulary.
@@ -46,7 +46,7 @@ def autograd(c: Case, loss: Callable[[], Tensor]) -> Work:
 
 
 def products(c: Case) -> Work:
-    """The three products alone, without softmax, logits in 16 bits: not a loss, but what a step costs at least."""
+    """The three products alone, without softmax, logits in 16 bits: not a loss, but a lower bound on a step's time."""
     z = (c.h @ c.B.T).detach()
 
     def work() -> tuple[Tensor, Tensor, Tensor]:

@@ -27,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read(args: argparse.Namespace) -> tuple[list[int], list[int], str]:
-    """Return the numbers of processes, the ranks and the device. Raises UserError for what cannot be measured."""
+    """Return the numbers of processes, the ranks and the device. Raises UserError for settings that cannot be
+    measured."""
     ranks = ours.read_ranks(args)
     check(args.steps > 2, "--steps: the first step is warm-up, give 3 or more")
     gpus = torch.cuda.device_count()
@@ -63,14 +64,12 @@ def run(args: argparse.Namespace) -> list[Row]:
             said.print(f"{case.name} on {n}", highlight=False)
             try:
                 found = ours.measure(case, backbone, tokens)
-            except (
-                KeyboardInterrupt
-            ):  # or the end of its time, see bottleneck/benchmark/gpus.sh: what was measured is not lost
+            except KeyboardInterrupt:  # or a time limit, see bottleneck/benchmark/gpus.sh: the measured rows are kept
                 if not rows:
                     raise
                 said.print(f"interrupted on {n}; the rows before are kept", highlight=False)
                 break
-            except UserError as error:  # too little memory on one GPU, say
+            except UserError as error:  # for example too little memory on one GPU
                 faults.append(f"on {n}: {error}")
                 said.print(f"error: {faults[-1]}", highlight=False)
                 continue

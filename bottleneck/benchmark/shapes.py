@@ -18,7 +18,7 @@ from bottleneck.data.cache import FORMAT, tokenizer_hash
 
 
 class Shape(NamedTuple):
-    """A model's family and size. kv_heads, head_size, mlp: where they are not heads, hidden / heads and 4 · hidden."""
+    """A model's family and size. kv_heads, head_size, mlp: if not equal to heads, hidden / heads and 4 · hidden."""
 
     family: str  # Transformers' model_type
     hidden: int
@@ -42,7 +42,7 @@ SHAPES = {
     "gemma-3-1b": Shape("gemma3_text", 1152, 26, 4, 262_144, kv_heads=1, head_size=256, mlp=6912),
     "smollm2-360m": Shape("llama", 960, 32, 15, 49_152, kv_heads=5, head_size=64, mlp=2560),
     "olmo-2-1b": Shape("olmo2", 2048, 16, 16, 100_352, kv_heads=16, mlp=8192),
-    "tiny": Shape("gpt_neox", 256, 4, 4),  # the embedded backbone's, to try a benchmark
+    "tiny": Shape("gpt_neox", 256, 4, 4),  # the embedded backbone's shape, to try a benchmark
 }
 CONTEXT = 2_048
 

@@ -1,4 +1,4 @@
-"""The script that one writes without this project: Lightning trains one low-rank head on a frozen backbone.
+"""An ordinary script without this project: Lightning trains one low-rank head on a frozen backbone.
 
 Eager logits and `F.cross_entropy`, AdamW, mixed precision, gradients accumulated by Lightning; one run per rank.
 """

@@ -1,4 +1,4 @@
-"""What a benchmark found: rows with percentiles, hardware and versions, as a table on the terminal and as CSV."""
+"""Results of a benchmark: rows with percentiles, hardware and versions, as a table on the terminal and as CSV."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Row:
     throughput: Optional[float] = None  # at p50, in throughput_unit
     throughput_unit: str = ""
     peak_mib: Optional[float] = None  # most memory in use, in MiB: of the device, or of the process and its children
-    device: str = "cpu"  # cpu | cuda: which hardware the row names
-    loss_error: Optional[float] = None  # relative to float32, where the benchmark compares results as well
+    device: str = "cpu"  # cpu | cuda: the hardware that the row names
+    loss_error: Optional[float] = None  # relative to float32, if the benchmark also compares results
     dA_error: Optional[float] = None
     dB_error: Optional[float] = None
     note: str = ""
@@ -51,14 +51,14 @@ def row(
     what: str = "",
     **more: Any,
 ) -> Row:
-    """A row from the seconds of its repeats; `amount` of `what` (such as tokens) is what one repeat went through."""
+    """A row from the seconds of its repeats; one repeat processes `amount` of `what` (such as tokens)."""
     p20, p50, p80 = (float(p) for p in np.percentile(seconds, [20, 50, 80]))
     rate = (amount / p50, f"{what}/s") if amount is not None else (None, "")
     return Row(benchmark, case, implementation, p20, p50, p80, "s", *rate, **more)
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds on the CPU's clock, and what the work returned."""
+    """Seconds of wall-clock time, and the result of the work."""
     start = time.perf_counter()
     result = work()
     return time.perf_counter() - start, result
@@ -81,7 +81,7 @@ def hardware(device: str = "cpu") -> str:
 
 
 def environment() -> dict[str, str]:
-    """Versions, commit (+ where files were changed since) and date: the same for all rows of a run."""
+    """Versions, commit (with + if files were changed since) and date: the same for all rows of a run."""
     return versions(PACKAGES) | {
         "python": platform.python_version(),
         "commit": commit(),
@@ -95,7 +95,7 @@ def _records(rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def write_csv(rows: list[Row], path: Path) -> None:
-    """Write every row with hardware, versions, commit and date. Raises OSError, and then leaves no file."""
+    """Write every row with hardware, versions, commit and date. Raises OSError, and leaves no file in that case."""
     columns = [f.name for f in fields(Row)] + ["hardware", *environment()]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")

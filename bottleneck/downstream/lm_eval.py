@@ -41,7 +41,7 @@ FOLDER = "evaluate"
 
 
 def _save(results: dict[str, Any], name: str, folder: Path) -> Path:
-    """Have lm-eval's own tracker write into a scratch folder, and move the complete file to its place."""
+    """Let lm-eval's own tracker write into a temporary folder, and move the complete file to its place."""
     from lm_eval.loggers import EvaluationTracker
 
     target = folder / name
@@ -80,7 +80,7 @@ def score(lm: Any, things: list[Any], limit: Optional[int]) -> dict[str, Any]:
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    # the tasks are loaded: without an empty manager it would look through all of its files again
+    # the tasks are loaded; without an empty manager lm-eval would search all of its files again
     nothing = TaskManager(include_defaults=False)
     return lm_eval.simple_evaluate(
         model=lm,
@@ -108,7 +108,7 @@ def evaluate(
         specs: as `load_tasks`.
         ranks: those to score; default: all. limit: questions of each task; default: all.
         batch_size: sequences in one forward pass, or "auto". device: "auto", "cpu", "cuda" or "cuda:N".
-    Returns: rows of downstream.csv. Raises: UserError for whatever the user can mend.
+    Returns: rows of downstream.csv. Raises: UserError for everything that the user can fix.
     """
     # lm-eval's Transformers model needs accelerate
     if not all(map(importlib.util.find_spec, ("lm_eval", "accelerate"))):
@@ -124,7 +124,7 @@ def evaluate(
     prints = {task: fingerprint(thing, limit) for task, thing in things.items()}
     folder = run.folder / FOLDER
     scorer = _Scorer(run, batch_size, device)
-    for name, row in names.items():  # the original head first: it is lost when another takes its place
+    for name, row in names.items():  # the original head first: it is lost when another head replaces it
         todo = _todo(folder / name, identities[name], prints)
         skipped = [t for t in things if t not in todo]
         if skipped:
@@ -153,7 +153,7 @@ def evaluate(
 
 
 def _device(name: str) -> str:
-    """The device to use. Raises UserError if it is not here."""
+    """The device to use. Raises UserError if this machine does not have it."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     usable = re.fullmatch(r"cpu|cuda(:\d+)?", name) and (name == "cpu" or torch.cuda.is_available())
     allowed = "cpu, cuda, cuda:N" if torch.cuda.is_available() else "cpu"
@@ -170,7 +170,7 @@ def _todo(folder: Path, head_hash: str, prints: dict[str, str]) -> list[str]:
 
 @dataclasses.dataclass
 class _Scorer:
-    """lm-eval's model of a run's backbone, loaded when it is first needed; heads are exchanged in place."""
+    """lm-eval's model of a run's backbone, loaded on first use; heads are exchanged in place."""
 
     run: FinishedRun
     batch_size: int | str
@@ -184,7 +184,7 @@ class _Scorer:
             self.lm = self._load()
         if row is not None:
             set_head(self.lm.model, self.run.dense(row))
-            if not self.proved:  # what holds for one head of a family holds for all
+            if not self.proved:  # the check of one head covers all heads of a family
                 prove(self.lm.model, self.run.curve["backbone"])
                 self.proved = True
         return self.lm

@@ -1,7 +1,7 @@
 """A work-around for lm-eval (its issue 3333): texts of rolling log-likelihoods get the beginning-of-text token twice.
 
 `loglikelihood_rolling` puts its prefix token before the tokens of a text; a tokenizer that adds the same token itself
-(Llama, Gemma) has done so already. Multiple-choice requests get theirs from the tokenizer alone and are right.
+(Llama, Gemma) has already done so. Multiple-choice requests get theirs from the tokenizer only and are correct.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ class OneBOS(HFLM):
     """lm-eval's Transformers model with one beginning-of-text token before every text."""
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """As lm-eval's, with texts encoded without special tokens: its prefix token is the one there is."""
+        """As in lm-eval, but texts are encoded without special tokens, so that only its prefix token is added."""
         before: Any = self.add_bos_token
         self.add_bos_token: Any = False
         try:

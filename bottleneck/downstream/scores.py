@@ -33,7 +33,7 @@ COLUMNS = (
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """The results of one head, oldest first; files that are not ours or not complete are ignored."""
+    """The results of one head, oldest first; incomplete files and files of other programs are ignored."""
     found = []
     for path in sorted(folder.glob("results_*.json")):  # the date is in the name
         try:
@@ -88,9 +88,7 @@ def _scores(content: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 "metric": metric,
                 "filter": chosen,
                 "value": result[key],
-                "stderr": stderr
-                if isinstance(stderr, (int, float))
-                else None,  # lm-eval writes "N/A" where there is none
+                "stderr": stderr if isinstance(stderr, (int, float)) else None,  # lm-eval writes "N/A" if there is none
                 "samples": (content.get("n-samples", {}).get(task) or {}).get("effective"),
                 "limit": content[OURS].get("limit"),
                 "main": key == first[0],

@@ -19,7 +19,7 @@ from bottleneck.core.errors import UserError, check
 
 @contextlib.contextmanager
 def one_line(what: str) -> Iterator[None]:
-    """lm-eval and datasets raise many kinds for bad task files, names and downloads: all become one line."""
+    """lm-eval and datasets raise many kinds of errors for bad task files, names and downloads; all become one line."""
     try:
         yield
     except UserError:
@@ -31,7 +31,7 @@ def one_line(what: str) -> Iterator[None]:
 
 
 class _Managers:
-    """lm-eval's indexes of tasks, with and without its own 14,000 files, which take seconds to look through."""
+    """lm-eval's indexes of tasks, with and without its own 14,000 files, whose search takes seconds."""
 
     def __init__(self, folders: list[str]) -> None:
         self.folders = folders
@@ -45,7 +45,7 @@ class _Managers:
         return self.found[defaults]
 
     def local(self, wanted: list[str], home: Path) -> dict[str, Any]:
-        """Tasks of the user's, with their data looked for from the current folder, then from `home`."""
+        """The user's own tasks; their data are searched relative to the current folder, then to `home`."""
         try:
             return self(False).load(wanted)
         except KeyError:  # a group of tasks that lm-eval brings
@@ -58,8 +58,8 @@ class _Managers:
 def load_tasks(specs: list[str]) -> dict[str, Any]:
     """lm-eval's tasks and groups by name, with their data, from names it knows, YAML files, and folders of YAML files.
 
-    Data files that a task names are looked for from the current folder, then from the task's own.
-    Raises: UserError for unknown names, bad files, and data that cannot be had.
+    Data files that a task names are searched relative to the current folder, then to the task's own.
+    Raises: UserError for unknown names, bad files, and unavailable data.
     """
     paths = {s: Path(s).expanduser().resolve() for s in specs}
     managers = _Managers([str(p) for p in paths.values() if p.is_dir()])

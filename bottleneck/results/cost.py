@@ -3,7 +3,7 @@ parameters`).
 
 A low-rank head W = A B has r (V + d) parameters, a full one V d. To decode one token alone, every weight is read once,
 in 16 bits, and takes part in one multiplication and one addition. So bytes = FLOPs = 2 · parameters for these kinds.
-Rows of other kinds say what they cost with the keys `bytes_per_token` and `flops_per_token`.
+Rows of other kinds state their cost in the keys `bytes_per_token` and `flops_per_token`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Axis(NamedTuple):
 
     Attributes:
         label: of the axis.
-        of: (row of a head) -> where it stands; None where that is not known.
+        of: (row of a head) -> position on the axis; None if it is not known.
         weight: of one weight of a linear head; None: the axis is not a cost.
     """
 
@@ -46,7 +46,7 @@ AXES = {
 
 
 def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The (cost, loss) points that no other one beats in both, by cost."""
+    """The (cost, loss) points that no other point beats in both (the Pareto front), by cost."""
     front: list[tuple[float, float]] = []
     for cost, loss in sorted(points):
         if not front or loss < front[-1][1]:

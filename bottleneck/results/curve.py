@@ -61,7 +61,7 @@ def command(argv: list[str]) -> None:
 
 
 def _check_cost(curves: list[dict[str, Any]], x: str) -> None:
-    """Raises UserError for heads that do not say what they cost: their lines would be missing without a word."""
+    """Raises UserError for heads whose cost is not known: otherwise their lines would silently be missing."""
     unknown = sorted({h.get("kind", "low_rank") for c in curves for h in c["heads"] if AXES[x].of(h) is None})
     check(not unknown, f"--x {x}: not known for heads of kind {', '.join(unknown)}; rank and parameters always are")
 

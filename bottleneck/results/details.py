@@ -93,7 +93,7 @@ def _lines(curves: list[dict[str, Any]], metrics: list[str]) -> list[Line]:
 
 
 def _draw_panel(axes: Any, panel: Panel, line: Line, colour: str, *, alone: bool) -> None:
-    """A line's metrics of one panel. Where there is one metric it has the line's name, else the metric's is added."""
+    """A line's metrics of one panel, named after the line; with several metrics, each adds its own name."""
     for m in panel.metrics:
         points = [(h["rank"], h[m.name]) for h in line.heads if h.get(m.name) is not None]
         title = as_text(m.title)
@@ -103,7 +103,7 @@ def _draw_panel(axes: Any, panel: Panel, line: Line, colour: str, *, alone: bool
 
 
 def _draw_bands(axes: Any, line: Line, colours: Any) -> None:
-    """Excess loss by frequency of one line: several would hide each other."""
+    """Excess loss by frequency, of one line only: several would hide each other."""
     for i, band in enumerate(line.curve["reference"].get("bands", [])):
         heads = [h for h in line.heads if h.get("bands")]
         if band["tokens"] and band["loss"] is not None and all(h["bands"][i]["loss"] is not None for h in heads):

@@ -1,7 +1,7 @@
 """Curves as files: curve.json, curve.csv, curve.png and details.png of a folder.
 
-curve.json is the result; the other files are made from it. It is written first, so that nothing that happens to a
-picture costs a result, and `write_missing` makes what is missing.
+curve.json is the result; the other files are made from it. It is written first, so that a failed picture does not
+cost the result. `write_missing` makes the missing files later.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ DERIVED = ("curve.csv", "curve.png", "details.png")
 
 
 def read(paths: Iterable[Path], skip: Optional[Path] = None) -> list[dict[str, Any]]:
-    """The curves of every curve.json below some run folders. Raises UserError for bad ones, and where there are none.
+    """The curves of every curve.json below some run folders. Raises UserError for bad files, and if there are none.
 
-    A multirun's folder holds those of its jobs, and in `MERGED` the same as one curve, which is read only if it is
-    named.
+    A multirun's folder holds those of its jobs, and in `MERGED` the same heads as one curve, which is read only if its
+    folder is given.
 
     Args: skip: a folder that is not read.
     """
@@ -77,10 +77,10 @@ def write(curves: list[dict[str, Any]], out: Path, x: str = "rank") -> None:
     """Write curve.json (one curve as it is, several under "curves"), then curve.csv and the pictures.
 
     Args: x: axis of curve.png, a key of `cost.AXES`.
-    Raises: UserError where the folder cannot be written. A picture that cannot be drawn is a warning.
+    Raises: UserError if the folder cannot be written. A picture that cannot be drawn is only a warning.
     """
     content = curves[0] if len(curves) == 1 else {"schema": SCHEMA, "curves": curves}
-    for name in DERIVED:  # those of another curve must not stay beside this one if writing ends early
+    for name in DERIVED:  # files of another curve must not stay beside this one if writing is interrupted
         with contextlib.suppress(OSError):
             (out / name).unlink(missing_ok=True)
     _put(out / "curve.json", _json(content).encode())
@@ -131,7 +131,7 @@ def _csv(curves: list[dict[str, Any]]) -> str:
 
 
 def complete(run_dir: Path) -> dict[str, Any] | None:
-    """The curve of a run that finished: curve.json and every head file are there. None otherwise. Writes nothing."""
+    """The curve of a finished run, whose curve.json and head files all exist; None otherwise. Writes nothing."""
     try:
         (found,) = _read(run_dir / "curve.json")
         files = [run_dir / "heads" / f"{HeadKey.of(h).name}.safetensors" for h in found["heads"]]
@@ -143,7 +143,7 @@ def complete(run_dir: Path) -> dict[str, Any] | None:
 def write_missing(found: dict[str, Any], run_dir: Path) -> None:
     """Write the files that follow from a finished run's curve.json and are missing.
 
-    They are missing where the run was killed, or its disk was full, after it had written curve.json.
+    They are missing if the run was killed, or its disk was full, after it had written curve.json.
     """
     for name in ("curve.json", *DERIVED):
         for part in leftovers(run_dir / name):

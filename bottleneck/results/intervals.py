@@ -1,14 +1,14 @@
 """Confidence intervals of a curve's numbers over the validation text: a circular block bootstrap.
 
 `evaluation.agreement.compare` leaves the loss of G consecutive stretches of the validation text for every head. A
-resample joins runs of L = 2 G^(1/3) neighbouring stretches, which keeps the likeness of neighbours, drawn with
-replacement, and gives a loss for each head: Σ n_g l_g / Σ n_g. All heads get the same draws. Because heads see the same
-tokens, differences between them vary far less than their losses do (Politis & Romano 1992; Künsch 1989).
+resample joins sequences of L = 2 G^(1/3) neighbouring stretches, drawn with replacement, which keeps the correlation
+of neighbours, and gives a loss for each head: Σ n_g l_g / Σ n_g. All heads get the same draws. Because heads see the
+same tokens, differences between them vary far less than their losses do (Politis & Romano 1992; Künsch 1989).
 
-Few runs make bootstrap quantiles too narrow. They are therefore stretched from the estimate by √(G / (G − L)) · t / z,
-with Student's t at G / L − 1 degrees of freedom.
+With few sequences bootstrap quantiles are too narrow. They are therefore widened around the estimate by √(G / (G − L))
+· t / z, with Student's t at G / L − 1 degrees of freedom.
 
-The intervals are about the text: other validation text of the same kind. They say nothing about other seeds.
+The intervals are about other validation text of the same kind. They do not cover other seeds.
 
 Dims: G stretches, H heads, S resamples.
 """
@@ -24,7 +24,7 @@ from scipy import stats
 from bottleneck.results.knee import crossing
 from bottleneck.results.schema import series
 
-FEWEST = 10  # stretches; with fewer an interval would say little
+FEWEST = 10  # stretches; with fewer an interval is unreliable
 RESAMPLES = 2000
 LEVEL = 0.95
 
@@ -50,8 +50,7 @@ def resampled(tokens: list[int], losses_HG: np.ndarray) -> np.ndarray:
 
 
 def _centred(row: dict[str, Any], tokens: list[int], samples_S: np.ndarray) -> np.ndarray:
-    """Samples moved so that the whole text gives the row's loss: stretches are summed with other rounding than the
-    loss."""
+    """Samples shifted so that the whole text gives the row's loss; the rounding of the stretches' sums differs."""
     return samples_S + (row["loss"] - float(np.average(row["group_losses"], weights=tokens)))
 
 
@@ -96,8 +95,7 @@ def _samples(c: dict[str, Any]) -> tuple[list[dict[str, Any]], np.ndarray]:
 
 
 def add_intervals(c: dict[str, Any]) -> dict[str, Any]:
-    """The curve with intervals of every loss and perplexity, where it has losses of stretches; heads are changed in
-    place."""
+    """The curve with intervals of every loss and perplexity, if it has losses of stretches. Changes heads in place."""
     rows, samples_HS = _samples(c)
     if not rows:
         return c
@@ -120,8 +118,8 @@ def _exp(loss: Optional[float]) -> Optional[float]:
 def knee_intervals(c: dict[str, Any], knees: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of `knee.knees` with the interval of `rank`: the crossing of every resample of the best heads.
 
-    Left out where a rank's best head has no losses of stretches. The best heads are those of the whole text: that a
-    resample might choose another rate is not part of the interval.
+    Left out if a rank's best head has no losses of stretches. The best heads are those of the whole text; the interval
+    does not cover that a resample might choose another rate.
     """
     rows, samples_HS = _samples(c)
     if not rows:
@@ -145,7 +143,7 @@ def knee_intervals(c: dict[str, Any], knees: list[dict[str, Any]]) -> list[dict[
 
 
 def _rank(log2_rank: Optional[float], ranks: list[int]) -> Optional[float]:
-    """A bound as a rank: not below the smallest trained one, which is the smallest answer; None above the largest."""
+    """A bound as a rank: at least the smallest trained rank; None above the largest."""
     if log2_rank is None or log2_rank > math.log2(ranks[-1]):
         return None
     return round(float(max(2**log2_rank, ranks[0])), 3)

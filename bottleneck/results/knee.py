@@ -16,7 +16,7 @@ PERCENT = (1, 5, 10)
 
 
 def crossing(points: list[tuple[int, float]], target: float) -> Optional[float]:
-    """The smallest rank at which losses fall to `target` and stay there, interpolated; None where they do not.
+    """The smallest rank from which losses are at most `target`, interpolated; None if there is none.
 
     Args: points: (rank, loss) of the best head of each rank, by rank.
     """
@@ -25,7 +25,7 @@ def crossing(points: list[tuple[int, float]], target: float) -> Optional[float]:
         if l1 > target:
             found = None
         elif found is None:
-            # nothing is known below the smallest rank, so it is the answer itself
+            # nothing is known below the smallest rank, so it is returned itself
             share = 1.0 if r0 == 0 else (l0 - target) / (l0 - l1)
             found = float(r1) if r0 == 0 else 2 ** (math.log2(r0) + share * (math.log2(r1) - math.log2(r0)))
     return found
@@ -34,8 +34,8 @@ def crossing(points: list[tuple[int, float]], target: float) -> Optional[float]:
 def knees(c: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows {init, percent, rank, low, high, mean, seeds, reached} for each start of a curve and each of PERCENT.
 
-    `rank` is that of the best heads, None where no trained rank is good enough. With several seeds, `reached` of them
-    have a good enough rank among the ranks that all seeds trained, and `low`, `high`, `mean` are over those.
+    `rank` is that of the best heads, None if no trained rank is good enough. With several seeds, `reached` of them
+    have a good enough rank among the ranks that all seeds trained; `low`, `high`, `mean` are over these seeds.
     """
     out = []
     own = c["reference"]["loss"]

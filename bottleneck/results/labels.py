@@ -9,12 +9,12 @@ from bottleneck.results.schema import series
 
 
 def as_text(name: Any) -> str:
-    """A name that Matplotlib draws as it stands: it reads what lies between two dollars as mathematics."""
+    """A name that Matplotlib draws as it stands; it would read text between two dollar signs as mathematics."""
     return str(name).replace("$", r"\$")
 
 
 def closed_form(init: str) -> bool:
-    """Whether a start is a closed form, so that its loss before training says something about the rank."""
+    """Whether a start is a closed form, so that its loss before training is informative about the rank."""
     return init in STARTS and STARTS[init].closed_form
 
 
@@ -24,7 +24,7 @@ def labels(curves: list[dict[str, Any]]) -> list[str]:
     starts = [tuple(sorted({series(h) for h in c.get("heads", ())})) for c in curves]
     if len(set(starts)) > 1:
         for part, names in zip(parts, starts):
-            part += names if len(names) == 1 else []  # several starts are lines of their own
+            part += names if len(names) == 1 else []  # each of several starts is a separate line
     for key in ("data", "tokens"):
         if len({c[key] for c in curves}) > 1:
             for part, c in zip(parts, curves):
@@ -35,7 +35,7 @@ def labels(curves: list[dict[str, Any]]) -> list[str]:
                 # a temperature of 1 is the usual one
                 if key in c["recipe"] and (key, c["recipe"][key]) != ("temperature", 1.0):
                     part.append(f"{key} {c['recipe'][key]}")
-    for key in ("backbone_hash", "data_hash"):  # one name for different weights or text
+    for key in ("backbone_hash", "data_hash"):  # different weights or texts under one name
         for part, c in zip(parts, curves):
             if sum(p == part for p in parts) > 1:
                 part.append(str(c[key])[:6])

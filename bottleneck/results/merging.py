@@ -1,5 +1,4 @@
-"""Curves of several runs as one, the best head of each rank, and what follows from the heads: references, knees,
-intervals."""
+"""Curves of several runs as one, the best head of each rank, and derived values: references, knees, intervals."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ def mark_best(heads: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def merge(curves: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Curves of several runs, as one curve for each identity. Raises UserError where one head has two results."""
+    """Curves of several runs, as one curve for each identity. Raises UserError if one head has two results."""
     lines: dict[str, dict[str, Any]] = {}
     known: dict[str, dict[tuple, dict[str, Any]]] = {}
     for c in curves:
@@ -52,16 +51,16 @@ def merge(curves: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _add_groups(line: dict[str, Any], c: dict[str, Any]) -> None:
-    """Take group losses of the original head from a run that has them: runs of earlier versions do not."""
+    """Take group losses of the original head from a run that has them; runs of earlier versions do not."""
     mine, other = line["reference"], c["reference"]
     if "group_losses" not in mine and "group_losses" in other:
         line["reference"] = mine | {k: other[k] for k in ("group_tokens", "group_losses")}
 
 
 def finish(c: dict[str, Any]) -> dict[str, Any]:
-    """Mark the best heads, and add what follows from them: the second reference, knees and confidence intervals.
+    """Mark the best heads, and add the values derived from them: the second reference, knees, confidence intervals.
 
-    The second reference is the best trained head of full rank, r = d, where there is one. On text unlike the
+    The second reference is the best trained head of full rank, r = d, if there is one. On text unlike the
     pretraining it beats the original head, so it is the fair comparison for low ranks.
     """
     c = printable(c)
@@ -82,5 +81,5 @@ def band_losses(head: dict[str, Any]) -> dict[str, Any]:
 
 
 def perplexity_of(loss: float | None) -> float | None:
-    """exp(loss), None where there is no loss or the perplexity is too large to draw."""
+    """exp(loss); None if there is no loss or the perplexity is too large to draw."""
     return math.exp(loss) if loss is not None and loss < 600 else None

@@ -1,4 +1,4 @@
-"""The metrics that curves hold: the registered ones, and those that a file of another installation describes itself."""
+"""The metrics that curves hold: the registered ones, and those that a file from another installation declares."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _column(m: Metric) -> Column:
 
 
 def from_plugins(heads: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What a curve says of metrics of plugins, so that it can be read where the plugin is not installed."""
+    """A curve's declarations of metrics of plugins, so that it can be read without the plugin."""
     outside = [m for m in metrics() if not m.measure.__module__.startswith(BUILT_IN)]
     return [_column(m)._asdict() for m in outside if any(m.name in h for h in heads)]
 
@@ -48,7 +48,7 @@ def columns(curves: list[dict[str, Any]]) -> list[Column]:
 
 
 def _described(given: dict[str, Any]) -> Column | None:
-    """A column from a file, None where it does not say enough."""
+    """A column from a file; None if the declaration is incomplete."""
     kinds = {f: type(d) for f, d in Column._field_defaults.items()} | {"name": str, "title": str, "unit": str}
     fields = {f: given[f] for f, kind in kinds.items() if isinstance(given.get(f), kind)}
     if not {"name", "title", "unit"} <= fields.keys():

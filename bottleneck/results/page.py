@@ -80,7 +80,7 @@ def configurations(folders: list[Path]) -> list[list[str]]:
 
 
 def _configs(folder: Path) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """(job, config, what to say of its source) of each run below a folder, by path."""
+    """(job, config, note on its source) of each run below a folder, by path."""
     homes = {f.parent for f in folder.rglob(RUN_FILE)} | {f.parent.parent for f in folder.rglob(str(HYDRA_CONFIG))}
     for home in sorted(homes):
         note = "" if (home / RUN_FILE).is_file() else " (as Hydra stored it)"

@@ -13,7 +13,7 @@ from bottleneck.results.schema import series
 
 PAPER_MARK = 1000  # "degrades visibly below r ≈ 1000, whatever the model's size" (Godey et al. 2024, Fig. 6)
 LEGEND_INSIDE = 44  # letters of a legend that stands inside the axes, at most
-HIGHEST = 1e200  # perplexities above it are not drawn: Matplotlib's arithmetic on axes overflows
+HIGHEST = 1e200  # larger perplexities are not drawn: Matplotlib's arithmetic on axes would overflow
 
 
 def pyplot() -> Any:
@@ -165,7 +165,7 @@ def _draw_knees(axes: Any, axis: Axis, c: dict[str, Any]) -> None:
 
 
 def rank_axis(axes: Any, ranks: set[int]) -> None:
-    """A logarithmic axis with a tick at every rank; none where there are no ranks."""
+    """A logarithmic axis with a tick at every rank; nothing if there are no ranks."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     if not ranks:
@@ -185,7 +185,7 @@ def _perplexity_axis(axes: Any, low: float, high: float) -> None:
     decades = math.log10(high) - math.log10(low)
     axes.set_ylim(low / 10 ** (0.08 * decades) / 1.02, high * 10 ** (0.15 * decades) * 1.02)
     steps = (1, 1.5, 2, 3, 4, 5, 7) if decades < 1.5 else (1, 2, 5) if decades < 3 else (1,)
-    apart = max(1, round(decades / 10))  # random starts may be a hundred decades away
+    apart = max(1, round(decades / 10))  # random starts may be a hundred orders of magnitude above
     exponents = range(math.floor(math.log10(low)) // apart * apart, math.ceil(math.log10(high)) + 1, apart)
     ticks = [m * 10.0**e for e in exponents for m in steps if low / 1.3 <= m * 10.0**e <= high * 1.5]
     axes.yaxis.set_major_locator(FixedLocator(ticks))
@@ -194,7 +194,7 @@ def _perplexity_axis(axes: Any, low: float, high: float) -> None:
 
 
 def _legend(figure: Any, axes: Any) -> None:
-    """Inside the axes where it fits, else below them."""
+    """Inside the axes if it fits, else below them."""
     handles, names = axes.get_legend_handles_labels()
     if max(map(len, names), default=0) <= LEGEND_INSIDE and len(names) <= 6:
         axes.legend(fontsize=8, frameon=False)

@@ -17,7 +17,7 @@ SCHEMA = 1
 FINITE = sys.float_info.max
 LARGEST = 2**53  # whole numbers beyond it are not exact in JSON readers
 OVERFLOWS = 700  # nats: from here on a perplexity is null
-# Two heads are comparable, and share a line of the picture, where all of these are equal.
+# Two heads are comparable, and share a line of the picture, if all of these are equal.
 IDENTITY = ("backbone_hash", "data_hash", "tokens", "recipe")
 NUMBERS = ("loss", "perplexity", "bits_per_byte")
 
@@ -163,12 +163,12 @@ def head_columns() -> tuple[str, ...]:
 
 
 def head_identity(h: dict[str, Any]) -> tuple:
-    """What tells a head from the others of its curve."""
+    """The keys that identify a head within its curve."""
     return (h["init"], h.get("kind", "low_rank"), _options(h), h["rank"], h["lr"], h["seed"])
 
 
 def series(h: dict[str, Any]) -> str:
-    """Name of the line that a head belongs to: its start, and its kind where that is not W = A B."""
+    """Name of the line that a head belongs to: its start, and its kind if that is not W = A B."""
     kind = h.get("kind", "low_rank")
     return h["init"] if kind == "low_rank" and not h.get("options") else f"{h['init']}, {kind}{_options(h)}"
 
@@ -178,7 +178,7 @@ def _options(h: dict[str, Any]) -> str:
 
 
 def fault(c: Any) -> Optional[str]:
-    """What keeps a parsed curve.json from being one, or None."""
+    """What is wrong with a parsed curve.json, or None."""
     if not isinstance(c, dict):
         return "not an object"
     if "schema" in c and (c["schema"] != SCHEMA or isinstance(c["schema"], bool)):
@@ -258,18 +258,18 @@ def _wrong_head(h: dict[str, Any], c: dict[str, Any]) -> Iterator[str]:
 
 
 def _wrong_parts(row: dict[str, Any], parts: list[tuple[int, Any]], c: dict[str, Any], whose: str) -> Iterator[str]:
-    """Losses of parts of the text that do not add up to the whole."""
+    """Finds losses of parts of the text that do not add up to the whole."""
     total = sum(tokens for tokens, _ in parts)
     if parts and "validation_tokens" in c and total != c["validation_tokens"]:
         yield f"{whose} have {total} tokens, validation_tokens is {c['validation_tokens']}"
     if parts and row["loss"] is not None and all(x is not None for _, x in parts):
         mean = sum(tokens * x for tokens, x in parts) / total
-        if abs(mean - row["loss"]) > 0.02 * max(1, abs(row["loss"])):  # sixteen bits round differently
+        if abs(mean - row["loss"]) > 0.02 * max(1, abs(row["loss"])):  # 16-bit runs round differently
             yield f"{whose} have mean {mean:.6g}, the loss is {row['loss']:.6g}"
 
 
 def _not_json(value: Any, where: str = "it") -> Iterator[str]:
-    """Numbers anywhere that JSON cannot hold."""
+    """Finds numbers anywhere that JSON cannot hold."""
     if isinstance(value, float) and not math.isfinite(value):
         yield f"{where} holds {value}"
     elif isinstance(value, (dict, list)):
@@ -278,7 +278,7 @@ def _not_json(value: Any, where: str = "it") -> Iterator[str]:
 
 
 def parse(text: str) -> Any:
-    """Parsed JSON. Raises ValueError for a key that is there twice, and for what is nested without end."""
+    """Parsed JSON. Raises ValueError for a duplicate key, and for too deeply nested values."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)

@@ -21,7 +21,7 @@ def show(curves: list[dict[str, Any]], console: Console) -> None:
     """Print the best head of every rank beside the original head, the knees, and hints about rates."""
     for c, label in zip(curves, labels(curves)):
         table = _table(c, label, [m for m in columns(curves) if m.table])
-        # in its full width also where the terminal is narrower: a number that is cut off is another number
+        # in its full width even on a narrow terminal: a truncated number would be misread
         measured = Measurement.get(console, console.options.update(max_width=1000), table)
         console.width = max(console.width, measured.maximum)
         console.print(table)
@@ -72,7 +72,7 @@ def _spread(heads: list[dict[str, Any]], best: dict[str, Any]) -> str:
 
 
 def _rates_at_the_end(heads: list[dict[str, Any]]) -> list[str]:
-    """A line where the best of several rates is the lowest or the highest of them: a better one may lie beyond."""
+    """A hint if the best of several rates is the lowest or the highest: a better one may lie beyond."""
     out = []
     for which, pick, advice in (("lowest", min, "lower"), ("highest", max, "higher")):
         ranks = []
@@ -94,7 +94,7 @@ def _perplexity(value: Any) -> str:
 
 
 def _cell(value: Any, form: str) -> str:
-    """A number in a format, short where it is large, and without a sign where it rounds to zero."""
+    """A number in a format, shortened if it is large, and without a sign if it rounds to zero."""
     if value is None:
         return "–"
     large = form == ".4f" and abs(value) >= 1e3

@@ -2,10 +2,10 @@
 
     python -m bottleneck.race BASE RUN… --out DIR
 
-Losses along training are those of the validations on the way (trainer.val_every) in metrics.csv; between two of them
-the loss is taken to be linear in tokens. All runs must have the same backbone and text. Rates, seeds, starts,
-objectives and budgets may differ. Of several heads at a rank, the base gives the lowest final loss, and another run the
-head that reaches it first.
+Losses along training are those of the validations during training (trainer.val_every) in metrics.csv; between two
+of them the loss is taken to be linear in tokens. All runs must have the same backbone and text. Rates, seeds, starts,
+objectives and budgets may differ. If a rank has several heads, the base is represented by the one with the lowest final
+loss, and another run by the one that reaches that loss first.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Finding(NamedTuple):
     """One rank of one run beside the base.
 
     Attributes:
-        tokens: until the base's final loss is reached, None where it is not.
+        tokens: until the base's final loss is reached; None if it is not.
         loss, lr: of the run's best head at its end.
     """
 
@@ -73,8 +73,7 @@ def _name(h: dict[str, Any]) -> str:
 
 
 def read(folder: Path) -> RaceRun:
-    """Raises UserError where the folder is not that of a finished run, or its metrics.csv does not belong to its
-    curve."""
+    """Raises UserError if the folder is not that of a finished run, or its metrics.csv does not belong to its curve."""
     found, *more = curve.read([folder])
     check(not more, f"{folder}: holds several curves; give the folder of one run")
     file = folder / "metrics.csv"
@@ -114,7 +113,7 @@ def _validations(file: Path) -> dict[str, Line]:
 
 
 def reached(line: Line, loss: float) -> Optional[int]:
-    """Tokens at which a line is first at or below a loss; None where it never is."""
+    """Tokens at which a line is first at or below a loss; None if it never is."""
     before: Optional[tuple[int, float]] = None
     for tokens, value in line:
         if value <= loss:
@@ -126,8 +125,10 @@ def reached(line: Line, loss: float) -> Optional[int]:
 
 
 def race(base: RaceRun, others: list[RaceRun]) -> list[Finding]:
-    """Every rank of every other run beside the base. Raises UserError where runs differ in backbone or text, or share
-    no rank."""
+    """Every rank of every other run beside the base.
+
+    Raises: UserError if runs differ in backbone or text, or share no rank.
+    """
     for run in others:
         for key, words in (("backbone_hash", "backbone"), ("data_hash", "text")):
             check(

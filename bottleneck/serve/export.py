@@ -6,7 +6,7 @@ dense: the run's backbone with W = A B as its output head, untied: AutoModelForC
 with the head as two matrices, logits = up(down(h)), at the cost of the rank: AutoModelForCausalLM loads it with
 trust_remote_code=True, vLLM with the plugin of this package. factored: the two tensors alone, lm_head.down.weight
 [R, D] and lm_head.up.weight [V, R], the layout of low-rank draft heads. A folder is written under another name and
-renamed when it is complete; dense and served models are loaded again and compared before.
+renamed when it is complete; before that, dense and served models are loaded again and compared.
 
 Dims: N sequences, T sequence length, D hidden size, R rank, V vocabulary. W_VD = A_VR @ B_RD.
 """
@@ -39,7 +39,7 @@ RUN_FACTS = ("data", "data_hash", "tokens", "validation_tokens", "recipe", "refe
 
 
 def facts(run: FinishedRun, row: dict[str, Any], *, form: str, dtype: str, family: str) -> dict[str, Any]:
-    """The provenance of a head, for readers who have its folder alone."""
+    """The provenance of a head, for readers who have only its folder."""
     b = run.backbone
     V, R, D = run.curve["vocab_size"], row["rank"], run.curve["hidden_size"]
     tensors = {"tensors": {"lm_head.down.weight": [R, D], "lm_head.up.weight": [V, R]}, "bias": False}
@@ -144,7 +144,7 @@ def _prepare(model: Any, name: str, dtype: str) -> None:
 
 
 def _dtype_to_load(run: FinishedRun, dtype: str) -> str:
-    """The dtype in which the backbone's hash can be compared: float16 rounds other than the hash does."""
+    """The dtype in which the backbone's hash can be compared: float16 rounds differently from the hash."""
     if run.backbone.dtype == "float16":
         return "float16"
     return "bfloat16" if dtype == "bfloat16" else "float32"
@@ -177,7 +177,7 @@ def export(run: FinishedRun, row: dict[str, Any], to: Path, *, form: str = "dens
     Args:
         row: of `run.pick`.
         dtype: of the stored weights.
-    Returns: the folder. Raises: UserError for whatever the user can mend; then nothing is left behind.
+    Returns: the folder. Raises: UserError for everything that the user can fix; then nothing is left behind.
     """
     to = to.expanduser().resolve()
     free = not to.exists() or (to.is_dir() and not any(to.iterdir()))
@@ -194,7 +194,7 @@ def export(run: FinishedRun, row: dict[str, Any], to: Path, *, form: str = "dens
 
 
 def quiet() -> None:
-    """Log our own lines on stderr and the libraries' errors alone."""
+    """Log our own lines on stderr, and of the libraries only errors."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for name in ("httpx", "transformers", "lm_eval", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)

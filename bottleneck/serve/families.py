@@ -1,9 +1,9 @@
-"""What becomes of every causal LM that Transformers knows, walked with tiny random models.
+"""Which causal LMs of Transformers are supported, tried with tiny random models.
 
     python -m bottleneck.serve.families [--write docs/families.md] [FAMILY ...]
 
-Of each family a model of two layers is saved, loaded as a backbone in float32 and in bfloat16, its reference loss
-compared with that of the plain model, a head trained on it for a few steps, exported, loaded again and compared.
+For each family a model of two layers is saved and loaded as a backbone in float32 and in bfloat16. Its reference loss
+is compared with that of the plain model. A head is trained on it for a few steps, exported, loaded again and compared.
 """
 
 from __future__ import annotations
@@ -45,13 +45,14 @@ UNTRIED = "untried"
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of one family: `SUPPORTED`, `UNTRIED`, or why not, in each dtype, and whether it can be exported."""
+    """The outcome of one family: `SUPPORTED`, `UNTRIED`, or the reason, in each dtype; and whether it can be
+    exported."""
 
     family: str
     float32: str
     bfloat16: str
     export: str
-    between: str  # what stands between h Wᵀ and the logits
+    between: str  # what the family does to h Wᵀ to get the logits
 
     def row(self) -> str:
         cells = (self.family, self.float32, self.bfloat16, self.export, self.between)
@@ -82,14 +83,14 @@ def walk(family: str, folder: Path) -> Outcome:
         try:
             _export(cfg, backbone, W, folder / dtype)
             exported = exported or SUPPORTED
-        except Exception as error:  # also a defect of ours: the table shows it, and the test of the table fails
+        except Exception as error:  # may also be a defect of ours: the table shows it, and the test of the table fails
             exported = _short(error)
     return Outcome(family, told["float32"], told["bfloat16"], exported, between)
 
 
 @torch.no_grad()
 def _spread(model: Any) -> None:
-    """Logits as far apart as a trained model's, so that what is done to them is seen."""
+    """Make the logits as far apart as a trained model's, so that a cap or scale has an effect."""
     head = model.get_output_embeddings()
     if isinstance(getattr(head, "weight", None), Tensor):
         head.weight.mul_(0.5 / head.weight.std().clamp(min=1e-6))

@@ -40,7 +40,7 @@ def new_folder(to: Path) -> Iterator[Path]:
                 with open(path, "rb+") as f:
                     os.fsync(f.fileno())
         os.replace(part, to)
-    except (OSError, SafetensorError) as error:  # a full disk is either
+    except (OSError, SafetensorError) as error:  # a full disk raises either
         raise UserError(f"--to {to}: cannot be written: {error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -56,8 +56,8 @@ def write_json(path: Path, content: Any) -> None:
 def save_model(model: Any, folder: Path, without: Optional[str] = None) -> None:
     """`save_pretrained`; weights that are still shared are written under each of their names.
 
-    Untying the head in the config also unties what else a family ties (Zamba's shared layers): loaded again, every name
-    must be there.
+    Untying the head in the config also unties a family's other shared weights (Zamba's shared layers). A reload then
+    needs every name.
 
     Args: without: weights whose names begin so are left out.
     """
@@ -78,9 +78,9 @@ def save_model(model: Any, folder: Path, without: Optional[str] = None) -> None:
 
 
 def read_back(folder: Path, backbone: Backbone, dtype: str, attention: Optional[str], code: bool) -> Backbone:
-    """The model in a folder that was just written, proved to predict through its head alone.
+    """The model in a folder that was just written, after a check that its logits are h Wᵀ.
 
-    Args: backbone: which it was made from, for messages. attention: implementation. code: run the folder's own code.
+    Args: backbone: the source, for messages. attention: implementation. code: run the folder's own code.
     Raises: UserError that names the family, not the folder.
     """
     cfg = BackboneConfig(

@@ -75,7 +75,7 @@ def write_served(
 
 
 def note_tokenizer(part: Path) -> None:
-    """Write the identity of the folder's tokenizer into its config, so that loaders notice another one."""
+    """Write the identity of the folder's tokenizer into its config, so that loaders detect another tokenizer."""
     if (part / "tokenizer.json").is_file():
         config = json.loads((part / "config.json").read_text(encoding="utf-8"))
         config["head_tokenizer"] = low_rank_head.file_hash(part / "tokenizer.json")
@@ -83,7 +83,7 @@ def note_tokenizer(part: Path) -> None:
 
 
 def _add_head(part: Path, up: Tensor, down: Tensor) -> None:
-    """The head as one more file of the index; loaders ignore files that it does not list."""
+    """Add the head to the index as one more file; loaders ignore files that the index does not list."""
     if (part / INDEX).is_file():
         index = json.loads((part / INDEX).read_text(encoding="utf-8"))
     else:
@@ -117,7 +117,7 @@ def check_served(
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(part, trust_remote_code=True, dtype=dtype).eval()
         got = model(input_ids=ids_NT, use_cache=False).logits.float()
-    except Exception as error:  # of any kind: this is a check of what was written
+    except Exception as error:  # any kind of error: this checks the written folder
         raise UserError(
             f"backbone {name}: family {family} cannot be served: loaded again, {type(error).__name__}: "
             f"{str(error)[:200]}"

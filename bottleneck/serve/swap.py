@@ -1,4 +1,4 @@
-"""Put another head on a Transformers model, so that its logits are h Wᵀ and stay so when it is saved and loaded.
+"""Put another head on a Transformers model, so that its logits are h Wᵀ, also after saving and loading.
 
 Dims: D hidden size, V vocabulary.
 """
@@ -18,19 +18,23 @@ from bottleneck.backbone.model import Backbone
 from bottleneck.core.errors import UserError, check
 
 log = logging.getLogger(__name__)
-SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")  # where families keep a factor of the logits
+SCALES = (
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+)  # families' keys for a factor of the logits
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 NO_CAP = 2.0**20  # c · tanh(x / c) is x to 1e-9 for every logit: for families whose config must have a cap
 
 
 @torch.no_grad()
 def set_head(model: Any, W_VD: Tensor) -> float:
-    """Make `model` predict through W alone: logits = h Wᵀ. Its original head is lost; the input embeddings stay.
+    """Make the logits of `model` h Wᵀ. Its original head is lost; the input embeddings stay.
 
-    A scale of the logits that no config can set to 1 is divided out of W. `prove` shows that nothing is left.
+    If no config key can set the scale of the logits to 1, W is divided by it. `prove` checks the result.
 
     Args: W_VD: rows that the family cuts off the logits are left out.
-    Returns: what W was divided by.
+    Returns: the divisor of W.
     Raises: UserError as `replace_head`, or if the family does something unknown to its logits.
     """
     replace_head(model, W_VD)
@@ -41,10 +45,10 @@ def set_head(model: Any, W_VD: Tensor) -> float:
 
 @torch.no_grad()
 def replace_head(model: Any, W_VD: Tensor) -> None:
-    """Put W in the place of the head's weight and remove what else the config does to logits; nothing is run.
+    """Replace the head's weight by W and disable the config's other changes to the logits; nothing is run.
 
-    The head is untied from the embeddings; its bias becomes zero; a soft cap (Gemma 2) goes, a scale (Cohere, Granite)
-    becomes 1, in the config, so that this also holds for the saved model, and in modules that have copied them.
+    The head is untied from the embeddings and its bias becomes zero. A soft cap (Gemma 2) is removed and a scale
+    (Cohere, Granite) set to 1, both in the config, so that the saved model has them too, and in modules with copies.
 
     Raises: UserError if the dtype cannot hold W, or the family cannot have a head of its own.
     """
@@ -57,7 +61,7 @@ def replace_head(model: Any, W_VD: Tensor) -> None:
     )
     padded = W.new_zeros(lm_head.weight.shape)
     padded[: len(W)] = W
-    lm_head.weight = nn.Parameter(padded, requires_grad=False)  # a new one: the old may be the embeddings'
+    lm_head.weight = nn.Parameter(padded, requires_grad=False)  # a new parameter: the old one may be the embeddings'
     if getattr(lm_head, "bias", None) is not None:
         lm_head.bias.zero_()
     for config in configs_of(model):
@@ -79,7 +83,7 @@ def replace_head(model: Any, W_VD: Tensor) -> None:
 
 
 def _scale(model: Any, family: str) -> float:
-    """What still multiplies h Wᵀ; 1 where there is a cap, which `prove` refuses."""
+    """The remaining factor of h Wᵀ; 1 if there is a cap, which `prove` refuses."""
     try:
         left = proof.take_apart(model.eval()).map
     except UnknownHeadError as error:

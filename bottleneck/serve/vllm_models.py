@@ -1,8 +1,8 @@
 """vLLM models with a head of two matrices: logits = up(down(h)). A class LowRank<Architecture> for each of vLLM's.
 
-`up` is sharded over the vocabulary like any head of vLLM's, `down` is replicated. vLLM calls a head by its quantization
-method, so the product with `down` is put there, on the instance: a wrapper class would not survive loading, which looks
-at the method's type.
+`up` is sharded over the vocabulary like any head of vLLM's, `down` is replicated. vLLM calls a head through its
+quantization method, so that method's instance also computes the product with `down`. A wrapper class would break
+loading, which checks the method's type.
 
 Dims: D hidden size, R rank, V vocabulary.
 """
@@ -27,7 +27,7 @@ OLD_HEADS = ("lm_head.", "embed_out.", "output.weight")  # names of the original
 
 
 class LowRankLMHead(ParallelLMHead):
-    """vLLM's head over R numbers, with the matrix [R, D] that makes them from a hidden state."""
+    """vLLM's head with an input of R numbers, and the matrix [R, D] that computes them from a hidden state."""
 
     def __init__(self, hidden_size: int, rank: int, vocab_size: int, head_dtype: torch.dtype | None) -> None:
         super().__init__(vocab_size, rank)
@@ -44,12 +44,12 @@ class LowRankLMHead(ParallelLMHead):
 
 
 class _Processor(LogitsProcessor):
-    """Logits of one head, whichever an architecture passes (Gemma 2 passes its embeddings), without scale and cap."""
+    """Logits of one fixed head, whatever head an architecture passes (Gemma 2: its embeddings); no scale, no cap."""
 
     def __init__(self, vocab_size: int, head: LowRankLMHead) -> None:
         super().__init__(vocab_size)
-        self.head_dtype = None  # the head itself sees to it
-        self.head = (head,)  # in a tuple: it is a submodule of the model already
+        self.head_dtype = None  # the head itself handles the dtype
+        self.head = (head,)  # in a tuple, because it is already a submodule of the model
 
     def forward(self, lm_head: Any, hidden_states: Tensor, _: Any = None, skip_gather: bool = False) -> Tensor | None:
         return super().forward(self.head[0], hidden_states, None, skip_gather)
@@ -76,7 +76,7 @@ def _low_rank(architecture: str) -> type:
             self.logits_processor = _Processor(rows, self.lm_head)
 
         def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-            """The head's two matrices here, the rest as the architecture does."""
+            """Load the head's two matrices here, all other weights as the architecture does."""
             loaded: set[str] = set()
 
             def rest() -> Iterable[tuple[str, Tensor]]:

@@ -1,6 +1,6 @@
 """vLLM's side of `--form serve`: vLLM finds `register` by the entry point `vllm.general_plugins` of this package.
 
-It is imported in every process of vLLM, so it imports vLLM alone, and that late.
+Every vLLM process imports this module, so it imports nothing but vLLM, and only inside the function.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Fig. 2 and 3: how much the hidden states of each layer share a direction, by layer, along training, by loss."""
+"""Fig. 2 and 3: how similar in direction the hidden states of each layer are: by layer, along training, by loss."""
 
 from __future__ import annotations
 

@@ -74,9 +74,8 @@ def verdict(
     every checkpoint that could have been the lowest. Without an error and with a series too short to estimate one
     there is no verdict on a rise.
 
-    Returns: best and final step and loss, `rise` in nats, `error` of the rise and `chance` (None where the noise is
-        unknown),
-        `saturates` (None without a verdict), `from_step` and the sentence `verdict`.
+    Returns: best and final step and loss, `rise` in nats, `error` of the rise and `chance` (None if the noise is
+        unknown), `saturates` (None without a verdict), `from_step` and the sentence `verdict`.
     """
     low = min(range(len(losses)), key=losses.__getitem__)
     rise = losses[-1] - losses[low]

@@ -1,10 +1,10 @@
-"""Sec. 5.2: the loss that a head of rank r must cost, from the spectrum of the original head, and the loss it does
-cost.
+"""Sec. 5.2: a bound on the loss that a head of rank r adds, from the spectrum of the original head, and the measured
+loss.
 
-The formulas are in `formulas.expansion`. The bound holds at every rank, and at low ranks it is far above what any head
-can lose. So it is shown as a multiple of the measured KL and capped at the trivial bound, that of the uniform
-distribution. What tells more stands beside it: the measured KL against the tail energy, with its slope, and the true
-second-order term of the KL.
+The formulas are in `formulas.expansion`. The bound holds at every rank, but at low ranks it is far above the loss of
+any head. It is therefore shown as a multiple of the measured KL and capped at the trivial bound, that of the uniform
+distribution. Two more informative results stand beside it: the measured KL against the tail energy, with its slope, and
+the true second-order term of the KL.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _shares(tail: list[float], at: Iterable[int]) -> list[float]:
 
 
 def conclusion(content: dict[str, Any]) -> str:
-    """What the bound says here: whether it holds, and where it says more than the trivial bound."""
+    """Whether the bound holds, and from which rank on it is below the trivial bound."""
     rows, trivial = content["ranks"], content["trivial_bound"]
     if not content["holds"]:
         return "the bound does NOT hold at every rank: please report this"

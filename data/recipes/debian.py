@@ -306,7 +306,7 @@ def extract(spec: str, deb: Path) -> tuple[list[Row], dict[str, Any]]:
 
 
 def new_paragraphs(text: str, seen: set[int]) -> str:
-    """The text without long paragraphs that earlier documents had; "" if little of it remains."""
+    """The text without long paragraphs that earlier documents contain; "" if little of it remains."""
     kept, gone = [], 0
     for paragraph in text.split("\n\n"):
         if len(paragraph) >= 80:

@@ -34,8 +34,8 @@ def output_rank(sigma: Tensor, hidden_size: int) -> dict[str, Any]:
     """Summary of a spectrum from `centred_spectrum`.
 
     Returns: `rank`, the number of singular values above ROUNDING of the first; `effective_rank`; `tail_energy`, the
-        share of the
-        energy beyond the hidden size (Σ_{i>d} σ_i² / Σ σ_i², Godey et al. 2024, Sec. 5.2); `exponent`, see `exponent`.
+        share of the energy beyond the hidden size (Σ_{i>d} σ_i² / Σ σ_i², Godey et al. 2024, Sec. 5.2); `exponent`,
+        see the function of that name.
     """
     energy = tails(sigma)
     largest = sigma[0].item()

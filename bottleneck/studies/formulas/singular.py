@@ -19,9 +19,8 @@ def triangle(W_VD: Tensor, rows: int = ROWS) -> Tensor:
 
     W has the singular values of R, and W M those of R M for any M [D, k].
 
-    Householder QR over pieces of W: accurate to rounding times the largest value; WᵀW would square the condition
-    number.
-    Memory: (rows + D) · D numbers.
+    Householder QR over pieces of W is accurate to rounding times the largest value; WᵀW would square the condition
+    number. Memory: (rows + D) · D numbers.
     """
     R = W_VD.new_zeros(0, W_VD.shape[1], dtype=torch.float64)
     for piece in W_VD.split(rows):
@@ -43,12 +42,12 @@ def square_root(cov_DD: Tensor) -> Tensor:
 def summary(sigma: Tensor) -> dict[str, Optional[float]]:
     """Summary of singular values σ_1 ≥ … ≥ σ_d ≥ 0, with shares p_i = σ_i / Σσ.
 
-    entropy        KL(p ‖ uniform) = log d − H(p), nats: 0 for equal values, log d for a single one (Godey et al. 2024,
-    Fig. 5) effective_rank exp(H(p)), 1 … d (Roy & Vetterli 2007; Kulkarni et al. 2026)
-    stable_rank    Σσ² / σ_1², 1 … d: how many directions as strong as the first hold the energy
-    participation_ratio  (Σσ²)² / Σσ⁴, 1 … d: how many directions share the energy
-    condition      σ_1 / σ_d; None where σ_d is below rounding
-    top_share      σ_1² / Σσ²: energy of the first direction
+    entropy: KL(p ‖ uniform) = log d − H(p), nats; 0 for equal values, log d for a single one (Godey et al. 2024)
+    effective_rank: exp(H(p)), 1 … d (Roy & Vetterli 2007; Kulkarni et al. 2026)
+    stable_rank: Σσ² / σ_1², 1 … d: how many directions as strong as the first hold the energy
+    participation_ratio: (Σσ²)² / Σσ⁴, 1 … d: how many directions share the energy
+    condition: σ_1 / σ_d; None if σ_d is below rounding
+    top_share: σ_1² / Σσ²: energy of the first direction
 
     Returns: these, and `largest`, `smallest`, `energy` = Σσ²; None throughout for a matrix of zeros.
     """

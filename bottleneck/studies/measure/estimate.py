@@ -69,7 +69,7 @@ def start_heads(
 def on_device(heads: Sequence[Factors], device: torch.device) -> list[Factors]:
     """The factors as float32 on a device.
 
-    Where all heads are slices of one matrix, as closed forms are, one copy is held.
+    If all heads are slices of one matrix, as closed forms are, one copy is held.
     """
     widest = max(heads, key=lambda pair: pair[0].shape[1])
     places = {A.untyped_storage().data_ptr() for A, _ in heads} | {widest[0].untyped_storage().data_ptr()}

@@ -77,11 +77,10 @@ def one(
     """Counts and W-errors of one of the two matrices.
 
     Returns: counts, seconds, `errors` for d = 0 … V, and `trace_error`: relative difference of its trace and the sum
-        of its
-        eigenvalues.
+        of its eigenvalues.
     """
     V, tokens = stream.vocab, stream.tokens
-    # a rough estimate of the two parts of the work, for the time left
+    # rough shares of the two parts of the work, to estimate the remaining time
     counting, solving = len(tokens) / 8e5, 4 / 3 * V**3 / (1e11 if device.type == "cpu" else 5e12)
     began = time.monotonic()
 
@@ -117,7 +116,7 @@ def measure(c: StudyConfig, folder: Path) -> dict[str, Any]:
     corpus = prepare(c.data, tokenizer)
     tokens = corpus.train[: s.max_tokens]
     check(len(tokens) >= 5, f"data: {corpus.name} has {len(tokens)} training tokens, 5 are needed")
-    # a stream that was prepared elsewhere names its own end of text
+    # a prepared stream from elsewhere has its own end of text
     eos = int(corpus.manifest.get("eos", tokenizer.eos_token_id))
     stream = Stream(tokens, V, eos, corpus.name)
     identity = {"data": corpus.fingerprint, "tokens": len(tokens), "vocab": V, "eos": eos, "precision": s.precision}

@@ -30,8 +30,7 @@ def block_losses(backbone: Backbone, text: StudyText, micro_batch: int, progress
     """Losses of the original head on every block of the text.
 
     Returns: `sums`, the summed loss in nats, and `counts`, the number of predicted tokens, of each block; and the
-        model's
-        number of `parameters`, tied ones counted once.
+        model's number of `parameters`, tied ones counted once.
     """
     device = backbone.lm_head.weight.device
     sums, counts = [], []

@@ -22,7 +22,7 @@ from bottleneck.config.schema import BackboneConfig, DataConfig, TrainConfig, Tr
 from bottleneck.core.errors import check
 from bottleneck.core.extensions import STARTS, STUDIES, Study
 
-PYTHIA_STEPS = (0, *(2**k for k in range(10)), *range(1000, 144_000, 1000))  # of Pythia's published checkpoints
+PYTHIA_STEPS = (0, *(2**k for k in range(10)), *range(1000, 144_000, 1000))  # steps of Pythia's published checkpoints
 # keys that count tokens to read: data=pile reads no further than the largest of them
 TOKEN_COUNTS = ("tokens", "study.max_tokens", "study.calibration_tokens")
 

@@ -241,9 +241,8 @@ def _read(root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 def read_results(root: Path) -> dict[str, list[Results]]:
     """All result files below a folder: model -> results by rising step.
 
-    Raises: UserError naming the file where one cannot be read, has no step, or contradicts a second file of the same
-        step; or
-        where the folder has no results.
+    Raises: UserError naming the file if one cannot be read, has no step, or contradicts a second file of the same step;
+        or if the folder has no results.
     """
     files = [(file, content, _place(file.relative_to(root), content)) for file, content in _read(root)]
     apart = _apart(files)

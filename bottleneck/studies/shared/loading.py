@@ -38,11 +38,11 @@ def log_memory(series: list[Checkpoint], device: torch.device, work_bytes: float
     for cp in {cp.model: cp for cp in series}.values():
         try:
             count = _parameters(cp.backbone)
-        except Exception as error:  # whatever a family raises; loading reports it
+        except Exception as error:  # families raise many kinds; loading reports the error
             log.info("memory: the size of %s is unknown before it is loaded (%s)", cp.label, type(error).__name__)
             continue
         wide = cp.backbone.dtype == "float32" or (cp.backbone.dtype == "auto" and device.type == "cpu")
-        # GGUF is unpacked to float32 beside the model that takes it
+        # GGUF is unpacked to float32 while the model is also in memory
         largest = max(largest, count * ((4 if wide else 2) + (4 if cp.backbone.gguf_file else 0)))
     log.info(
         "memory: up to %.2f GiB for one model's weights and %.2f GiB to work with, besides about 0.6 GiB of Python",

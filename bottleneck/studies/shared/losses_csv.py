@@ -9,7 +9,7 @@ from typing import Any, Optional
 
 from bottleneck.core.errors import UserError, check
 
-# lowest and highest value that a CSV may hold: beyond it is a slip, and the scaling law would overflow
+# lowest and highest value that a CSV may hold: others are mistakes, and the scaling law would overflow
 LIMITS = {"parameters": (1, 1e15), "step": (0, 1e15), "loss": (1e-9, 1e6), "tokens": (0, 1e18), "stderr": (0, 1e6)}
 WHOLE = ("parameters", "step")
 ALIASES = {
@@ -28,8 +28,7 @@ def read_losses(file: Path, tokens_per_step: int) -> list[dict[str, Any]]:
 
     Returns: for each model `model`, `parameters` and `checkpoints`, with rising steps.
     Raises: UserError naming the file and line for missing columns, values that are not numbers or outside `LIMITS`,
-        and steps
-        that do not rise.
+        and steps that do not rise.
     """
     check(file.is_file(), f"study.losses={file}: no such file")
     try:

@@ -27,7 +27,7 @@ def canvas(panels: int = 1, width: float = 6.4, height: float = 4.4) -> tuple[An
 
 
 def save(figure: Any, file: BinaryIO) -> None:
-    """Write the figure as PNG and close it, so that a process with many studies holds none."""
+    """Write the figure as PNG and close it, so that a process with many studies does not accumulate figures."""
     import matplotlib.pyplot as plt
 
     figure.savefig(file, format="png")

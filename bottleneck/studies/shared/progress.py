@@ -62,7 +62,7 @@ class StudyProgress:
             )
 
     def end(self, note: str, kept: bool = False) -> None:
-        """Close the current part. `kept`: it was computed by an earlier run, so its time says nothing."""
+        """Close the current part. `kept`: an earlier run computed it, so its time does not count in the estimate."""
         seconds = time.monotonic() - self.began
         self.done += 1
         self.computed += not kept
