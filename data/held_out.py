@@ -44,7 +44,8 @@ class HashSplit:
         check(
             len(hashes) > 1,
             "data: the text is a single document, so none can be held out for validation; give data.validation_files,"
-            " or split plain text with data.text_unit=paragraph (at empty lines) or data.text_unit=line",
+            " or split plain text with data.text_unit=paragraph (at empty lines, which hold not even blanks) or"
+            " data.text_unit=line",
         )
         forced = min(hashes)  # so that a text of few documents has one for validation
 

@@ -104,8 +104,9 @@ def _build(cfg: DataConfig, source: Source, tokenizer: Any, folder: Path) -> Non
     try:
         copies, waiting = _fill(cfg, source, train, validation)
         parts = {"train": train.close(), "validation": validation.close()}
-        for part in parts:
-            check(parts[part]["documents"] > 0, f"data: no {part} documents in {source.name}")
+        reason = f"; its {copies:,} documents are copies of validation documents" if copies else ""
+        check(parts["train"]["documents"] > 0, f"data: no train documents in {source.name}{reason}")
+        check(parts["validation"]["documents"] > 0, f"data: no validation documents in {source.name}")
         about = {"name": source.name, "dtype": dtype.name, "eos": eos, "block_size": cfg.block_size}
         manifest = {"format": FORMAT, **about, "tokenizer": tokenizer_hash(tokenizer), "source": source.describe()}
         read = _account(source, train, validation, copies=copies, waiting=waiting)

@@ -245,10 +245,9 @@ def open_bytes(path: str) -> BinaryIO:
         file.close()
         raise EOFError
     file.seek(0)
-    if ending == ".zst":
-        return io.BufferedReader(_ZstdFile(file), CHUNK)  # type: ignore[return-value]  # has BinaryIO's methods
-    opened: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
-    return opened[ending](file, "rb")
+    if ending == ".gz":
+        return gzip.open(file, "rb")  # type: ignore[return-value]  # has BinaryIO's methods
+    return io.BufferedReader(_FramesFile(file, ending), CHUNK)  # type: ignore[return-value]  # has BinaryIO's methods
 
 
 def _open_url(url: str) -> Any:
@@ -257,19 +256,26 @@ def _open_url(url: str) -> Any:
     return fsspec.open(url, "rb").open()
 
 
-class _ZstdFile(io.RawIOBase):
-    """Decompressed bytes of a .zst file of one or more frames.
+class _FramesFile(io.RawIOBase):
+    """Decompressed bytes of a .zst, .xz or .bz2 file of one or more frames.
 
-    `zstandard`'s own reader accepts a truncated frame as complete.
+    `zstandard`'s own reader accepts a truncated frame as complete. `bz2` and `lzma` drop everything from a frame on
+    whose header is damaged.
     """
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file: BinaryIO, ending: str):
         self.file, self.left = file, b""
+        self.ending = ending
         self._output = b""
         self._next_frame()
 
     def _next_frame(self) -> None:
-        self.frame: Any = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW).decompressobj()
+        new: dict[str, Callable[[], Any]] = {
+            ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW).decompressobj(),
+            ".xz": lzma.LZMADecompressor,
+            ".bz2": bz2.BZ2Decompressor,
+        }
+        self.frame: Any = new[self.ending]()
         self.fresh = True  # no byte of this frame was read yet
 
     def readable(self) -> bool:
@@ -287,6 +293,10 @@ class _ZstdFile(io.RawIOBase):
                 if self.fresh:
                     return 0
                 raise EOFError
+            if self.fresh and self.ending == ".xz":
+                data = data.lstrip(b"\0")  # padding between streams
+                if not data:
+                    continue
             self._output = self.frame.decompress(data)
             self.fresh = False
             if self.frame.eof:

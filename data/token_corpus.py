@@ -267,6 +267,8 @@ class TokenCorpus(Corpus):
         self.table = Rows(self.shards, self.block + 1)
         self.count = len(self.table) if self.rows else (len(self.stream) - 1) // self.block
         self.skip = skipped(cfg)
+        least = f"data.block_size={self.block}: {self.name} has {len(self.stream):,} tokens, too few for one block"
+        check(self.rows or self.count > 0, least)
         check(self.skip < self.count, f"data.skip={cfg.skip}: the source has {self.count} rows or blocks in all")
         self.held_out = np.zeros(0, np.int64)
         if held:

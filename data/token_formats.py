@@ -37,12 +37,16 @@ MEGATRON_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8:
 LLMC_MAGICS = (20240520, 20240801)
 SMALL_INDEX = 1 << 28  # bytes of an index table up to which it is kept in memory
 LLMC_HEADER = 1024  # bytes
+HALVES = 4096  # values of a bare .bin looked at: of wider ids, every second one is the upper half and close to 0
 SHARD_OF = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.bin")
 OTHER_MAGICS = {
     b"PK\x03\x04": "a zip file",
     b"\x7fELF": "a program",
     b"GGUF": "a GGUF model",
     b"\x93NUMPY": "an npy file",
+    b"\x1f\x8b": "a gzip file",
+    b"\x28\xb5\x2f\xfd": "a zstd file",
+    b"PAR1": "a Parquet file",
 }
 SAFETENSORS_DTYPES = {"I64": "int64", "I32": "int32", "I16": "int16", "U8": "uint8", "U16": "uint16", "U32": "uint32"}
 
@@ -205,10 +209,17 @@ def files_in(folder: Path) -> list[str]:
                 f"{readable(here)}: {kind} data cannot be read; write it with datasets.save_to_disk, or as .npy or .bin"
             )
         if "state.json" in files:  # other .arrow files there are caches
-            listed = json.loads((Path(here) / "state.json").read_text()).get("_data_files", [])
-            files = [f["filename"] for f in listed]
+            files = _listed_files(Path(here) / "state.json")
         found += [str(relative / f) for f in files if Path(f).suffix.lower() in ENDINGS and not f.startswith(".")]
     return sorted(found)
+
+
+def _listed_files(state: Path) -> list[str]:
+    """The .arrow files that the state.json of a `datasets` folder lists."""
+    try:
+        return [str(f["filename"]) for f in json.loads(state.read_text())["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{readable(state)}: not the state.json of datasets.save_to_disk, or truncated") from error
 
 
 def open_shards(paths: list[Path], kind: str, ids_field: str) -> list[Shard]:
@@ -276,14 +287,33 @@ def _megatron(path: Path, index: Path) -> Shard:
     end = int(pointers[-1]) // dtype.itemsize + int(sizes[-1])
     name = readable(path) if len(files) == 1 else f"{readable(path)} … ({len(files)} files)"
     check(len(ids) == end, f"{name}: has {len(ids)} ids, {where} says {end}; it was truncated or is another file")
-    for i in {int(i) for i in np.linspace(0, sequences - 1, 1000)} - {sequences - 1}:
-        joined = int(pointers[i]) + int(sizes[i]) * dtype.itemsize == int(pointers[i + 1])
-        check(joined, f"{where}: sequences {i} and {i + 1} are not stored one after the other")
-    rows = MegatronStarts(pointers, dtype.itemsize, end)
     each = starts is None or int(starts[0]) != 0 or int(starts[-1]) != sequences
+    _check_index(where, sizes, pointers, None if each else starts, dtype.itemsize)
+    rows = MegatronStarts(pointers, dtype.itemsize, end)
     if each or (isinstance(starts, np.ndarray) and np.array_equal(starts, np.arange(sequences + 1))):
         return Shard(name, ids, rows, rows)  # every sequence is a document
     return Shard(name, ids, MegatronStarts(pointers, dtype.itemsize, end, starts), rows)
+
+
+def _check_index(where: str, sizes: Any, pointers: Any, starts: Optional[Any], itemsize: int) -> None:
+    """Check that sequences, and documents, are stored one after the other: all, or a thousand of a very large index."""
+    last = len(pointers) - 1
+    if isinstance(sizes, np.ndarray) and isinstance(pointers, np.ndarray):
+        gaps = np.flatnonzero(pointers[:-1] + sizes[:-1].astype(np.int64) * itemsize != pointers[1:])
+        gap = int(gaps[0]) if len(gaps) else None
+    else:
+        places = {int(i) for i in np.linspace(0, last, 1000)} - {last}
+        apart = (i for i in sorted(places) if int(pointers[i]) + int(sizes[i]) * itemsize != int(pointers[i + 1]))
+        gap = next(apart, None)
+    check(gap is None, f"{where}: sequences {gap} and {(gap or 0) + 1} are not stored one after the other")
+    if starts is None:
+        return
+    if isinstance(starts, np.ndarray):
+        known = starts
+    else:
+        known = np.array([int(starts[int(i)]) for i in np.linspace(0, len(starts) - 1, 1000)])
+    ordered = bool((np.diff(known) >= 0).all() and known[0] >= 0 and known[-1] <= len(pointers))
+    check(ordered, f"{where}: its documents do not begin one after the other; the index is damaged")
 
 
 def _all_shards(path: Path) -> list[Path]:
@@ -315,7 +345,15 @@ def _nanogpt(path: Path, _: str) -> Shard:
     size = path.stat().st_size
     even = size > 0 and size % 2 == 0
     check(even, f"{readable(path)}: has {size} bytes, which is no whole number of uint16 ids; it was truncated")
-    return Shard(readable(path), FileArray(path, "<u2"))
+    ids = FileArray(path, "<u2")
+    first = ids[:HALVES]
+    wide = len(first) >= 32 and int(first[1::2].max()) < 4 <= int(first.max())
+    check(
+        not wide,
+        f"{readable(path)}: holds ids of 4 or 8 bytes, and a .bin without header or index has uint16 ids; write it as"
+        " .npy, or with the header of llm.c",
+    )
+    return Shard(readable(path), ids)
 
 
 def _npy(path: Path, _: str) -> Shard:

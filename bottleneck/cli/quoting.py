@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import re
 import shlex
-from typing import Optional
+from typing import Any, Optional
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import OverrideParseException
+from hydra.errors import HydraException
 
 
 def parsed(override: str) -> Optional[str]:
     """The value of an override as Hydra parses it, as text. None if it does not parse or is not a single value."""
-    try:
-        value = OverridesParser.create().parse_override(override).value()
-    except OverrideParseException:
-        return None
+    value = _read(override)
     return str(value) if isinstance(value, (str, int, float)) else None
+
+
+def _read(override: str) -> Any:
+    try:
+        return OverridesParser.create().parse_override(override).value()
+    except HydraException:
+        return None
 
 
 def quoted(override: str) -> Optional[str]:
@@ -27,10 +31,23 @@ def quoted(override: str) -> Optional[str]:
     key, equals, value = override.partition("=")
     if not equals or not value:
         return None
+    if value[0] == "[" and value[-1] == "]":  # a list: its elements are quoted, not the whole
+        elements = value[1:-1].split(",")
+        line = f"{key}=[{','.join(e if _plain(e) else _in_quotes(e) for e in elements)}]"
+        return shlex.quote(line) if all(elements) and _read(line) is not None else None
+    line = f"{key}={_in_quotes(value)}"
+    return shlex.quote(line) if parsed(line) == value else None
+
+
+def _in_quotes(value: str) -> str:
     escaped = re.sub(r'(\\*)"', r"\1\1\"", value)  # Hydra: \" is a quote, and backslashes before a quote are doubled
     escaped += "\\" * (len(escaped) - len(escaped.rstrip("\\")))
-    line = f'{key}="{escaped}"'
-    return shlex.quote(line) if parsed(line) == value else None
+    return f'"{escaped}"'
+
+
+def _plain(element: str) -> bool:
+    """Whether Hydra reads an element of a list without more quotes."""
+    return parsed(f"key={element}") is not None
 
 
 def unreadable(override: str, reason: str) -> str:
@@ -43,6 +60,8 @@ def unreadable(override: str, reason: str) -> str:
         return f"{override}: the closing {closing} is missing{text}"
     if line is None or not key.strip("+~"):
         return f"{override}: cannot be read as KEY=VALUE: {reason}"
+    if closing:
+        value = value[1:-1]
     special = sorted(set(re.sub(r"[A-Za-z0-9_/.,:*?@%+|\- \\$]", "", value)))
     what = f"the value contains {' '.join(special)}, so it" if special else "the value"
     return f"{override}: {what} must be quoted, for Hydra and for the shell: {line}"

@@ -47,6 +47,20 @@ def quoted_word(value: str) -> str:
     return word
 
 
+def test_the_elements_of_a_list_are_quoted_not_the_list():
+    line = explain_of("data.files=[a(b/*.txt,c,é]")
+    assert line.endswith("""'data.files=["a(b/*.txt",c,"é"]'"""), line
+    (word,) = shlex.split(line.split(": ")[-1])
+    assert OverridesParser.create().parse_override(word).value() == ["a(b/*.txt", "c", "é"]
+    assert '"[' not in explain_of("data.files=[a,]")
+
+
+def explain_of(override: str) -> str:
+    with pytest.raises(Exception) as caught:
+        composed([override])
+    return explain(caught.value)
+
+
 def test_an_unfinished_list_is_called_that():
     with pytest.raises(Exception) as caught:
         composed(["ranks=[8,16"])

@@ -313,6 +313,33 @@ def test_zstd_files_of_several_and_skippable_frames(tmp_path):
         texts(tmp_path, files=str(tmp_path / "a.txt.zst"), text_unit="line")
 
 
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_a_damaged_second_frame_is_reported(tmp_path, ending):
+    """bz2 and lzma of the standard library drop it, and all after it, without a word."""
+    lines = [json.dumps({"text": d}).encode() + b"\n" for d in DOCS]
+    first, second = (COMPRESS[ending](b"".join(half)) for half in (lines[:30], lines[30:]))
+    path = tmp_path / f"a.jsonl{ending}"
+    path.write_bytes(first + second)
+    assert texts(tmp_path, files=str(path)) == DOCS
+    path.write_bytes(first + b"??" + second[2:])
+    with pytest.raises(UserError, match=f"a.jsonl{ending}: cannot be"):
+        texts(tmp_path, files=str(path))
+
+
+def test_padding_between_xz_streams_is_no_damage(tmp_path):
+    first, second = (lzma.compress(json.dumps({"text": d}).encode() + b"\n") for d in DOCS[:2])
+    path = tmp_path / "a.jsonl.xz"
+    path.write_bytes(first + b"\0" * 8 + second + b"\0" * 4)
+    assert texts(tmp_path, files=str(path)) == DOCS[:2]
+
+
+def test_training_text_of_nothing_but_validation_documents_says_so(tmp_path, tokenizer):
+    jsonl(tmp_path / "t/train.jsonl", DOCS[:9])
+    jsonl(tmp_path / "t/validation.jsonl", DOCS)
+    with pytest.raises(UserError, match="no train documents in t; its 9 documents are copies of validation documents"):
+        prepare(config(tmp_path, files=str(tmp_path / "t")), tokenizer)
+
+
 def test_a_shared_cache_is_read_without_its_lock(tmp_path, tokenizer, monkeypatch):
     """Somebody else prepared it; the lock file and the folder cannot be written here."""
     cfg = config(tmp_path, files=jsonl(tmp_path / "a.jsonl", DOCS))

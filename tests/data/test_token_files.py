@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import resource
 import struct
@@ -265,6 +266,19 @@ def cut(path: Path, by: int) -> None:
     path.write_bytes(path.read_bytes()[:-by])
 
 
+def widen(path: Path, dtype: str) -> None:
+    """The ids of a .bin stored with more bytes each."""
+    np.fromfile(path, "<u2").astype(dtype).tofile(path)
+
+
+def shift(path: Path, at: int) -> None:
+    """Add a million to the 8 bytes at a place of a Megatron index."""
+    index = path.with_suffix(".idx")
+    content = bytearray(index.read_bytes())
+    content[at : at + 8] = struct.pack("<q", struct.unpack("<q", content[at : at + 8])[0] + 1_000_000)
+    index.write_bytes(content)
+
+
 @pytest.mark.parametrize(
     "kind, damage, words",
     [
@@ -280,6 +294,13 @@ def cut(path: Path, by: int) -> None:
         ("safetensors", lambda p: p.write_bytes(b"\xff" * 30), "not a safetensors file, or truncated"),
         ("parquet", lambda p: cut(p, 9), "a.parquet: cannot be read as parquet"),
         ("nanogpt", lambda p: p.write_bytes(b""), "n.bin: has 0 bytes"),
+        ("nanogpt", lambda p: widen(p, "<u4"), "n.bin: holds ids of 4 or 8 bytes"),
+        ("nanogpt", lambda p: widen(p, "<i8"), "n.bin: holds ids of 4 or 8 bytes"),
+        ("nanogpt", lambda p: p.write_bytes(p.read_bytes()[:8]), "data.block_size=16: n.bin has .* too few for one"),
+        ("nanogpt", lambda p: p.write_bytes(gzip.compress(b"a") + b"x"), "n.bin: is a gzip file"),
+        ("megatron", lambda p: shift(p, 34 + 12 * 120 + 8 * 50), "its documents do not begin one after the other"),
+        ("megatron", lambda p: shift(p, 34 + 4 * 120 + 8 * 50), "sequences 49 and 50 are not stored one after"),
+        ("arrow", lambda p: (p / "state.json").write_text("{"), "state.json: not the state.json of datasets"),
     ],
 )
 def test_damaged_and_foreign_files_are_one_line(tmp_path, tokenizer, ids, kind, damage, words):
