@@ -55,9 +55,8 @@ def composable(schema: type) -> type:
         factory = read if dataclasses.is_dataclass(inner) else f.default_factory
         default = {"default": f.default} if factory is dataclasses.MISSING else {"default_factory": factory}
         fields.append((f.name, read, dataclasses.field(**default)))
-    node = dataclasses.make_dataclass(
-        name, fields, namespace={"__module__": schema.__module__, "__doc__": schema.__doc__}
-    )
+    node = dataclasses.make_dataclass(name, fields, namespace={"__doc__": schema.__doc__})
+    node.__module__ = schema.__module__  # workers unpickle configs by this name; from Python 3.12 on it would be ours
     setattr(module, name, node)
     return node
 

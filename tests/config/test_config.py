@@ -267,3 +267,12 @@ def test_a_run_that_began_before_a_key_existed_goes_on_with_its_default(tmp_path
             with pytest.raises(UserError, match="optim.lr"):
                 check_same_run(a, b, tmp_path)
         check_same_run(config(other), config(other), tmp_path)
+
+
+def test_a_composed_config_is_pickled_by_the_name_of_its_schema():
+    """Workers receive it pickled. From Python 3.12 on, `make_dataclass` names its caller's module unless it is set after."""
+    from bottleneck.config import schema
+
+    for name in ("TrainNode", "BackboneNode", "TrainerNode"):
+        node = getattr(schema, name)
+        assert (node.__module__, pickle.loads(pickle.dumps(node))) == ("bottleneck.config.schema", node)

@@ -81,7 +81,7 @@ def test_only_rows_beyond_the_offset_are_repaired():
     y = torch.zeros(70, device=DEVICE).int()
     loss, dz = exponentials.step(z.clone(), A, y, torch.zeros_like(A), 1.0, rows=70, tma=False)
     want, want_dz, _ = exact(z, A, y)
-    assert want[66] == pytest.approx(400.0) and torch.allclose(loss.double(), want, rtol=1e-5)
+    assert want[66].item() == pytest.approx(400.0) and torch.allclose(loss.double(), want, rtol=1e-5)
     assert torch.allclose(dz.double(), want_dz, atol=1e-5)
 
 
