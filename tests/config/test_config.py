@@ -270,7 +270,7 @@ def test_a_run_that_began_before_a_key_existed_goes_on_with_its_default(tmp_path
 
 
 def test_a_composed_config_is_pickled_by_the_name_of_its_schema():
-    """Workers receive it pickled. From Python 3.12 on, `make_dataclass` names its caller's module unless it is set after."""
+    """Workers receive it pickled. From Python 3.12 on, `make_dataclass` overwrites a module given in its namespace."""
     from bottleneck.config import schema
 
     for name in ("TrainNode", "BackboneNode", "TrainerNode"):
