@@ -39,6 +39,30 @@ def merge(model: Any, name: str) -> None:
         vars(model).pop(name_of_memory, None)
 
 
+def reload(model: Any, folder: str, absent: set[str], extra: set[str]) -> tuple[set[str], set[str]]:
+    """Load an adapter's weights once more with PEFT itself where Transformers left some out (the magnitudes of DoRA).
+
+    Args: absent, extra: names that Transformers reports as missing from the files, and as unknown in them.
+    Returns: the names that still are.
+    """
+    if not absent and not extra:
+        return absent, extra
+    import peft
+    from peft.utils.save_and_load import load_peft_weights
+
+    name = model.active_adapters()[0]
+    weights = load_peft_weights(folder, device="cpu")
+    peft.set_peft_model_state_dict(model, dict(weights), adapter_name=name)
+    wanted = {_bare(key) for key in peft.get_peft_model_state_dict(model, adapter_name=name)}
+    given = {_bare(key) for key in weights}
+    ours = {key for key in absent | extra if f".{name}" in key}
+    return (absent - ours) | (wanted - given), (extra - ours) | (given - wanted)
+
+
+def _bare(key: str) -> str:
+    return key.removeprefix("base_model.model.")
+
+
 def _put(model: nn.Module, path: str, layer: nn.Module) -> None:
     parent, _, last = path.rpartition(".")
     setattr(model.get_submodule(parent), last, layer)

@@ -12,12 +12,14 @@ from typing import Any, Callable, Iterator, Optional, TypeVar
 
 import torch
 import transformers
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from bottleneck.backbone.weights import materialise, randoms, units
 from bottleneck.config.schema import BackboneConfig
 from bottleneck.core.errors import UserError, check
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ADAPTER = "adapter_config.json"  # what PEFT writes beside an adapter's weights
@@ -31,6 +33,7 @@ LIMITS = (
     "n_ctx",
     "context_length",
 )
+LOST = ("missing_keys", "mismatched_keys")  # of Transformers' report: weights that got no values of the file
 LONGEST_MESSAGE = 300  # characters of a library's message that an error line repeats
 
 
@@ -73,9 +76,14 @@ def _base(cfg: BackboneConfig) -> BackboneConfig:
     if not (folder / ADAPTER).is_file() or (folder / "config.json").is_file():
         return cfg
     try:
-        base = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"backbone.path={cfg.path}: {ADAPTER} does not name its base model: {error}") from error
+        content = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"backbone.path={cfg.path}: {ADAPTER} cannot be read: {error}") from error
+    base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+    check(
+        isinstance(base, str) and bool(base),
+        f"backbone.path={cfg.path}: {ADAPTER} does not name its base model (base_model_name_or_path)",
+    )
     out = dataclasses.replace(cfg, path=str(base), revision=None)
     _check_path(out)
     return out
@@ -118,10 +126,16 @@ def _fault(what: str, cfg: BackboneConfig, error: Exception) -> str:
         text = text[:LONGEST_MESSAGE].rsplit(" ", 1)[0] + " …"
     if what == "tokenizer" and cfg.tokenizer:
         return f"backbone.tokenizer={cfg.tokenizer}: cannot load it: {type(error).__name__}: {text}"
-    if cfg.attn_implementation and ("attn_implementation" in text or cfg.attn_implementation in text):
+    if cfg.attn_implementation and _names_attention(cfg.attn_implementation, text):
         return f"backbone.attn_implementation={cfg.attn_implementation}: {type(error).__name__}: {text}"
     absent = "" if Path(cfg.path).expanduser().exists() else "no such folder here, and from the Hub: "
     return f"backbone.path={where}: {absent}cannot load its {what}: {type(error).__name__}: {text}"
+
+
+def _names_attention(chosen: str, text: str) -> bool:
+    """Whether a library's message is about the choice of attention: `flash_attention_2` is FlashAttention2 in some."""
+    plain = text.lower().replace("_", "").replace(" ", "")
+    return any(word in plain for word in ("attnimplementation", "attentionimplementation", chosen.replace("_", "")))
 
 
 def _family(cfg: BackboneConfig) -> str:
@@ -241,21 +255,57 @@ def load_model(cfg: BackboneConfig, device_type: str = "cpu") -> Any:
     dtype = options["dtype"]
     if adapted:
         options["dtype"] = torch.float32  # so that the dtype affects the merged weights by one rounding only
-    source = {**_source(cfg), **options, "output_loading_info": True}
+    # weights of another shape are refused below, by name
+    source = {**_source(cfg), **options, "output_loading_info": True, "ignore_mismatched_sizes": not adapted}
     path = str(Path(cfg.path).expanduser()) if adapted else cfg.path
     load: Callable[[], Any] = lambda: AutoModelForCausalLM.from_pretrained(path, **source)
     model, report = _load("weights", cfg, load)
-    absent = sorted(map(str, report["missing_keys"])) + sorted(map(str, report["mismatched_keys"]))
-    adapter = [name for name in absent if "lora_" in name] if adapted else []
-    absent = [name for name in absent if name not in adapter]
-    more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
-    check(
-        not absent,
-        f"backbone.path={cfg.path}: weights are missing or of another shape: {', '.join(absent[:5])}{more}",
-    )
+    absent = {key if isinstance(key, str) else str(key[0]) for k in LOST for key in report[k]}
+    extra = set(map(str, report["unexpected_keys"]))
     if adapted:
-        from bottleneck.backbone.adapters import merge
+        from bottleneck.backbone.adapters import merge, reload
 
+        absent, extra = reload(model, path, absent, extra)
+    check(not absent, f"backbone.path={cfg.path}: weights are missing or of another shape: {_some(absent)}")
+    _check_unread(model, cfg, extra)
+    if getattr(model.config, "quantization_config", None) is None and not cfg.gguf_file:
+        _check_stored(cfg)
+    if adapted:
         merge(model, label(cfg))
         model.to(dtype)
     return model
+
+
+def _check_stored(cfg: BackboneConfig) -> None:
+    """Refuse a folder whose weights are stored as whole or 8-bit numbers, which mean nothing without their scales."""
+    for file in sorted(Path(cfg.path).expanduser().glob("*.safetensors")):
+        with safe_open(file, "pt") as stored:
+            kinds = {key: stored.get_slice(key).get_dtype() for key in stored.keys() if key.endswith(".weight")}
+        coded = {key for key, kind in kinds.items() if kind.startswith(("I", "U", "F8", "F4"))}
+        check(
+            not coded,
+            f"backbone.path={cfg.path}: {file.name} holds quantized weights, but config.json has no "
+            f"quantization_config: {_some(coded)}",
+        )
+
+
+def _some(names: set[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{', '.join(sorted(names)[:5])}{more}"
+
+
+def _check_unread(model: Any, cfg: BackboneConfig, extra: set[str]) -> None:
+    """Refuse a file with weights for modules of the model that this model has no place for; warn of other weights.
+
+    A bias of the head, or the scales of quantized weights without a quantization_config: Transformers passes over them,
+    and the logits are wrong.
+    """
+    modules = dict(model.named_modules())
+    lost = {key for key in extra if getattr(modules.get(key.rpartition(".")[0]), "_parameters", None)}
+    check(
+        not lost,
+        f"backbone.path={cfg.path}: its file holds weights that its config has no place for: {_some(lost)}; "
+        "config.json is of another model, or lacks its quantization_config",
+    )
+    if extra:
+        log.warning("%s: weights of the file that the model does not use: %s", label(cfg), _some(extra))

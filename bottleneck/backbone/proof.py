@@ -125,10 +125,11 @@ def parity(head: FullHead, hidden: Tensor, logits: Tensor) -> Optional[str]:
 def leak(run: Callable[[Tensor], Tensor], tokens: int, block: int, device: torch.device) -> Optional[float]:
     """How far earlier hidden states move when later tokens change; None if they do not, up to rounding.
 
-    Two sequences of `block` tokens are read, and read again with their second halves replaced by other random tokens
-    and by one repeated token, like the end of a run's padded last block. If the first halves move at all (a mixture of
-    experts sums another batch in another order), the movement is compared with that of a sequence whose neighbour in
-    the batch changes, which is due to rounding only.
+    Two sequences of `block` tokens are read, and read again with later tokens replaced by other random tokens and by
+    one repeated token, like the end of a run's padded last block. First the second halves are replaced; then all but
+    the first token, and the last token only, which reveals a model that looks ahead within a prefix or within chunks.
+    If earlier states move at all (a mixture of experts sums another batch in another order), the movement is
+    compared with that of a sequence whose neighbour in the batch changes, which is due to rounding only.
 
     Args:
         run: ids [2, block] to hidden states [2, block, D].
@@ -136,19 +137,40 @@ def leak(run: Callable[[Tensor], Tensor], tokens: int, block: int, device: torch
     """
     if block < 2 or tokens < 2:
         return None
-    half = block // 2
     first = probe_ids(tokens, (2, block), device)
-    changed = first.clone()
-    changed[0, half:] = (changed[0, half:] + 1 + probe_ids(tokens - 1, (1, block - half), device)[0]) % tokens
-    changed[1, half:] = changed[1, 0]
     before = run(first)
-    moved = _movement(run(changed)[:, :half], before[:, :half])
-    if not bool(moved.any()):
-        return None
-    tolerance = MOVE_TOLERANCE.get(before.dtype, MOVE_TOLERANCE_16)
-    beside = first.clone()
-    beside[1] = changed[0]
-    noise = _movement(run(beside)[:1], before[:1])
+    noise: Optional[Tensor] = None
+    for cuts in dict.fromkeys(((block // 2, block // 2), (1, block - 1))):
+        changed = _changed(first, cuts, tokens)
+        after = run(changed)
+        moved = torch.cat([_movement(after[i, :cut], before[i, :cut]) for i, cut in enumerate(cuts)])
+        if not bool(moved.any()):
+            continue
+        if noise is None:
+            beside = first.clone()
+            beside[1] = changed[0]
+            noise = _movement(run(beside)[0], before[0])
+        found = _beyond_rounding(moved, noise, MOVE_TOLERANCE.get(before.dtype, MOVE_TOLERANCE_16))
+        if found is not None:
+            return found
+    return None
+
+
+def _changed(first: Tensor, cuts: tuple[int, int], tokens: int) -> Tensor:
+    """Ids [2, block] with the tokens from `cuts` on changed: to other random tokens, and to one repeated.
+
+    Padded last blocks of a run end in one token repeated.
+    """
+    out = first.clone()
+    tail = out[0, cuts[0] :]
+    out[0, cuts[0] :] = (tail + 1 + probe_ids(tokens - 1, (1, len(tail)), first.device)[0]) % tokens
+    other = out[1, 0]
+    out[1, cuts[1] :] = (other + 1) % tokens if bool((out[1, cuts[1] :] == other).all()) else other
+    return out
+
+
+def _beyond_rounding(moved: Tensor, noise: Tensor, tolerance: float) -> Optional[float]:
+    """The largest movement, where rounding does not explain the movements."""
     worst = float(moved.max())
     if float(noise.max()) > 0:
         return worst if float(moved.mean()) > 4 * float(noise.mean()) + tolerance / 10 else None
@@ -158,7 +180,7 @@ def leak(run: Callable[[Tensor], Tensor], tokens: int, block: int, device: torch
 
 
 def _movement(now: Tensor, before: Tensor) -> Tensor:
-    """Length of the difference of hidden states [N, T, D], relative to that length: [N, T] float32; NaN counts as 1."""
+    """Length of the difference of hidden states [T, D], relative to that length: [T] float32; NaN counts as 1."""
     now, before = now.float(), before.float()
     moved = (now - before).norm(dim=-1) / before.norm(dim=-1).clamp(min=1e-12)
     return moved.nan_to_num(nan=1.0, posinf=1.0)

@@ -9,7 +9,7 @@ from typing import Any, Callable, Optional
 import torch
 from torch import Tensor, nn
 
-from bottleneck.core.errors import UserError
+from bottleneck.core.errors import UserError, check
 
 LARGEST = 1e8  # far above any trained weight; a larger one overflows in the next product or norm
 
@@ -94,7 +94,18 @@ def randoms(model: Any, device: torch.device) -> Callable[[nn.Parameter], Tensor
 
 
 def check_numbers(model: nn.Module, name: str) -> None:
-    """Raise UserError if a weight is NaN, infinite or beyond `LARGEST`: its file was damaged or badly converted."""
+    """Raise UserError if a weight is NaN, infinite or beyond `LARGEST`: its file was damaged or badly converted.
+
+    Buffers of the file count as well, such as the routing biases of experts, but not their large negative numbers, with
+    which families mask.
+    """
+    for key, b in model.named_buffers():
+        if not b.is_meta and b.is_floating_point() and b.element_size() > 1 and b.numel():
+            bad = ~(b.detach().float() < LARGEST)
+            check(
+                not bool(bad.any()),
+                f"backbone {name}: {int(bad.sum())} of the numbers {key} are not usable; its file is damaged",
+            )
     for key, p in model.named_parameters():
         if p.is_meta or not p.is_floating_point() or p.element_size() < 2 or not p.numel():
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -80,6 +81,18 @@ def test_a_leak_is_found_wherever_it_is(family):
     assert proof.leak(next_token, 96, 40, device) and proof.leak(at_padding, 96, 40, device)
     assert proof.leak(beyond_32, 96, 40, device) and proof.leak(beyond_32, 96, 32, device) is None
 
+    def within(ids, start, chunk):
+        """Both ways within chunks that the middle of the block does not cut."""
+        h = plain(ids).clone()
+        for first in range(0, start, chunk):
+            h[:, first : first + chunk] += 0.1 * h[:, first : first + chunk].mean(1, keepdim=True)
+        return h
+
+    for start, chunk in ((40, 10), (40, 4), (8, 8), (2, 2)):
+        assert proof.leak(lambda ids, s=start, c=chunk: within(ids, s, c), 96, 40, device), (start, chunk)
+    for block in (2, 3):
+        assert proof.leak(plain, 96, block, device) is None
+
 
 def test_rounding_is_no_leak():
     """Hidden states that move with whatever else is in the batch, as those of experts do, in 16 bits."""
@@ -127,6 +140,33 @@ def test_weights_that_are_no_usable_numbers(folder, value):
     assert "32 of the weights" in line and "[313, 0]" in line
 
 
+def test_a_number_of_a_buffer_that_is_not_usable():
+    """The routing bias of an expert: Transformers keeps it in a buffer, and a NaN there wins every comparison."""
+    model = model_of("dots1")
+    (key,) = [n for n, _ in model.named_buffers() if "e_score_correction_bias" in n][-1:]
+    model.get_buffer(key)[1] = float("nan")
+    refused(f"1 of the numbers {key} are not usable", lambda: Backbone(model, "x"))
+
+
+def test_weights_of_the_file_that_the_model_has_no_place_for(folder, caplog):
+    """A bias of the head, scales of quantized weights, such weights alone; others are named in a warning."""
+    whole = load_file(folder / "model.safetensors")
+    name = "gpt_neox.layers.0.attention.dense.weight"
+    cfg = BackboneConfig(path=str(folder))
+    eight = (whole[name] * 16).to(torch.float8_e4m3fn)
+    for changed, words in (
+        ({"embed_out.bias": torch.ones(320)}, "no place for: (embed_out|lm_head).bias"),
+        ({name: eight, f"{name}_scale_inv": torch.ones(1)}, f"no place for: {name}_scale_inv"),
+        ({name: eight}, f"model.safetensors holds quantized weights, .* no quantization_config: {name}"),
+        ({name: (whole[name] * 16).to(torch.int8)}, f"no quantization_config: {name}"),
+    ):
+        save_file(whole | changed, folder / "model.safetensors", metadata={"format": "pt"})
+        refused(words, lambda: load_model(cfg))
+    save_file(whole | {"vision.x.weight": torch.ones(1)}, folder / "model.safetensors", metadata={"format": "pt"})
+    load_model(cfg)
+    assert "weights of the file that the model does not use: vision.x.weight" in caplog.text
+
+
 def test_hidden_states_that_overflow_are_found_by_calibration(toy_backbone):
     """Weights that are large but finite, whose hidden states are not."""
     backbone = Backbone.load(BackboneConfig(path=str(toy_backbone)))
@@ -144,7 +184,7 @@ def test_missing_and_mismatched_weights_are_one_line(folder, capfd):
     save_file(
         {n: w[..., :5].clone() for n, w in whole.items()}, folder / "model.safetensors", metadata={"format": "pt"}
     )
-    refused("backbone.path", lambda: load_model(cfg))
+    refused("of another shape: gpt_neox.embed_in.weight, ", lambda: load_model(cfg))
     assert len(capfd.readouterr().err.splitlines()) < 2  # Transformers' table of names is not printed
 
 
@@ -154,6 +194,9 @@ def test_the_key_at_fault_is_named(toy_backbone, tmp_path):
     refused("^backbone.tokenizer=", lambda: load_tokenizer(bad))
     bad = BackboneConfig(path=str(toy_backbone), attn_implementation="flush")
     refused("^backbone.attn_implementation=flush: ", lambda: load_model(bad))
+    if importlib.util.find_spec("flash_attn") is None:
+        bad = BackboneConfig(path=str(toy_backbone), attn_implementation="flash_attention_2")
+        refused("^backbone.attn_implementation=flash_attention_2: ", lambda: load_model(bad))
 
 
 def changed_config(folder: Path, **changes) -> BackboneConfig:
@@ -227,6 +270,41 @@ def test_an_adapter_is_applied(adapted):
     plain = Backbone.load(BackboneConfig(path=str(base)))
     assert len(hashes) == 1 and plain.hash not in hashes
     assert (plain.head.logits(plain(ids)) - want).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_the_magnitudes_of_dora_are_applied(folder, tmp_path, beside):
+    """Transformers itself leaves them out."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, target_modules=["dense_h_to_4h"], use_dora=True, init_lora_weights=False)
+    model = peft.get_peft_model(T.AutoModelForCausalLM.from_pretrained(folder), config).eval()
+    for key, p in model.named_parameters():
+        if "magnitude" in key:
+            p.data.mul_(1.5)
+    path = folder if beside else tmp_path / "alone"
+    model.save_pretrained(path)
+    ids = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        want = model(input_ids=ids).logits
+    backbone = Backbone.load(BackboneConfig(path=str(path)))
+    assert (backbone.head.logits(backbone(ids)) - want).abs().max() < 1e-5 * want.abs().max()
+
+
+def test_a_damaged_adapter_is_refused(adapted):
+    """Without some of its weights, with weights of other layers, and with a config that names no base."""
+    beside, alone, _, _ = adapted
+    for path in (beside, alone):
+        file, cfg = path / "adapter_model.safetensors", BackboneConfig(path=str(path))
+        whole = load_file(file)
+        save_file({k: v for k, v in whole.items() if "layers.1" not in k}, file)
+        refused("weights are missing or of another shape: .*layers.1.*lora_A.weight", lambda cfg=cfg: load_model(cfg))
+        save_file({k.replace("layers", "blocks"): v for k, v in whole.items()}, file)
+        refused("weights are missing or of another shape: .*lora_A.weight", lambda cfg=cfg: load_model(cfg))
+        save_file(whole, file)
+    for content in ("[1]", "{}", '{"base_model_name_or_path": null}', "{"):
+        (alone / "adapter_config.json").write_text(content)
+        refused("adapter_config.json (does not name|cannot be read)", lambda: load_shape(BackboneConfig(str(alone))))
 
 
 def test_an_adapter_without_peft_is_refused(adapted, monkeypatch):
