@@ -36,7 +36,7 @@ def command(argv: list[str]) -> list[table.Row]:
     if argv[0] in ("-h", "--help"):
         print("\n".join([__doc__.strip(), "", *(f"  {name:10s} {about}" for name, about in BENCHMARKS.items())]))
         return []
-    check(argv[0] in BENCHMARKS, f"benchmark {argv[0]}: there is no such one; allowed are {names}")
+    check(argv[0] in BENCHMARKS, f"benchmark {argv[0]}: no such benchmark; allowed are {names}")
     module = importlib.import_module(f"bottleneck.benchmark.{argv[0]}")
     parser = Parser(prog=f"python -m bottleneck.benchmark {module.NAME}", description=BENCHMARKS[module.NAME])
     parser.add_argument("--csv", type=Path, help="write the rows there as well")

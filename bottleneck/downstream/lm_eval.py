@@ -157,7 +157,7 @@ def _device(name: str) -> str:
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     usable = re.fullmatch(r"cpu|cuda(:\d+)?", name) and (name == "cpu" or torch.cuda.is_available())
     allowed = "cpu, cuda, cuda:N" if torch.cuda.is_available() else "cpu"
-    check(bool(usable), f"--device {name}: not here; allowed are {allowed}")
+    check(bool(usable), f"--device {name}: not available; allowed are {allowed}")
     return name
 
 

@@ -70,7 +70,7 @@ def load_tasks(specs: list[str]) -> dict[str, Any]:
         inner = {child for children in (found.get("group_map") or {}).values() for child in children}
         for name, thing in {**found.get("groups", {}), **found["tasks"]}.items():
             if name not in inner:
-                check(name not in out, f"--tasks: {name} is asked for twice")
+                check(name not in out, f"--tasks: {name} is given twice")
                 out[name] = thing
     return out
 

@@ -76,11 +76,11 @@ RATE = Kind(lambda x: _number(x) and x > 0, "a number above 0")
 LOSS = Kind(lambda x: x is None or _loss(x), "a number or null")
 NUMBER = Kind(lambda x: x is None or _number(x), "a number or null")
 SHARE = Kind(lambda x: x is None or (_number(x) and -1e-3 <= x <= 1 + 1e-3), "a share from 0 to 1, or null")
-TEXT = Kind(lambda x: isinstance(x, str), "a word")
+TEXT = Kind(lambda x: isinstance(x, str), "a string")
 STATUS = Kind(lambda x: x in ("ok", "diverged"), "ok or diverged")
 FLAG = Kind(lambda x: isinstance(x, bool), "true or false")
 OBJECT = Kind(lambda x: isinstance(x, dict), "an object")
-HEADS = Kind(lambda x: isinstance(x, list) and bool(x), "a list that is not empty")
+HEADS = Kind(lambda x: isinstance(x, list) and bool(x), "a non-empty list")
 BANDS = Kind(_bands, "a list of bands")
 COUNTS = Kind(lambda x: isinstance(x, list) and all(_whole(v) and v > 0 for v in x), "a list of whole numbers above 0")
 LOSSES = Kind(_numbers, "a list of numbers or nulls")
@@ -98,8 +98,8 @@ CURVE = (
     Field("tokens", WHOLE, "training tokens that each head has seen"),
     Field("data", TEXT, "name of the text"),
     Field("data_hash", TEXT, "identity of training and validation tokens"),
-    Field("validation_tokens", COUNT, "tokens that every loss is a mean over", False),
-    Field("recipe", OBJECT, "settings that results depend on; some are there only where they are not the default"),
+    Field("validation_tokens", COUNT, "number of tokens in the mean of every loss", False),
+    Field("recipe", OBJECT, "settings that results depend on; some are left out if they have their default"),
     Field("reference", OBJECT, "the original head, see below"),
     Field("heads", HEADS, "one object for each trained head, see below"),
     Field("trained_reference", TRAINED, "numbers of the best trained head of full rank r = d; null without one", False),
@@ -108,7 +108,7 @@ CURVE = (
     Field("versions", OBJECT, "package versions, commit, system and device of the run", False),
 )
 MEASURED = (
-    Field("loss", LOSS, "cross-entropy in nats a token, mean over the validation tokens; null where not finite"),
+    Field("loss", LOSS, "cross-entropy in nats a token, mean over the validation tokens; null if not finite"),
     Field("perplexity", NUMBER, f"exp(loss); null from {OVERFLOWS} nats on"),
     Field("bits_per_byte", LOSS, "loss · tokens / (ln 2 · bytes of the validation text)"),
 )
@@ -126,18 +126,18 @@ HEAD = (
     Field("init", TEXT, "how the head started: head.init"),
     Field("parameters", COUNT, "parameters of the head: r (V + d) for W = A B"),
     *MEASURED,
-    Field("initial_loss", LOSS, "validation loss before the first step; null where not finite"),
+    Field("initial_loss", LOSS, "validation loss before the first step; null if not finite"),
     Field("status", STATUS, "diverged: a gradient was not finite, or the loss is above 1.5 · max(initial loss, log V)"),
     Field("best", FLAG, "lowest validation loss of its start and rank"),
-    Field("kind", TEXT, "head.kind, where it is not low_rank", False),
+    Field("kind", TEXT, "head.kind, if it is not low_rank", False),
     Field("options", OBJECT, "head.options of its kind", False),
-    Field("bytes_per_token", COUNT, "read to decode one token alone, 16 bits; else 2 · parameters", False),
-    Field("flops_per_token", COUNT, "of the head; where it is not there: 2 · parameters", False),
+    Field("bytes_per_token", COUNT, "bytes read to decode one token alone, 16 bits; if absent: 2 · parameters", False),
+    Field("flops_per_token", COUNT, "FLOPs per decoded token; if absent: 2 · parameters", False),
     *DETAILS,
     Field("excess_interval", INTERVAL, "95 % interval of loss minus the original head's loss, paired by token", False),
 )
 KNEE = (
-    Field("init", TEXT, "the start that it is for"),
+    Field("init", TEXT, "start of the heads"),
     Field("percent", RATE, "x: the loss may exceed the original head's by x %"),
     Field("rank", NUMBER, "smallest rank that is good enough, interpolated in log2 r; null: none of the trained ranks"),
     Field("low", NUMBER, "smallest over seeds; null with one seed"),
@@ -200,14 +200,14 @@ def _faults(c: dict[str, Any]) -> Iterator[str]:
     seen: set[tuple] = set()
     for h in c["heads"]:
         if not isinstance(h, dict):
-            yield "a head lacks everything"
+            yield "a head is not an object"
         missing = [f.name for f in HEAD if f.required and f.name not in h]
         if missing:
             yield f"a head lacks {', '.join(missing)}"
         yield from _wrong_kinds(h, known, "a head's")
         yield from _wrong_head(h, c)
         if head_identity(h) in seen:
-            yield f"the head of rank {h['rank']}, lr {h['lr']}, seed {h['seed']} is there twice"
+            yield f"duplicate head of rank {h['rank']}, lr {h['lr']}, seed {h['seed']}"
         seen.add(head_identity(h))
     yield from _not_json(c)
 
@@ -284,7 +284,7 @@ def parse(text: str) -> Any:
         found = dict(pairs)
         if len(found) < len(pairs):
             doubled = next(k for i, (k, _) in enumerate(pairs) if k in {p[0] for p in pairs[:i]})
-            raise ValueError(f"the key {doubled[:40]!r} is there twice in one object")
+            raise ValueError(f"duplicate key {doubled[:40]!r} in one object")
         return found
 
     try:
@@ -329,16 +329,16 @@ INTRODUCTION = f"""
 <!-- Generated by `python -m bottleneck.results.schema`; a test compares. -->
 
 A run writes its result as `curve.json`, version {SCHEMA} of this format. `python -m bottleneck.curve` writes the same
-object where all runs are comparable, and `{{"schema": {SCHEMA}, "curves": [curve, …]}}` where they are not. Readers
+object if all runs are comparable, and `{{"schema": {SCHEMA}, "curves": [curve, …]}}` otherwise. Readers
 accept unknown keys. Files of earlier versions of bottleneck lack some keys that are not required.
 """
 CHECKS = """
 ## Checks on reading
 
-A file is refused with one line where a value is not what the tables ask for, where a key is there twice, and where its
-numbers contradict each other: perplexity is not exp(loss), bits_per_byte has another ratio to the loss than in
+A file is refused with one line if a value is not what the tables require, a key is duplicated, or its numbers
+contradict each other: perplexity is not exp(loss), bits_per_byte has another ratio to the loss than in
 `reference`, `parameters` is not r (V + d) for W = A B, losses of bands or groups do not add up to the loss within 2 %,
-their tokens do not add up to `validation_tokens`, or one head is there twice. `best`, `knee`, `trained_reference` and
+their tokens do not add up to `validation_tokens`, or a head is duplicated. `best`, `knee`, `trained_reference` and
 the intervals are computed anew.
 """
 

@@ -168,8 +168,8 @@ def table(outcomes: list[Outcome]) -> str:
         "a tiny random model: loaded as a backbone in float32 and bfloat16, its reference loss compared with the plain "
         "model's, a head trained on it, exported as a dense model, loaded again and compared. "
         f"{good} are supported, {untried} could not be tried (their config cannot be shrunk, or a package they need is "
-        "not installed), the others are refused when they are loaded, for the reason given. *Between* is what was "
-        "measured between the product h Wᵀ and the logits of the tried model.",
+        "not installed), the others are refused on loading, for the reason given. *Between* is the measured map from "
+        "the product h Wᵀ to the logits of the tried model.",
         "",
         "| model_type | float32 | bfloat16 | dense export | between |",
         "| --- | --- | --- | --- | --- |",

@@ -46,7 +46,8 @@ def test_sweep_is_the_command_s_run(run, toy, tmp_path, monkeypatch):
     A, B = curve.heads[2].factors()
     assert A.shape == (320, 2) and B.shape == (2, 32) and A.dtype == torch.float32
     assert "<table" in curve._repr_html_() and "original head" in curve._repr_html_()
-    assert bottleneck.sweep(**arguments(toy), folder=tmp_path / "api").content == curve.content  # read, not repeated
+    # the second call reads the finished run and does not train again
+    assert bottleneck.sweep(**arguments(toy), folder=tmp_path / "api").content == curve.content
     assert bottleneck.Curve.read(tmp_path / "api").content == curve.content
 
 

@@ -1,4 +1,4 @@
-"""Backbones: hidden states are what the head receives, in every family; frozen; refused if they are not."""
+"""Backbones: their hidden states are the head's input, in every family; they stay frozen; others are refused."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_full_head_loss_is_the_loss_of_the_model(family):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["gpt_neox", *sorted(NOT_PLAIN)])
 def test_float_logits_are_not_rounded(family, dtype):
-    """They equal those of the same numbers in float32; the model's own 16-bit logits are further off."""
+    """They equal the logits of the same numbers in float32; the model's own 16-bit logits differ more."""
     backbone = Backbone(model_of(family).to(dtype), family)
     h = backbone(torch.arange(24).view(2, 12)).flatten(0, 1)
     wide = FullHead(
@@ -112,7 +112,7 @@ def test_parity_names_the_family(dtype):
         model.forward = lambda **kw: (out := plain(**kw), setattr(out, "logits", change(out.logits)), out)[-1]
         return Backbone(model, "changed")
 
-    # what is a scale, cap, bias or cut is measured, under whatever name the family keeps it
+    # scale, cap, bias and cut are measured, so the family's names for them do not matter
     assert abs(changed(lambda z: z * 1.01).head.scale - 1.01) < 1e-3
     assert abs(changed(lambda z: 7.5 * torch.tanh(z / 7.5)).head.softcap - 7.5) < 1e-2
     assert changed(lambda z: z[..., :100]).vocab_size == 100

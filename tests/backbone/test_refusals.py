@@ -60,7 +60,7 @@ def test_a_model_that_looks_ahead_is_refused(family, dtype):
 
 @pytest.mark.parametrize("family", ["gpt_neox", "mixtral", "mamba"])
 def test_a_leak_is_found_wherever_it_is(family):
-    """One token of lookahead; at long blocks alone; at repeated tokens alone: causal models made leaky by hand."""
+    """One token of lookahead; only in long blocks; only at repeated tokens: causal models made leaky by hand."""
     plain = Backbone(model_of(family), "x", block_size=40)
     device = torch.device("cpu")
     assert proof.leak(plain, 96, 40, device) is None
@@ -95,7 +95,7 @@ def test_a_leak_is_found_wherever_it_is(family):
 
 
 def test_rounding_is_no_leak():
-    """Hidden states that move with whatever else is in the batch, as those of experts do, in 16 bits."""
+    """Hidden states that depend on the rest of the batch by rounding, as with mixtures of experts in 16 bits."""
     plain = Backbone(model_of("mixtral").bfloat16(), "x")
 
     def noisy(ids):
@@ -129,7 +129,7 @@ def rewrite(folder: Path, change) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
 def test_weights_that_are_no_usable_numbers(folder, value):
-    """One bad embedding row, of a token that the probe need not contain."""
+    """One bad embedding row, of a token that the probe may not contain."""
 
     def spoil(weights):
         weights["gpt_neox.embed_in.weight"][313] = value
@@ -232,7 +232,7 @@ def test_what_is_no_causal_lm_is_one_line(kind, tmp_path):
     ],
 )
 def test_shape_under_other_names(family, width, context, vocabulary, tmp_path):
-    """The head's width and the vocabulary are the head's own, not what a config calls hidden_size and vocab_size."""
+    """Width and vocabulary are those of the head, even if the config's hidden_size and vocab_size differ."""
     tiny_config(family).save_pretrained(tmp_path)
     assert load_shape(BackboneConfig(path=str(tmp_path))) == (width, context, vocabulary)
 

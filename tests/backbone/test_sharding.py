@@ -117,7 +117,7 @@ def test_a_sharded_backbone_is_the_whole_one(backbones, tmp_path, mode):
 
 
 def gradients(step: int, rank: int) -> list[torch.Tensor]:
-    """A process's gradients: head 0 is clipped, head 2 is not; head 1 is NaN in step 2 on one process alone."""
+    """A process's gradients: head 0 is clipped, head 2 is not; head 1 is NaN in step 2 on one process only."""
     g = torch.Generator().manual_seed(100 * step + rank)
     out = [
         torch.randn(shape, generator=g) * size
@@ -137,7 +137,7 @@ def fresh_bank() -> HeadBank:
 
 
 def test_zero2_is_ddp_head_by_head(tmp_path):
-    """Norms, clipping, rates, weight decay, a head that diverges; consolidated state, also in the middle."""
+    """Norms, clipping, rates, weight decay, a head that diverges; consolidated state at the end and halfway."""
     two_processes("zero2", str(tmp_path))
     bank = fresh_bank()
     ours = build_optimizer(bank, OPTIM)
@@ -187,7 +187,7 @@ def trained(toy, folder: Path, trainer: str, *overrides: str) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("trainer", ["fsdp", "deepspeed_zero2", "deepspeed_zero3"])
 def test_heads_equal_those_of_ddp(ddp, toy, tmp_path, trainer):
-    """So does the checkpoint: heads and optimizer, nothing of the backbone."""
+    """The checkpoint is equal too; it has heads and optimizer, and nothing of the backbone."""
     folder = trained(toy, tmp_path / "run", trainer)
     same_heads(heads_of(ddp), heads_of(folder), exact=trainer != "deepspeed_zero2")
     a, b = (json.loads((f / "curve.json").read_text()) for f in (ddp, folder))

@@ -108,7 +108,7 @@ def test_real_hidden_states_and_several_memories(tmp_path, toy_backbone):
 
 @pytest.mark.parametrize("name", shapes.SHAPES)
 def test_every_shape_is_a_model_of_its_family(name):
-    """The config is one that Transformers takes; sizes are those of the table."""
+    """Transformers accepts the config; the sizes are those of the table."""
     config = shapes._config(name)
     s = shapes.SHAPES[name]
     assert (config.hidden_size, config.vocab_size, config.num_hidden_layers) == (s.hidden, s.vocab, s.layers)
@@ -202,7 +202,7 @@ def test_a_killed_process_is_reported_with_its_cost(tmp_path):
     "argv, words",
     [
         ([], "give one of "),
-        (["speed"], "benchmark speed: there is no such one; allowed are "),
+        (["speed"], "benchmark speed: no such benchmark; allowed are "),
         (["data", "backbone=gpt5"], "backbone=gpt5: no such choice; allowed are"),
         (["data", "--files", "nothing.txt"], "nothing.txt: no such file"),
         (["scale", "--shape", "gpt5"], "--shape gpt5: there is no such shape; allowed are pythia-70m"),

@@ -72,7 +72,7 @@ def test_formats_give_the_same_tokens(tmp_path, tokenizer):
 
 
 def test_validation_files_and_folders(tmp_path, tokenizer):
-    """Given validation text is not split again, and documents on both sides stay held out."""
+    """Given validation text is not split again, and documents that are in both texts stay held out."""
     folder = tmp_path / "both"
     folder.mkdir()
     jsonl(folder / "train.jsonl", DOCS)
@@ -94,7 +94,7 @@ def test_limits(tmp_path, tokenizer):
 
 
 def test_what_is_kept_does_not_depend_on_the_machine(tmp_path, tokenizer, monkeypatch):
-    """data.max_tokens ends the reading after the same document on any number of cores, so the same are held out."""
+    """data.max_tokens stops after the same document on any number of cores, so the same documents are held out."""
     monkeypatch.setattr("bottleneck.data.encode.CORE_CHARS", 5000)
     file, kept = jsonl(tmp_path / "t.jsonl", sentences(5, 3000)), set()
     for cores in (1, 4, 64):

@@ -1,4 +1,4 @@
-"""Text as people have it: their own splits, stale copies, mixed columns, damaged files; every document is counted."""
+"""Text as users have it: their own splits, stale copies, mixed columns, damaged files; every document is counted."""
 
 from __future__ import annotations
 
@@ -68,10 +68,10 @@ def texts(tmp_path, **kw) -> list[str]:
         (["my_train_file.jsonl", "my-val-1.jsonl"], [0], [1]),
         (["Train/a.jsonl", "Val/a.jsonl"], [0], [1]),
         (["train0.parquet", "train1.parquet", "test.parquet"], [0, 1], [2]),  # test stands in for validation
-        (["train.jsonl", "validation.jsonl", "test.jsonl"], [0], [1]),  # and is left alone beside it
+        (["train.jsonl", "validation.jsonl", "test.jsonl"], [0], [1]),  # and is ignored if there is validation text
         (["a/train/x.txt", "b/train/x.txt", "a/eval/x.txt"], [0, 1], [2]),
         (["data/train-00000-of-00002.parquet", "data/validation-00000-of-00001.parquet", "dev.txt"], [0], [1]),
-        (["train/a.txt", "validation.txt"], [0], [1]),  # a level that knows no validation text leaves it to the next
+        (["train/a.txt", "validation.txt"], [0], [1]),  # a convention that finds no validation text defers to the next
         (["corpus.jsonl", "validation.jsonl"], [0], [1]),
         (["a.txt", "contest.txt", "restrain.txt", "devices.txt"], [0, 1, 2, 3], []),  # no separators: not split names
         (["train/validation_notes.txt", "validation/train_notes.txt"], [0], [1]),  # folders decide
@@ -96,7 +96,7 @@ def test_the_names_that_datasets_splits_by_are_ours():
 @pytest.mark.parametrize("held", ["validation", "test", "valid", "dev", "val"])
 @pytest.mark.parametrize("layout", ["{}/0.jsonl", "{}.jsonl", "data/{}-00000-of-00001.jsonl"])
 def test_held_out_documents_of_a_folder_are_not_trained_on(tmp_path, tokenizer, caplog, held, layout):
-    """Before, train/ and validation/ were thrown together and split at random."""
+    """Regression: train/ and validation/ were mixed and split at random."""
     root = tmp_path / "text"
     jsonl(root / layout.format("train"), DOCS[:40])
     jsonl(root / layout.format(held), DOCS[40:])
@@ -172,7 +172,7 @@ def test_only_the_text_column_matters(tmp_path):
     "value, kind", [(7, "a number"), ([1], "a list"), ({"a": 1}, "an object"), (True, "a boolean")]
 )
 def test_a_text_that_is_no_string(tmp_path, tokenizer, value, kind):
-    """One such value made `datasets` rewrite every document as JSON text; now it is refused by line, or left out."""
+    """Regression: one such value made `datasets` rewrite every document as JSON text. It is refused, or left out."""
     rows = [json.dumps({"text": d}) for d in DOCS]
     rows[37] = json.dumps({"text": value})
     path = tmp_path / "a.jsonl"
@@ -246,7 +246,7 @@ def test_a_mark_at_the_start_of_a_text_file_is_no_text(tmp_path):
 
 
 def test_one_document_is_reported_without_braces(tmp_path, tokenizer):
-    """The message printed the code of an f-string."""
+    """Regression: the message printed the code of an f-string."""
     (tmp_path / "t.txt").write_text("one\n \ntwo")
     with pytest.raises(UserError, match="text is a single document.*data.text_unit=line") as caught:
         prepare(config(tmp_path, files=str(tmp_path / "t.txt")), tokenizer)
@@ -256,7 +256,7 @@ def test_one_document_is_reported_without_braces(tmp_path, tokenizer):
 # ---------------------------------------------------------------- counting
 @pytest.mark.parametrize("count", [FIRST_DOCUMENTS - 1, FIRST_DOCUMENTS, FIRST_DOCUMENTS + 1, 300])
 def test_no_document_is_lost(tmp_path, tokenizer, count):
-    """Document 201 was dropped: zip(stream, range(200)) takes one more from the stream than it returns."""
+    """Regression: document 201 was dropped, since zip(stream, range(200)) takes one more than it returns."""
     docs = [f"document number {i} of the text" for i in range(count)]
     corpus = prepare(config(tmp_path, files=jsonl(tmp_path / "a.jsonl", docs)), tokenizer)
     kept = documents(corpus.train, tokenizer) + documents(corpus.validation, tokenizer)
@@ -397,7 +397,7 @@ def test_file_names_of_every_kind(tmp_path, tokenizer, monkeypatch, name):
 @pytest.mark.parametrize("key", ["data.files", "data.validation_files", "data.dataset", "data.prepared"])
 @pytest.mark.parametrize("value", ["", "  "])
 def test_an_empty_value_is_refused(tmp_path, tokenizer, key, value):
-    """An unset shell variable trained on every text below the current folder."""
+    """Regression: an unset shell variable trained on every text below the current folder."""
     kw = {"files": jsonl(tmp_path / "a.jsonl", DOCS)} if key == "data.validation_files" else {}
     with pytest.raises(UserError, match=f"{key}: is empty"):
         prepare(config(tmp_path, **kw, **{key.removeprefix("data."): value}), tokenizer)

@@ -227,7 +227,7 @@ def test_joined_text_in_the_order_of_the_source(tmp_path, tokenizer, ids):
 @pytest.mark.parametrize("kind", ["megatron", "nanogpt", "arrow"])
 @pytest.mark.parametrize("order", ["shuffled", "source"])
 def test_held_out_documents_are_whole_and_never_trained_on(tmp_path, tokenizer, ids, kind, order):
-    marked = [[5, 6, i + 7, *d] for i, d in enumerate(ids)]  # every document is another
+    marked = [[5, 6, i + 7, *d] for i, d in enumerate(ids)]  # all documents differ
     corpus = prepare(config(tokens=write(kind, tmp_path / "t", marked, 0), order=order), tokenizer)
     held = [p.tolist() for p in np.split(corpus.validation, np.flatnonzero(corpus.validation == 0))]
     held = [p[1:] for p in held if len(p) > 1]
@@ -237,7 +237,7 @@ def test_held_out_documents_are_whole_and_never_trained_on(tmp_path, tokenizer, 
     seen = " ".join(" ".join(map(str, read[k][0].tolist())) for k in range(steps))
     for d in held:
         assert " ".join(map(str, d[:8])) not in seen
-    assert steps * 16 > len(corpus.train) - len(corpus.validation) - 40 * len(held)  # little else is lost
+    assert steps * 16 > len(corpus.train) - len(corpus.validation) - 40 * len(held)  # few other tokens are lost
     other = prepare(config(tokens=str(tmp_path / "t"), order=order, seed=1), tokenizer)
     assert (other.fingerprint == corpus.fingerprint) == (order == "source")
 
@@ -334,7 +334,7 @@ def test_ids_beyond_the_vocabulary_name_shard_row_and_value(tmp_path, tokenizer,
     path = write("nanogpt", tmp_path / "n", wrong, 0)
     with pytest.raises(UserError, match=rf"n.bin: position \d+ holds id {value}"):
         prepare(config(tokens=path), tokenizer)
-    monkeypatch.setattr(token_corpus_module, "EXACT", 100)  # a large source is sampled; the id is met while reading
+    monkeypatch.setattr(token_corpus_module, "EXACT", 100)  # a large source is sampled; the id is found while reading
     monkeypatch.setattr(token_corpus_module, "SAMPLES", 2)
     corpus = prepare(config(tokens=path, validation_tokens=20), tokenizer)
     steps = len(corpus.order(0))

@@ -30,7 +30,7 @@ LIMIT = 8
 
 @pytest.fixture(scope="module", autouse=True)
 def own_cache(tmp_path_factory):
-    """Keeps what `datasets` caches out of the user's folder."""
+    """Keeps the cache of `datasets` out of the user's folder."""
     import datasets
 
     old = datasets.config.HF_DATASETS_CACHE
@@ -186,12 +186,12 @@ BAD = {
     "no tasks in it": (["--tasks", "EMPTY"], r"no task files (*.yaml) in this folder"),
     "not a task": (["--tasks", "EMPTY/notes.yaml"], "notes.yaml: "),
     "no data": (["--tasks", "EMPTY/lost.yml"], "lost.yml: FileNotFoundError"),
-    "twice": (["--tasks", f"{TASK},{TASK.parent}"], "everyday is asked for twice"),
+    "twice": (["--tasks", f"{TASK},{TASK.parent}"], "everyday is given twice"),
     "rank": (["--tasks", str(TASK), "--ranks", "7"], "rank 7: "),
     "ranks": (["--tasks", str(TASK), "--ranks", "8,x"], "--ranks x: must be whole numbers"),
     "limit": (["--tasks", str(TASK), "--limit", "0"], "--limit 0: must be at least 1"),
     "batch": (["--tasks", str(TASK), "--batch-size", "0"], "--batch-size 0: must be"),
-    "device": (["--tasks", str(TASK), "--device", "abacus"], "--device abacus: not here; allowed are cpu"),
+    "device": (["--tasks", str(TASK), "--device", "abacus"], "--device abacus: not available; allowed are cpu"),
     "backbone": (["--tasks", str(TASK), "--backbone", "/no/such"], "no such folder"),
     "run": (["--tasks", str(TASK), "NOWHERE"], "NOWHERE: no such folder"),
 }
@@ -223,7 +223,7 @@ def test_a_missing_lm_eval_is_reported(swept, capsys, monkeypatch):
 
 
 def test_full_disk(swept, tmp_path, monkeypatch, capsys):
-    """lm-eval's tracker hides errors; they are detected, and half a file is no result."""
+    """lm-eval's tracker hides errors; they are detected, and an incomplete file is not a result."""
     folder = shutil.copytree(swept.run_dir, tmp_path / "run")
     plain = Path.write_text
 

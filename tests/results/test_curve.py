@@ -1,4 +1,4 @@
-"""Merging runs: one line for what is comparable, separate lines for the rest; bad folders are one line."""
+"""Merging runs: comparable heads share a line of the picture; bad folders give a one-line error."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_jobs_of_a_sweep_become_one_line(tmp_path):
     assert [h["rank"] for h in once["heads"]] == [2, 8, 64]
     assert (
         curve.main([str(tmp_path / "sweep"), "--out", str(tmp_path / "sweep" / "merged")]) == 0
-    )  # own output is not input
+    )  # the command's own output is not read as input
     assert json.loads((tmp_path / "sweep" / "merged" / "curve.json").read_text()) == once
     rows = list(csv.DictReader(open(tmp_path / "sweep" / "merged" / "curve.csv")))
     assert [int(r["rank"]) for r in rows] == [2, 8, 64] and float(rows[0]["loss"]) == once["heads"][0]["loss"]
@@ -87,7 +87,7 @@ def test_two_results_for_one_head_are_refused():
         ('{"curves": 3}', "no curve"),
         (json.dumps(made({8: 2.5}, recipe=None)), "recipe"),
         (json.dumps({**made({8: 2.5}), "heads": [{"rank": 8}]}), "a head lacks"),
-        (json.dumps({**made({8: 2.5}), "heads": [3]}), "a head lacks"),
+        (json.dumps({**made({8: 2.5}), "heads": [3]}), "a head is not an object"),
         (json.dumps({**made({8: 2.5}), "heads": []}), "empty"),
         (json.dumps(made({8: 2.5}, schema=9)), "schema 9, this version reads 1"),
     ],
@@ -115,7 +115,7 @@ def test_the_second_reference_is_the_trained_head_of_full_rank():
 
 
 def test_a_multiruns_merged_curve_is_read_where_it_is_named(tmp_path, capsys):
-    """A multirun's folder stands for its jobs; its merged curve is read only where it is named itself."""
+    """A multirun's folder stands for its jobs; its merged curve is read only if its own folder is given."""
     sweep = tmp_path / "sweep"
     for i, r in enumerate((64, 8)):
         save(sweep / str(i), made({r: 2.5}))
@@ -147,7 +147,7 @@ def test_heads_that_all_diverged_leave_a_whole_result(run, capsys, tmp_path):
     assert all(h["status"] == "diverged" for h in result.curve["heads"])
     assert {p.name for p in (tmp_path / "run").iterdir()} >= {"curve.json", "curve.csv", "curve.png", "heads"}
     assert "every head did: give lower rates (optim.lr)" in " ".join(capsys.readouterr().out.split())
-    # also where nothing became infinite: a loss far above the one before the first step is no result
+    # also without infinite numbers: a loss far above the initial one counts as diverged
     thrown = run("optim.lr=30", "tokens=2048", run_dir=tmp_path / "thrown").curve
     assert any(h["status"] == "diverged" and h["loss"] is not None for h in thrown["heads"])
     told = result.curve["versions"]
@@ -160,7 +160,7 @@ def test_heads_that_all_diverged_leave_a_whole_result(run, capsys, tmp_path):
         "python",
         "system",
         "device",
-    }  # no name, no place
+    }  # no host name, no path
     assert told["torch"] == metadata.version("torch") and told["device"].endswith("CPU")
     again = run("optim.lr=1e12", "tokens=2048", "ckpt_path=last")
     assert again.curve == json.loads((tmp_path / "run" / "curve.json").read_text())
@@ -196,7 +196,7 @@ def test_values_of_the_wrong_kind_are_one_line(tmp_path, capsys, change, words):
 
 
 def test_names_are_drawn_and_printed_as_they_stand(tmp_path, capsys):
-    """Dollars are mathematics to Matplotlib, brackets are colours to Rich."""
+    """Matplotlib would read dollar signs as mathematics, Rich brackets as colours."""
     one = made({8: 2.5, 64: 2.1}, backbone=r"$\bad$ [bold]x")
     curve.write([one], tmp_path)
     curve.show([one], Console(width=200))
@@ -273,7 +273,7 @@ def test_lines_are_named_by_what_their_recipes_have():
 
 
 def test_long_names_stand_below_the_picture_and_a_shared_original_head_is_drawn_once():
-    """Beside the axes' left edge they were cut, over the curves."""
+    """Regression: they were drawn over the curves and cut off at the axes' left edge."""
     import matplotlib.pyplot as plt
 
     seen = []
@@ -313,7 +313,7 @@ def test_long_names_stand_below_the_picture_and_a_shared_original_head_is_drawn_
 
 @pytest.mark.parametrize("high", [30.0, 3e4, 1e60])
 def test_the_axis_of_perplexities_can_be_read(high):
-    """A handful of ticks, whatever lies between the lowest and the highest."""
+    """A handful of ticks, however wide the range is."""
     import matplotlib.pyplot as plt
 
     seen = []

@@ -1,4 +1,4 @@
-"""Results are one set: curve.json first, whatever happens to pictures, and what is missing is made by a rerun."""
+"""Result files are a set: curve.json is written first, failed pictures do not matter, a rerun completes the set."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def finished(folder: Path) -> Path:
 
 @pytest.mark.parametrize("missing", [DERIVED[:1], DERIVED[1:2], DERIVED[2:], DERIVED])
 def test_a_rerun_completes_the_files_of_a_finished_run(tmp_path, missing):
-    """A run killed after curve.json was called finished, and its table and pictures were never written."""
+    """Regression: a run killed after curve.json counted as finished, and its table and pictures were never written."""
     run = finished(tmp_path / "run")
     whole = {name: (run / name).read_bytes() for name in ("curve.json", *DERIVED)}
     for name in missing:
@@ -72,8 +72,8 @@ def test_a_whole_set_is_left_as_it_is(tmp_path):
     [(1, KeyboardInterrupt()), (2, UserError("curve.png: cannot be written")), (3, OSError(errno.ENOSPC, "full"))],
 )
 def test_whenever_writing_ends_no_file_is_of_another_curve(tmp_path, monkeypatch, at, end):
-    """Ctrl-C or a full disk at the second, third, fourth file: what stays is of the new curve, and a rerun completes
-    it."""
+    """Ctrl-C or a full disk at the second, third, fourth file: only files of the new curve stay; a rerun completes
+    them."""
     run = finished(tmp_path / "run")
     new = made({8: 2.4, 64: 2.05})
     for h in new["heads"]:
@@ -99,7 +99,7 @@ def test_whenever_writing_ends_no_file_is_of_another_curve(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("loss", [0.0, 460.0, 645.0, 699.9, 1e5])
 def test_pictures_of_any_loss(tmp_path, loss, caplog):
-    """A head of 645 nats overflowed the axis after training, and no curve was written at all."""
+    """Regression: a head of 645 nats overflowed the axis after training, and no curve was written."""
     c = made({8: 2.5, 64: 2.1})
     for h in c["heads"][:1]:
         perplexity = math.exp(loss) if loss < 700 else None
@@ -111,7 +111,7 @@ def test_pictures_of_any_loss(tmp_path, loss, caplog):
 
 
 def test_a_picture_that_fails_is_a_warning(tmp_path, monkeypatch, caplog):
-    """Results first: whatever Matplotlib raises costs the picture alone."""
+    """Any error of Matplotlib costs only the picture."""
 
     def fails(*_):
         raise OverflowError("cannot convert float\ninfinity to integer")
@@ -137,7 +137,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
 
 
 def test_names_that_are_not_utf8(tmp_path, capsys):
-    """A folder named in Latin-1 gives its backbone, text and run names that no UTF-8 file can hold as they are."""
+    """A folder named in Latin-1 gives backbone, text and run names that are not valid UTF-8."""
     name = os.fsdecode(b"mod\xe8le")
     c = made({8: 2.5, 64: 2.1}, backbone=name, data=name, recipe={"teacher": name})
     assert c["backbone"] == c["data"] == c["recipe"]["teacher"] == r"mod\xe8le"
@@ -165,7 +165,7 @@ def surprise(original, head):
 
 @pytest.fixture
 def plugged():
-    """A metric as a plugin declares it, taken back afterwards."""
+    """A metric as a plugin declares it, removed afterwards."""
     metric = Metric("surprise", "squared log-ratio at the target", surprise, "surprise", "nats²", "lower", form=".3f")
     METRICS.names()
     yield METRICS.register(metric)
@@ -195,7 +195,7 @@ def test_a_plugins_metric_is_everywhere(run, plugged, tmp_path, capsys):
 
 
 def test_a_run_on_a_file_whose_name_is_not_utf8(run, toy_text, tmp_path):
-    """The run trained to its end and then had no curve."""
+    """Regression: the run trained to its end and then wrote no curve."""
     text, folder = (tmp_path / os.fsdecode(name) for name in (b"t\xe9xt.jsonl", b"r\xfcn"))
     shutil.copy(toy_text, text)
     c = run("tokens=512", "ranks=[2]", f"data.files='{text}'", run_dir=folder).curve

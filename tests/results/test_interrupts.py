@@ -29,7 +29,7 @@ def test_an_interrupt_while_files_are_read_is_one_line(tmp_path, monkeypatch, ca
 
 
 def test_an_interrupt_while_modules_are_imported_is_one_line(tmp_path):
-    """Imports take seconds, in which Ctrl-C printed up to 176 lines."""
+    """Regression: Ctrl-C during the imports, which take seconds, printed up to 176 lines."""
     program = (
         "import builtins, sys\n"
         "real = builtins.__import__\n"

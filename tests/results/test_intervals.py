@@ -1,4 +1,4 @@
-"""Confidence intervals: they cover the truth as often as they say, paired ones are tighter, knees inherit them."""
+"""Confidence intervals: their coverage is the nominal one, paired ones are tighter, knees have them too."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_intervals_cover_the_truth_in_95_of_100_curves(groups, likeness):
 
 
 def test_intervals_change_no_number_and_need_enough_text():
-    """They are new keys beside the old ones; without losses of stretches, or with few, there are none."""
+    """They only add keys; without losses of stretches, or with few, there are none."""
     c = simulated(np.random.default_rng(0), 60, 0.0)
     plain = json.loads(json.dumps(c))
     for row in (plain["reference"], *plain["heads"], *plain["knee"]):
@@ -85,7 +85,7 @@ def test_intervals_change_no_number_and_need_enough_text():
 
 
 def test_a_knee_beyond_the_last_rank_has_no_upper_end():
-    """Where resamples do not reach the target, the interval is open; it never begins below the smallest rank."""
+    """If resamples do not reach the target, the interval is open; it never begins below the smallest rank."""
     rng = np.random.default_rng(0)
     c = simulated(rng, 60, 0.0)
     one, *_, ten = c["knee"]

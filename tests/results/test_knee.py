@@ -40,7 +40,7 @@ def test_the_knee_names_seeds_that_do_not_reach_it():
     *_, ten = c["knee"] = knees(c)
     assert (ten["seeds"], ten["reached"]) == (2, 1) and ten["low"] == ten["high"] == ten["mean"] == ten["rank"]
     assert "over 1 of 2 seeds)" in knee_lines(c)[0] and "1 %: none of these ranks" in knee_lines(c)[0]
-    # a rank that one seed has alone is left out of the spread, not the spread
+    # a rank that only one seed has is left out of the spread; the spread itself is kept
     wide = curve_of(lucky | {(r, 1): 2 + 1.5 / r for r in (2, 4, 8, 16, 32, 64)}, 2.0)
     *_, ten = knees(wide)
     assert ten["seeds"] == ten["reached"] == 2 and ten["low"] < ten["high"]

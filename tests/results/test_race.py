@@ -1,4 +1,4 @@
-"""Tokens until a run is as good as another one: crossings by hand, real runs, and what cannot be compared."""
+"""Tokens until a run reaches another run's loss: crossings by hand, real runs, and runs that cannot be compared."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ FLAGS = [
 
 
 def chromium() -> str:
-    """Debian's, installed where it is missing and may be. Raises where not."""
+    """Debian's Chromium; installed if it is missing and this user may install it, else raises."""
     if not shutil.which("chromium"):
         if os.geteuid() or not shutil.which("apt-get"):
             raise RuntimeError("the page's tests need Debian's package chromium")
@@ -128,7 +128,7 @@ def test_the_page_is_drawn(page, tmp_path):
     assert "large: within x % of the original head's loss" in body and "over 2 seeds" in body
     assert (
         "<img src=x" not in body and "small&lt;img src=x onerror=alert(1)&gt;" in body
-    )  # names are text, whatever they hold
+    )  # names are shown as text, whatever they contain
     assert "&lt;/script&gt;&lt;b&gt;bold" in body and "tokens: 1234" in body
     text = page.read_text()
     assert not re.search(r"<(link|script|img)[^>]+(src|href)=[\"']?https?:", text) and "default-src 'none'" in text
@@ -196,7 +196,7 @@ def test_bad_input_is_one_line(page, tmp_path, capsys, monkeypatch, argv, words)
 
 
 def test_the_config_shown_is_the_runs_own(tmp_path):
-    """run.json is written once by the run; `.hydra/config.yaml` may be of a later command that was refused."""
+    """run.json is written once by the run; `.hydra/config.yaml` may come from a later command that was refused."""
     for name, ranks in (("0", [4]), ("1", [8])):
         folder = make(tmp_path / "sweep" / name, "small", 0.0)
         config = {"tokens": 4096, "head": {"init": "fisher"}, "ranks": ranks}
@@ -207,7 +207,7 @@ def test_the_config_shown_is_the_runs_own(tmp_path):
 
 
 def test_the_config_of_an_earlier_versions_run(tmp_path):
-    """Runs without run.json show what Hydra stored, and say so; what cannot be read is one line."""
+    """Runs without run.json show Hydra's stored config, marked as such; unreadable files give a one-line error."""
     folder = make(tmp_path / "run", "small", 0.0)
     ((title, config),) = report.configurations([folder])
     assert "tokens: 1234" in config and title == "run: configuration (as Hydra stored it)"
@@ -223,7 +223,7 @@ def test_the_config_of_an_earlier_versions_run(tmp_path):
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory) -> Path:
-    """A page of curves whose names, starts, bands and text are HTML that Plotly would obey."""
+    """A page of curves whose names, starts, bands and text are HTML that Plotly would interpret."""
     base = tmp_path_factory.mktemp("hostile")
     runs = []
     for i in range(2):

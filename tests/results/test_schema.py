@@ -30,10 +30,10 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a newer schema": (lambda c: c | {"schema": 2}, "schema 2, this version reads 1"),
     "schema true": (lambda c: c | {"schema": True}, "schema True"),
     "no recipe": (lambda c: {k: v for k, v in c.items() if k != "recipe"}, "it lacks recipe"),
-    "no heads": (lambda c: c | {"heads": []}, "not a list that is not empty"),
+    "no heads": (lambda c: c | {"heads": []}, "not a non-empty list"),
     "heads an object": (lambda c: c | {"heads": {"8": c["heads"][0]}}, "its heads is"),
-    "head a number": (lambda c: c["heads"].append(3), "a head lacks everything"),
-    "head twice": (lambda c: c["heads"].append(dict(c["heads"][0])), "rank 8, lr 0.1, seed 0 is there twice"),
+    "head a number": (lambda c: c["heads"].append(3), "a head is not an object"),
+    "head twice": (lambda c: c["heads"].append(dict(c["heads"][0])), "duplicate head of rank 8, lr 0.1, seed 0"),
     "no loss": (lambda c: c["heads"][0].__delitem__("loss"), "a head lacks loss"),
     "loss text": (lambda c: c["heads"][0].update(loss="2.5"), "loss is 2.5, not a number or null"),
     "loss true": (lambda c: c["heads"][0].update(loss=True), "loss is True"),
@@ -63,7 +63,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "reference without numbers": (lambda c: c | {"reference": {}}, "its reference lacks numbers"),
     "hidden size null": (lambda c: c | {"hidden_size": None}, "hidden_size is None"),
     "tokens negative": (lambda c: c | {"tokens": -1}, "tokens is -1"),
-    "name a number": (lambda c: c | {"backbone": 3}, "backbone is 3, not a word"),
+    "name a number": (lambda c: c | {"backbone": 3}, "backbone is 3, not a string"),
     "recipe infinite": (lambda c: c["recipe"].update(eps=math.inf), "holds inf"),
     "versions text": (lambda c: c | {"versions": "2"}, "versions is 2, not an object"),
     "curves of junk": (lambda c: {"schema": 1, "curves": [c, 3]}, "not an object"),
@@ -76,7 +76,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "nested without end": (lambda c: b"[" * 100_000, "not a curve of bottleneck"),
     "a key twice": (
         lambda c: json.dumps(c).replace('"seed": 0', '"seed": 0, "seed": 1', 1).encode(),
-        "seed' is there twice",
+        "duplicate key 'seed'",
     ),
     "a number of 5,000 digits": (
         lambda c: json.dumps(c).replace("1312", "9" * 5000, 1).encode(),
@@ -100,7 +100,7 @@ def test_a_damaged_curve_is_one_line(tmp_path, capsys, name):
 
 
 def test_a_whole_curve_is_accepted(tmp_path):
-    """What the damages start from is fine, and so is what each of its optional keys' absence leaves."""
+    """The undamaged curve is accepted, also without any one of its optional keys."""
     assert schema.fault(whole()) is None
     for key in [f.name for f in schema.CURVE if not f.required]:
         assert schema.fault({k: v for k, v in whole().items() if k != key}) is None, key
@@ -130,7 +130,7 @@ def test_a_whole_curve_is_accepted(tmp_path):
     ],
 )
 def test_damaged_metrics_are_one_line(tmp_path, capsys, change, words):
-    """A metrics.csv of another run, or one that was cut off, would give a race of other numbers."""
+    """A metrics.csv of another run, or a truncated one, would give wrong numbers."""
     good, run = save(tmp_path / "good", whole()), save(tmp_path / "run", whole())
     text = (run / "metrics.csv").read_text()
     (run / "metrics.csv").write_text(change(text))
@@ -174,7 +174,7 @@ JUNK: tuple[Any, ...] = (
     "$x$",
     "<b>",
 )
-# keys that say something to people alone, or that are computed anew: their values may be anything of their kind
+# keys that are only for people, or that are computed anew: any value of their kind is accepted
 FREE = {"backbone", "backbone_hash", "data", "data_hash", "recipe", "versions", "tokens", "schema"} | {
     "best", "knee", "trained_reference", "metrics", "init", "seed", "lr", "initial_loss", "status", "kind", "options",
     "kl", "top1_agreement", "top5_agreement", "acceptance", "loss_interval", "perplexity_interval", "excess_interval",
@@ -241,7 +241,7 @@ def check_fuzz(seed: int, cases: int, tmp_path: Path, capsys: Any) -> dict[int, 
             continue
         codes[0] += 1
         free = any(key in FREE for key in path) or case % 7 == 0
-        lost = len(path) == 2 and path[0] == "heads"  # a head more or less is another curve, and a whole one
+        lost = len(path) == 2 and path[0] == "heads"  # one head more or less is another curve, and a valid one
         for c in curves:
             found = numbers(c)
             if lost:

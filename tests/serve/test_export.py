@@ -61,7 +61,7 @@ def test_exported_head_has_the_curves_loss(swept, rank, tmp_path):
         assert model.dtype == torch.float32 and not model.config.tie_word_embeddings
         assert abs(heads_loss(model, batches) - wanted["loss"]) < 1e-5
         assert json.loads((to / "bottleneck.json").read_text())["head"]["lr"] == wanted["lr"]
-    assert abs(rows[0]["loss"] - rows[1]["loss"]) > 1e-3  # else the choice was not tested
+    assert abs(rows[0]["loss"] - rows[1]["loss"]) > 1e-3  # otherwise the choice would not be tested
 
 
 def test_generates(swept, toy_backbone, tmp_path):
@@ -116,7 +116,7 @@ def test_factored(swept, toy_backbone, tmp_path):
         about["head"]["loss"] == best(swept.curve, 8)["loss"] and about["run"]["data_hash"] == swept.curve["data_hash"]
     )
     assert len(AutoTokenizer.from_pretrained(to)) == VOCAB
-    assert json.loads((to / "bottleneck.json").read_text()) == about  # config.json is where earlier readers look
+    assert json.loads((to / "bottleneck.json").read_text()) == about  # earlier versions read config.json
 
 
 @pytest.mark.parametrize("family", FAMILIES)

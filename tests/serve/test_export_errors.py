@@ -50,7 +50,7 @@ def _resaved(change, about=None):
 
 
 def _without_run_file(folder: Path) -> None:
-    """As earlier versions left their folders."""
+    """Make the folder look like one of an earlier version."""
     (folder / RUN_FILE).unlink()
 
 
@@ -138,7 +138,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, swept, toy_backbone, tmp
     before = sorted(tmp_path.rglob("*"))
     places = {"OTHER": str(other)}
     arguments = [places.get(a, a.replace("FULL", str(full))) for a in arguments]
-    given = ["--rank", "8", "--to", str(tmp_path / "new" / "deep"), *arguments]  # of two the last counts
+    given = ["--rank", "8", "--to", str(tmp_path / "new" / "deep"), *arguments]  # the last of two options counts
     assert export.main([str(folder), *given]) == 2
     err = capsys.readouterr().err
     lines = [line for line in err.splitlines() if "error" in line]

@@ -29,7 +29,7 @@ def test_rows_of_the_table_hold(family):
 
 
 def test_a_wrong_reference_loss_is_an_outcome(monkeypatch):
-    """The walk compares: a backbone whose loss is off is not called supported."""
+    """A backbone whose reference loss is wrong is not listed as supported."""
     plain = families.full_head_loss
     monkeypatch.setattr(families, "full_head_loss", lambda *a: plain(*a) * 1.001)
     (outcome,) = families.walk_all(["llama"])

@@ -66,7 +66,7 @@ def test_vllm_says_what_transformers_says(name, tmp_path):
     path = export.open_run(run).file(row(32))
     tensors = load_file(path)
     about = {"bottleneck": f'{{"backbone_hash": "{backbone.hash}"}}'}
-    save_file({"A": tensors["A"] * 0.1, "B": tensors["B"] * 0.3}, path, metadata=about)  # logits of a usual size
+    save_file({"A": tensors["A"] * 0.1, "B": tensors["B"] * 0.3}, path, metadata=about)  # logits of a typical size
     folder = tmp_path / "served"
     assert export.main([str(run), "--rank", "32", "--form", "serve", "--to", str(folder)]) == 0
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
@@ -84,7 +84,7 @@ def test_vllm_says_what_transformers_says(name, tmp_path):
 
 
 def test_the_plugin_registers_every_architecture_lazily(monkeypatch):
-    """By name alone: neither a model of vLLM's nor torch is imported."""
+    """By name only: neither a model of vLLM nor torch is imported."""
 
     class Registry:
         known: dict = {"LlamaForCausalLM": "x", "GPTNeoXForCausalLM": "y", "LowRankGhost": "z"}

@@ -226,7 +226,7 @@ def test_bad_series_name_the_folder(tmp_path, quick, toy_backbone):
     refuses(f"{tmp_path}/empty: no checkpoints there", tmp_path / "empty", *head)
     refuses("no such folder", tmp_path / "absent", *head)
     twice = toy_series(toy_backbone, tmp_path / "twice", {"step10": 0.0, "checkpoint-10": 0.0})
-    refuses("twice: step 10 is there twice, as checkpoint-10 and step10", twice, *head)
+    refuses("twice: step 10 exists twice, as checkpoint-10 and step10", twice, *head)
     good = toy_series(toy_backbone, tmp_path / "good", {"step1": 0.0, "step2": 0.0})
     refuses("good has no subfolder for step 3; there are 1, 2", good, *head, "study.steps=[1,3]")
     (tmp_path / "half" / "step5").mkdir(parents=True)

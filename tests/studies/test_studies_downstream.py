@@ -103,16 +103,16 @@ def test_comparison_of_best_and_final_scores():
         one([0.5, 0.6], [None, None])["verdict"] == "no significant drop"
         and one([0.6], [0.01])["verdict"] == "a single checkpoint"
     )
-    # without errors the scatter of many checkpoints tells
+    # without errors the scatter of many checkpoints decides
     noisy = [0.60 + 0.002 * (-1) ** i for i in range(20)]
     assert (
         one([*noisy, 0.5], [None] * 21)["saturates"] is True and one([*noisy, 0.599], [None] * 21)["saturates"] is False
     )
-    # of two results alone 2.1 errors would do; of thirty, the best is as lucky as that by chance
+    # with two results 2.1 errors suffice; the best of thirty leads by that much by chance
     lucky = [0.5] * 29 + [0.47]
     lucky[10] = 0.50 + 0.0001
     assert one([0.5, 0.47], [0.01] * 2)["saturates"] is True and one(lucky, [0.01] * 30)["saturates"] is False
-    # a model that knows nothing yet wins by always giving one answer: its warm-up does not count
+    # an untrained model may win by always giving one answer, so the warm-up does not count
     early = [0.63, 0.37, 0.38, 0.37]
     assert compare([1, 500, 900, 1000], [Score(v, 0.04) for v in early], "acc", 0.05, skip=0.02)["saturates"] is False
     assert compare([1, 500, 900, 1000], [Score(v, 0.04) for v in early], "acc", 0.05)["saturates"] is True

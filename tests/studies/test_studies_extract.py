@@ -49,7 +49,7 @@ def test_the_common_block_is_in_every_top_k():
 
 
 def test_exported_ranks_are_recovered(toy_backbone, toy_text, tmp_path):
-    """Ranks are recovered without a look at the weights, and compared with what an export states."""
+    """Ranks are recovered without reading the weights, and compared with the rank that an export states."""
     series = toy_series(toy_backbone, tmp_path / "toy", {f"step{r}": 0.0 for r in (3, 8, 20)})
     for r in (3, 8, 20):
 

@@ -92,9 +92,7 @@ def test_a_model_folder_with_checkpoints_below_is_the_model(tmp_path, quick, mod
 
 
 def test_the_head_is_measured_in_the_precision_of_its_file(tmp_path, quick, model):
-    """Where the model runs in bfloat16 its head would have other small singular values: with and without text, those
-    of the file.
-    """
+    """In bfloat16 the head would have other small singular values; with and without text, the file's are reported."""
     U, V = (torch.linalg.qr(torch.randn(n, 32, generator=torch.Generator().manual_seed(n))).Q for n in (320, 32))
     edit_head(model, lambda W: (U * torch.logspace(2, -2, 32)) @ V.T)
     for words in (["study.hidden=false"], ["backbone.dtype=bfloat16"]):

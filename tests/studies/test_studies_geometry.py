@@ -150,9 +150,7 @@ def test_geometry_reads_the_results_of_other_studies(toy_backbone, toy_text, tmp
 
 
 def test_single_models_are_joined_across_studies(toy_backbone, toy_text, tmp_path):
-    """Models without steps, one with a name that is bad mathematics: neither study makes up a step, and geometry finds
-    both rows of each.
-    """
+    """Models without steps, one named with invalid mathematics: no study invents a step; geometry finds both rows."""
     models = toy_series(toy_backbone, tmp_path / "toys", {"a": 0.0, "b": 0.3, r"$\bad$": 0.6})
     words = [
         *QUICK,

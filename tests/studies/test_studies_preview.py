@@ -33,7 +33,7 @@ def test_positions_equal_a_sort():
 
 
 def test_ties_count_against_the_preview():
-    """A preview of zeros knows nothing: all tokens are before the arg-max or equal to it."""
+    """In a preview of zeros every token ties with the arg-max, so the arg-max has the last position."""
     head = FullHead(torch.randn(30, 4, generator=g(3)))
     assert (positions([(torch.zeros(30, 1), torch.zeros(1, 4))], torch.randn(9, 4, generator=g(4)), head) == 30).all()
 

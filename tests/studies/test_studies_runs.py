@@ -22,7 +22,7 @@ from bottleneck.studies.shared.config import check_study
 from bottleneck.studies.shared.text import study_text
 from support.study_runs import QUICK, composed, run_study, toy_series
 
-NOISES = {"step0": 2.0, "step20": 0.1, "step100": 0.0, "step1000": 0.7}  # by number, not as names sort
+NOISES = {"step0": 2.0, "step20": 0.1, "step100": 0.0, "step1000": 0.7}  # ordered by number, not by name
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def test_hidden_false_reads_the_head_alone(tmp_path, quick, steps, monkeypatch, 
     c = run_study(tmp_path / "b", "study=spectrum", f"backbone.path={steps}", "study.hidden=false", *quick)
     for a, b in zip(with_text["checkpoints"], c["checkpoints"]):
         assert b["head"]["entropy"] == pytest.approx(a["head"]["entropy"], rel=1e-9) and "weighted" not in b
-    # what is wrong elsewhere is not seen, and that is said once
+    # errors elsewhere in the model are not noticed; a warning says so once
     caplog.set_level("INFO")
     shutil.copytree(steps / "step20", tmp_path / "bad")
     tensors = load_file(tmp_path / "bad" / "model.safetensors")

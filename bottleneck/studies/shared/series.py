@@ -114,7 +114,7 @@ def _numbered(folder: Path) -> dict[int, Path]:
         if number is None:
             continue
         other = found.get(number, sub)
-        check(number not in found, f"{folder}: step {number} is there twice, as {other.name} and {sub.name}")
+        check(number not in found, f"{folder}: step {number} exists twice, as {other.name} and {sub.name}")
         found[number] = sub
     return found
 
