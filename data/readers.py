@@ -1,7 +1,7 @@
 """The texts of one file: plain text, JSON lines or Parquet, plain or compressed.
 
 Every error names the file and, if there is one, the line. Only the text column is read, so files may differ in all
-other columns. `datasets` is not used here, because it converts a whole column where one value has another type, and
+other columns. `datasets` is not used here, because it converts a whole column if one value has another type, and
 accepts a truncated .zst file.
 """
 
@@ -236,7 +236,7 @@ def local_path(pattern: Any) -> Path:
 
 
 def open_bytes(path: str) -> BinaryIO:
-    """The content of a file, decompressed by its ending. Reading raises EOFError where a compressed file ends early."""
+    """The content of a file, decompressed by its ending. Reading raises EOFError if a compressed file ends early."""
     ending = Path(path).suffix.lower()
     file: Any = _open_url(path) if "://" in path else open(path, "rb")
     if ending not in COMPRESSED:

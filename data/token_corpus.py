@@ -326,7 +326,7 @@ class TokenCorpus(Corpus):
         return stream[: len(stream)]
 
     def _wanted(self) -> int:
-        """Tokens to hold out where no validation files are given."""
+        """Tokens to hold out if no validation files are given."""
         have = (self.count - self.skip) * self.block
         return max(1, min(self.cfg.validation_tokens, int(have * self.cfg.validation_fraction)))
 

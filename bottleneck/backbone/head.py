@@ -153,7 +153,7 @@ def measure(run: Callable[[], Tensor], head: nn.Module, config: Any) -> HeadMap:
     Args:
         run: a forward pass over ids [2, 16], to logits [2, 16, V].
         config: of the model; a measured number that equals one of its numbers up to rounding is replaced by it.
-    Raises: UnknownHeadError where the map is not cap(scale · (x + b)).
+    Raises: UnknownHeadError if the map is not cap(scale · (x + b)).
     """
     grid = torch.tensor(_GRID, dtype=torch.float32)
 

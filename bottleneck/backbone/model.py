@@ -56,7 +56,7 @@ class Backbone(nn.Module):
     Args:
         weights_hash: the identity, if no process holds all weights.
         block_size: tokens in a sequence of the run, the length at which causality is checked.
-    Raises: UserError where the family has no linear head, does something unknown between it and the logits, cannot run
+    Raises: UserError if the family has no linear head, does something unknown between it and the logits, cannot run
         on token ids alone, looks at later tokens, or has a weight that is not a usable number.
     """
 

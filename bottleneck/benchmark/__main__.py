@@ -18,7 +18,7 @@ from bottleneck.benchmark import table
 from bottleneck.cli import one_line_errors as cli
 from bottleneck.core.errors import Parser, check
 
-WIDTH = 130  # of the table at least, also where the output is a file
+WIDTH = 130  # of the table at least, also if the output is a file
 BENCHMARKS = {
     "heads": "one head step against PyTorch, QuACK, Liger and cut-cross-entropy: time, memory, error",
     "sweep": "one pass that trains all ranks against one ordinary Lightning run per rank",

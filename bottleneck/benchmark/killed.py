@@ -41,7 +41,7 @@ def trains(pid: int) -> bool:
 
 
 def differences(a: Path, b: Path) -> float:
-    """Return the largest relative difference between two runs' heads; 0 where they are bit-identical."""
+    """Return the largest relative difference between two runs' heads; 0 if they are bit-identical."""
     worst = 0.0
     for file in sorted((a / "heads").iterdir()):
         one, other = load_file(file), load_file(b / "heads" / file.name)

@@ -93,7 +93,7 @@ class Solve:
 
     @torch.no_grad()
     def run(self, start: Factors, h_ND: Tensor, head: FullHead, c: Calibration) -> Factors:
-        """(A [V, R], B [R, D]) after all batches, each of other tokens where there are enough."""
+        """(A [V, R], B [R, D]) after all batches, each of other tokens if there are enough."""
         root, inverse = roots(c.cov_DD)
         at: Pair = (start[0].float().to(h_ND.device).clone(), (start[1].to(root) @ root).float())
         q = (c.fisher_V / c.fisher_V.mean()).float().clamp(min=1e-3)[:, None]

@@ -93,7 +93,7 @@ def read(folder: Path) -> RaceRun:
 
 
 def _validations(file: Path) -> dict[str, Line]:
-    """Validation losses in a metrics.csv: head -> [(tokens, loss)] by tokens. Raises UserError where it cannot be
+    """Validation losses in a metrics.csv: head -> [(tokens, loss)] by tokens. Raises UserError if it cannot be
     read."""
     lines: dict[str, dict[int, float]] = {}
     try:

@@ -33,7 +33,7 @@ from bottleneck.training.finished_run import FinishedRun, open_run
 
 __all__ = ["command", "export", "main", "open_run", "prove", "quiet", "set_head"]
 FORMS = ("dense", "serve", "factored")
-FACTS = "bottleneck.json"  # where a head comes from
+FACTS = "bottleneck.json"  # origin of a head
 HEAD_FACTS = ("rank", "lr", "seed", "init", "parameters", "loss", "perplexity", "bits_per_byte", "initial_loss")
 RUN_FACTS = ("data", "data_hash", "tokens", "validation_tokens", "recipe", "reference", "versions")
 

@@ -90,7 +90,7 @@ def compare(steps: list[int], scores: list[Score], metric: str, level: float, sk
     and `correction`), which takes 7 checkpoints or more. Measures of bias, where neither a higher nor a lower score
     means a better model, get no verdict.
 
-    Returns: best and final {step, value, stderr}, drop, z and chance (None where no error is known), `saturates`:
+    Returns: best and final {step, value, stderr}, drop, z and chance (None if no error is known), `saturates`:
         whether chance is below `level` (None for a bias), and the sentence `verdict`.
     """
     sign = -1.0 if lower_is_better(metric) else 1.0
@@ -131,7 +131,7 @@ def compare(steps: list[int], scores: list[Score], metric: str, level: float, sk
 
 
 def _difference_error(a: Score, b: Score, logs: bool) -> Optional[float]:
-    """Standard error of a − b, or of log a − log b; None where one of the errors is unknown."""
+    """Standard error of a − b, or of log a − log b; None if one of the errors is unknown."""
     if a.error is None or b.error is None:
         return None
     return math.hypot(a.error / a.value, b.error / b.value) if logs else math.hypot(a.error, b.error)

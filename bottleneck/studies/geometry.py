@@ -104,7 +104,7 @@ def collect(folders: list[str]) -> tuple[dict[Point, dict[str, float]], list[str
     """Metrics of every checkpoint from spectrum.csv, anisotropy.csv (last layer) and saturation.csv below some folders.
 
     Returns: numbers by (model, step), of checkpoints that have a loss; the files that were read.
-    Raises: UserError where there are no such files or fewer than 3 checkpoints.
+    Raises: UserError if there are no such files or fewer than 3 checkpoints.
     """
     points: dict[Point, dict[str, float]] = {}
     read: list[str] = []
@@ -143,7 +143,7 @@ def reading(values: Ends, of_changes: Ends, changes: int) -> str:
 
     Args:
         values, of_changes: intervals of ρ with the loss, of the values and of their changes between checkpoints.
-        changes: number of changes, 0 where each model has one checkpoint.
+        changes: number of changes, 0 if each model has one checkpoint.
     """
 
     def clear(ends: Ends) -> bool:

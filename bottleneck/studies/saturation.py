@@ -108,7 +108,7 @@ def verdict(
 
 
 def difference_error(model: dict[str, Any]) -> Optional[float]:
-    """Standard error of (final − lowest loss); None where it is unknown.
+    """Standard error of (final − lowest loss); None if it is unknown.
 
     From the differences by block if these are known, which are paired, since both losses are on the same tokens.
     Otherwise from the two standard errors as if the tokens were different, which overestimates it.

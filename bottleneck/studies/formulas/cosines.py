@@ -77,7 +77,7 @@ class Cosines:
 
     @property
     def cone(self) -> float:
-        """|E h| / √(E |h|²), 0 … 1: 0 without a common direction, 1 where all vectors are the same."""
+        """|E h| / √(E |h|²), 0 … 1: 0 without a common direction, 1 if all vectors are the same."""
         energy = (self.square_D.sum() / self.count).item()
         return (self.mean_D.norm().item() / energy**0.5) if energy > 0 else 0.0
 
@@ -85,7 +85,7 @@ class Cosines:
     def top_dimension(self) -> tuple[int, float]:
         """The dimension that contributes most to the mean cosine, and its share of |Σ u|².
 
-        The share is near 1 where one outlier dimension makes the mean cosine, near 1/D for a cone without a preferred
+        The share is near 1 if one outlier dimension makes the mean cosine, near 1/D for a cone without a preferred
         axis.
         """
         squares = self.units_D.square()

@@ -24,7 +24,7 @@ class Recovered:
     """What a block of log-probabilities says about the head's rank.
 
     Attributes:
-        rank: None where no singular value is CLEAR times the next one: then the rank is at least `limit`, or noise
+        rank: None if no singular value is CLEAR times the next one: then the rank is at least `limit`, or noise
             hides it.
         gap: largest ratio of neighbouring singular values.
         limit: highest rank that a block of this size can show.

@@ -10,7 +10,7 @@ from typing import Sequence
 import numpy as np
 
 SHORTEST = 7  # points of a series whose noise can be estimated
-LATE = 8  # points that the estimate uses at least, where there are so many
+LATE = 8  # points that the estimate uses at least, if there are so many
 DRAWS = 20_000  # simulated flat series
 LONGEST = 400  # points from which the estimate needs no correction
 LOWEST_LEVEL = 1e-3  # below it the simulated quantile is too uncertain: the correction of this level is used

@@ -45,7 +45,7 @@ class Calibrated:
 
     @property
     def moments(self) -> Calibration:
-        """Raises: UserError where the hidden states are not finite."""
+        """Raises: UserError if the hidden states are not finite."""
         if self._moments is None:
             device = self.backbone.lm_head.weight.device
             ids = self.text.calibration(self.c.study.calibration_tokens, self.c.data.seed)

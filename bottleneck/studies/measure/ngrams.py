@@ -48,7 +48,7 @@ def eigenvalues(matrix: np.ndarray, device: torch.device) -> np.ndarray:
 
 
 def check_memory(vocab: int, precision: str, device: torch.device) -> None:
-    """Log how much memory the study needs. Raises: UserError where this machine has less."""
+    """Log how much memory the study needs. Raises: UserError if this machine has less."""
     one = np.dtype(precision).itemsize * vocab**2
     on_cpu = device.type == "cpu"
     # while counting the matrix, a bucket and a strip are held; then the matrix and, on a CPU, the solver's copy

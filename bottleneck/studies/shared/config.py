@@ -89,7 +89,7 @@ def studies_help(*, _root_: DictConfig) -> str:
 
 
 def _study_of(cfg: Any) -> Optional[Study]:
-    """The study whose schema is the type of `cfg.study`; None where no study is chosen."""
+    """The study whose schema is the type of `cfg.study`; None if no study is chosen."""
     node = cfg.get("study")
     kind = OmegaConf.get_type(node) if OmegaConf.is_config(node) else None
     return next((study for study in STUDIES if composable(study.schema) is kind), None)

@@ -2,7 +2,7 @@
 task.
 
 Old files have {"results": {task: {"acc": …, "acc_stderr": …}}}. Current ones write "acc,none" and "acc_stderr,none",
-with the name of a filter after the comma, and "N/A" where there is no error.
+with the name of a filter after the comma, and "N/A" if there is no error.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ STEP = re.compile(
 
 @dataclass(frozen=True)
 class Score:
-    """One metric of one task. `error` is its standard error, None where the file has none."""
+    """One metric of one task. `error` is its standard error, None if the file has none."""
 
     value: float
     error: Optional[float]

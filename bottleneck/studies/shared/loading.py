@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 def device_of(c: StudyConfig) -> torch.device:
-    """The device of the study; sets the number of CPU threads. Raises: UserError where the GPU asked for is missing."""
+    """The device of the study; sets the number of CPU threads. Raises: UserError if the GPU asked for is missing."""
     kind = c.trainer.accelerator
     usable = kind != "gpu" or torch.cuda.is_available()
     check(usable, "trainer.accelerator=gpu: there is no CUDA GPU here; allowed are auto, cpu")
@@ -69,7 +69,7 @@ def _parameters(backbone: BackboneConfig) -> int:
 def loaded(cp: Checkpoint, device: torch.device, shapes: Shapes) -> Iterator[Backbone]:
     """The checkpoint's backbone on a device; its memory is freed afterwards.
 
-    Raises: UserError where it cannot be loaded, has NaN weights, or has another shape than its model's first
+    Raises: UserError if it cannot be loaded, has NaN weights, or has another shape than its model's first
         checkpoint.
     """
     try:
@@ -117,13 +117,13 @@ def load_head(cp: Checkpoint, shapes: Shapes) -> Head:
 
 
 def check_moments(cp: Checkpoint, moments: Any) -> None:
-    """Raise UserError where the moments of its hidden states (`heads.calibration.Calibration`) are not finite."""
+    """Raise UserError if the moments of its hidden states (`heads.calibration.Calibration`) are not finite."""
     finite = bool(torch.isfinite(moments.cov_DD).all())
     check(finite, f"{cp.where}: its hidden states are not numbers; are its weights whole?")
 
 
 def _first_bad_tensor(backbone: BackboneConfig) -> Optional[str]:
-    """The first stored tensor with NaN or infinity; None without one, or where the files cannot be read."""
+    """The first stored tensor with NaN or infinity; None without one, or if the files cannot be read."""
     try:
         for file in weight_files(backbone):
             with safe_open(file, "pt") as f:

@@ -20,7 +20,7 @@ Shapes = dict[str, tuple[int, int]]  # hidden size and vocabulary size of each m
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One backbone of a series. `step` is None where the model has no checkpoints."""
+    """One backbone of a series. `step` is None if the model has no checkpoints."""
 
     model: str
     step: Optional[int]
@@ -47,7 +47,7 @@ class Checkpoint:
 def checkpoints(c: StudyConfig) -> list[Checkpoint]:
     """The backbones of a study, model by model, steps rising.
 
-    Raises: UserError where a folder holds no checkpoints or the same step twice, or two models have the same name.
+    Raises: UserError if a folder holds no checkpoints or the same step twice, or two models have the same name.
     """
     models = getattr(c.study, "models", None)
     steps = getattr(c.study, "steps", None)
@@ -124,7 +124,7 @@ def check_same_shapes(series: list[Checkpoint]) -> Shapes:
 
     Of a Hub model only the first checkpoint is read here, since each needs a request; the others are compared when
     loaded.
-    Raises: UserError where a local checkpoint differs from its model's first.
+    Raises: UserError if a local checkpoint differs from its model's first.
     """
     shapes: Shapes = {}
     for cp in series:
@@ -136,7 +136,7 @@ def check_same_shapes(series: list[Checkpoint]) -> Shapes:
 
 
 def check_shape(cp: Checkpoint, first: tuple[int, int], found: tuple[int, int]) -> None:
-    """Raise UserError where a checkpoint's hidden size or vocabulary differs from its model's first checkpoint."""
+    """Raise UserError if a checkpoint's hidden size or vocabulary differs from its model's first checkpoint."""
     for what, a, b in zip(("hidden size", "vocabulary"), found, first):
         of_first = f"that of the first checkpoint of {cp.model} is {b}; one series is one model"
         check(a == b, f"{cp.where}: its {what} is {a}, {of_first}")

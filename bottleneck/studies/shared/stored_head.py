@@ -32,7 +32,7 @@ class Head:
 
 
 def is_tied(backbone: BackboneConfig) -> bool:
-    """Whether the model's config ties head and embeddings. Raises: UserError where the config cannot be read."""
+    """Whether the model's config ties head and embeddings. Raises: UserError if the config cannot be read."""
     options = {
         "revision": backbone.revision,
         "trust_remote_code": backbone.trust_remote_code,
@@ -47,7 +47,7 @@ def is_tied(backbone: BackboneConfig) -> bool:
 
 
 def stored_head(cp: Checkpoint, shapes: Shapes) -> Optional[Head]:
-    """The head as stored in the safetensors files, in their precision; None where its tensor cannot be identified.
+    """The head as stored in the safetensors files, in their precision; None if its tensor cannot be identified.
 
     A model may be configured as tied and yet hold two different matrices; Transformers then reads the head's own.
     Raises: UserError for another shape than its model's first checkpoint, unreadable files, and NaN.
@@ -71,7 +71,7 @@ def check_finite(cp: Checkpoint, W_VD: Tensor) -> None:
 
 
 def weight_files(backbone: BackboneConfig) -> list[Path]:
-    """Its safetensors files, of a folder or of the Hub's cache; none where it has only other formats."""
+    """Its safetensors files, of a folder or of the Hub's cache; none if it has only other formats."""
     if backbone.gguf_file:
         return []
     index = _find(backbone, "model.safetensors.index.json")
@@ -98,7 +98,7 @@ def _find(backbone: BackboneConfig, name: str) -> Optional[Path]:
 
 
 def _read(cp: Checkpoint, names: tuple[str, ...], shape: tuple[int, int]) -> Optional[Tensor]:
-    """The one stored tensor of such a name and shape, float32; None where there is none or several."""
+    """The one stored tensor of such a name and shape, float32; None if there is none or several."""
     try:
         hits = []
         for file in weight_files(cp.backbone) if names else []:

@@ -93,7 +93,7 @@ def _check_same_tokenizer(cp: Checkpoint, first: Checkpoint, tokenizer: Any) -> 
 
 
 def _check_models(c: StudyConfig, series: list[Checkpoint], tokenizer: Any) -> None:
-    """Raise UserError where a tokenizer differs from the first one, or the blocks exceed a model's context."""
+    """Raise UserError if a tokenizer differs from the first one, or the blocks exceed a model's context."""
     first = {cp.model: cp for cp in reversed(series)}  # of each model its first checkpoint
     for cp in first.values():
         _, context, _ = load_shape(cp.backbone)

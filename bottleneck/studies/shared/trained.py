@@ -17,7 +17,7 @@ class Trained:
     Attributes:
         losses: by rank, nats a token.
         own: loss of the original head.
-        full: loss of the trained head of rank d, where there is one.
+        full: loss of the trained head of rank d, if there is one.
     """
 
     data: str
@@ -42,7 +42,7 @@ def read_trained(path: str, key: str, backbone: str, backbone_hash: str) -> Trai
 
     Args:
         key: config key, for messages.
-    Raises: UserError where there is no curve of this backbone (by the hash of its weights), or several.
+    Raises: UserError if there is no curve of this backbone (by the hash of its weights), or several.
     """
     file = Path(path).expanduser()
     check(file.exists(), f"{key}={path}: no such file or folder")
