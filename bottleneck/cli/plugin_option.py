@@ -14,10 +14,12 @@ from typing import Sequence
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
-from hydra.errors import OverrideParseException
+from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
+from bottleneck.cli.quoting import in_quotes, unreadable
 from bottleneck.core import plugins
+from bottleneck.core.errors import UserError
 
 OPTION = re.compile(r"\+{0,2}(plugin=.*)", re.DOTALL)
 _paths: list[str] = []
@@ -43,14 +45,9 @@ def load_plugins(words: Sequence[str]) -> list[str]:
     given: list[str] = []
     for word in words:
         match = OPTION.fullmatch(word)
-        try:
-            value = OverridesParser.create().parse_override(match.group(1)).value() if match else None
-        except OverrideParseException:
-            value = None  # Hydra reports it
-        named = value if isinstance(value, list) else [value] if isinstance(value, str) else []
-        paths = [str(Path(str(p)).expanduser().absolute()) for p in named]
+        paths = [str(Path(p).expanduser().absolute()) for p in _named(match.group(1))] if match else []
         given += paths
-        out.append(f"plugin=[{','.join(map(_quoted, paths))}]" if paths else word)
+        out.append(f"plugin=[{','.join(map(in_quotes, paths))}]" if paths else word)
     plugins.load(given)
     plugins.load_installed()
     _paths[:] = given
@@ -59,6 +56,15 @@ def load_plugins(words: Sequence[str]) -> list[str]:
     return out
 
 
-def _quoted(path: str) -> str:
-    text = path.replace('"', '\\"')
-    return f'"{text}"'
+def _named(option: str) -> list[str]:
+    """The paths that `plugin=…` names; none where the value is no path."""
+    try:
+        value = OverridesParser.create().parse_override(option).value()
+    except HydraException as error:
+        path = option.partition("=")[2]
+        if Path(path).expanduser().exists():  # a path that Hydra reads only in quotes, such as one with an apostrophe
+            return [path]
+        raise UserError(unreadable(option, " ".join(str(error).split("See https")[0].split()))) from error
+    if isinstance(value, list):
+        return [str(p) for p in value]
+    return [value] if isinstance(value, str) else []

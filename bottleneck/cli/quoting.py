@@ -23,6 +23,13 @@ def _read(override: str) -> Any:
         return None
 
 
+def in_quotes(value: str) -> str:
+    """A text in the quotes of Hydra's grammar, where a backslash quotes a quote and is doubled before one."""
+    escaped = re.sub(r'(\\*)"', r"\1\1\"", value)
+    escaped += "\\" * (len(escaped) - len(escaped.rstrip("\\")))
+    return f'"{escaped}"'
+
+
 def quoted(override: str) -> Optional[str]:
     """The override with its value in Hydra's quotes, quoted again for the shell: `'data.files="a=b.txt"'`.
 

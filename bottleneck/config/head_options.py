@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,6 +48,7 @@ def check_options(h: HeadConfig) -> None:
             name in used or value == getattr(defaults, name),
             f"head.{name}={value}: {key}={chosen(h)[key].name} does not use it; {', '.join(users)} {_verb(users)}",
         )
+    check(isinstance(h.options, Mapping), f"head.options={h.options}: must be options by name, such as {{rows: 512}}")
     own = sorted(used.keys() - FIELDS.keys())
     for name in h.options:
         check(
@@ -54,6 +56,22 @@ def check_options(h: HeadConfig) -> None:
             f"head.options.{name}: not an option of this run's kind, start and objective; "
             f"they have {', '.join(own) or 'none'}",
         )
+    for item in chosen(h).values():
+        for name, default in item.options.items():
+            if name in h.options:
+                _check_type(name, h.options[name], default)
+    kind = HEAD_KINDS[h.kind]
+    reason = kind.refuses(**head_options(h, kind.options)) if kind.refuses else None
+    check(reason is None, f"head.options.{reason}")
+
+
+def _check_type(name: str, value: Any, default: Any) -> None:
+    """A value is of the type of its default; a whole number passes for a number."""
+    kind = type(default)
+    words = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", list: "a list"}
+    fits = type(value) is kind or (kind is float and type(value) is int) or (kind is list and isinstance(value, tuple))
+    fits = fits and (not isinstance(value, float) or math.isfinite(value))
+    check(fits or kind not in words, f"head.options.{name}={value}: must be {words.get(kind)}")
 
 
 def _verb(users: list[str]) -> str:

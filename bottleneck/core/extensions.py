@@ -54,6 +54,8 @@ class HeadKind:
         build: (vocab_size, rank, hidden_size, **options) -> `heads.head.Head`, an nn.Module.
         options: its own options (`head.options.*`), with their defaults.
         impls: values of `head.loss_impl` that can train it; None: any.
+        refuses: (**options) -> why these values are impossible; None if they are possible. Values that are not of the
+            default's type are refused before.
         full_rank: it exists at r = d only; `ranks` is then d.
         coordinates: it can be trained in other coordinates of h (`head.whiten`, `optim.lr_ratio`).
     """
@@ -62,6 +64,7 @@ class HeadKind:
     summary: str
     build: Callable[..., Any]
     options: Mapping[str, Any] = field(default_factory=dict)
+    refuses: Optional[Callable[..., Optional[str]]] = None
     impls: Optional[tuple[str, ...]] = ("auto", "chunked")
     full_rank: bool = False
     coordinates: bool = False

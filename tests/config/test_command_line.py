@@ -93,6 +93,14 @@ def test_a_plugin_is_loaded_and_its_choices_compose(plugin, tmp_path, monkeypatc
     ):
         with pytest.raises(UserError, match=words):
             composed([bad])
+    for name in ("it's", 'a"b', "é=(1)", "end\\"):  # unquoted, and quoted for Hydra
+        path = tmp_path / name / "p.py"
+        path.parent.mkdir()
+        path.write_text("X = 1\n")
+        for word in (f"plugin={path}", shlex.split(quoted(f"plugin={path}") or "")[0]):
+            assert composed([word]).plugin == [str(path)], word
+    with pytest.raises(UserError, match="must be quoted, for Hydra and for the shell: .plugin="):
+        composed(["plugin=none's.py"])
     (tmp_path / "broken.py").write_text("1 / 0\n")
     with pytest.raises(UserError, match="broken.py: ZeroDivisionError"):
         composed(["plugin=broken.py"])

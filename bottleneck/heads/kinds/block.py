@@ -9,6 +9,7 @@ Dims: n tokens of a chunk, D hidden size, R rank of the first band, V vocabulary
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Optional
 
 import torch
 from torch import Tensor, nn
@@ -58,11 +59,20 @@ class Blocks(Head):
             B_i.copy_(vectors.T @ B)
 
 
+def refuses(bands: Sequence[int], shrink: int) -> Optional[str]:
+    """Why an option is impossible."""
+    if shrink < 1:
+        return f"shrink={shrink}: must be at least 1"
+    rising = all(a < b for a, b in zip([0, *bands], bands))
+    return None if rising else f"bands={list(bands)}: must be rising whole numbers above 0"
+
+
 KIND = HEAD_KINDS.register(
     HeadKind(
         "block",
         "a low-rank block for each frequency band (options bands, shrink)",
         Blocks,
         options={"bands": [1_000, 10_000], "shrink": 2},
+        refuses=refuses,
     )
 )

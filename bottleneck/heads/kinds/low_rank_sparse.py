@@ -5,6 +5,8 @@ Dims: n tokens of a chunk, F full rows, D hidden size, R rank, V vocabulary.
 
 from __future__ import annotations
 
+from typing import Optional
+
 import torch
 from torch import Tensor, nn
 
@@ -44,11 +46,17 @@ class LowRankSparse(Factored):
         self.U.copy_(W_VD[self.tokens_F.to(W_VD.device)] - shift_D)
 
 
+def refuses(rows: int) -> Optional[str]:
+    """Why an option is impossible."""
+    return None if rows >= 1 else f"rows={rows}: must be at least 1"
+
+
 KIND = HEAD_KINDS.register(
     HeadKind(
         "low_rank_sparse",
         "W = A B, with full rows for the most frequent tokens (option rows)",
         LowRankSparse,
         options={"rows": 1024},
+        refuses=refuses,
     )
 )

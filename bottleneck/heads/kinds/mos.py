@@ -9,6 +9,8 @@ Dims: n tokens of a chunk, K components, D hidden size, R rank, V vocabulary.
 
 from __future__ import annotations
 
+from typing import Optional
+
 import torch
 from torch import Tensor, nn
 
@@ -62,6 +64,11 @@ def build(vocab_size: int, rank: int, hidden_size: int, components: int) -> Head
     return MixtureOfSoftmaxes(vocab_size, rank, hidden_size, components)
 
 
+def refuses(components: int) -> Optional[str]:
+    """Why an option is impossible."""
+    return None if components >= 1 else f"components={components}: must be at least 1"
+
+
 KIND = HEAD_KINDS.register(
-    HeadKind("mos", "mixture of softmaxes (option components)", build, options={"components": 4})
+    HeadKind("mos", "mixture of softmaxes (option components)", build, options={"components": 4}, refuses=refuses)
 )

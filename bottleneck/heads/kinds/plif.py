@@ -9,6 +9,7 @@ Dims: n tokens of a chunk, K pieces, V vocabulary.
 from __future__ import annotations
 
 import math
+from typing import Optional
 
 import torch
 from torch import Tensor, nn
@@ -40,11 +41,19 @@ class PiecewiseLinear(Factored):
         return below[piece] + slopes[piece] * (s_nV + self.limit - piece * width)
 
 
+def refuses(pieces: int, limit: float) -> Optional[str]:
+    """Why an option is impossible."""
+    if pieces < 1:
+        return f"pieces={pieces}: must be at least 1"
+    return None if limit > 0 else f"limit={limit}: must be above 0"
+
+
 KIND = HEAD_KINDS.register(
     HeadKind(
         "plif",
         "a learned increasing piecewise linear function of the logits A B h (options pieces, limit)",
         PiecewiseLinear,
         options={"pieces": 64, "limit": 20.0},
+        refuses=refuses,
     )
 )
