@@ -29,13 +29,13 @@ log = logging.getLogger(__name__)
 
 
 def outline(c: TrainConfig, inputs: Inputs) -> HeadBank:
-    """The run's bank without memory: names and shapes, to compare a checkpoint with before weights are loaded."""
+    """The run's bank on the meta device: names and shapes to compare a checkpoint with before weights are loaded."""
     with torch.device("meta"):
         return build_bank(c, inputs, objective=None)
 
 
 def build_bank(c: TrainConfig, inputs: Inputs, *, objective: Optional[BoundObjective]) -> HeadBank:
-    """The run's heads, of zeros until they are started or read from a checkpoint."""
+    """The run's heads, all zeros until they are started or loaded from a checkpoint."""
     return HeadBank(
         inputs.keys,
         inputs.vocab_size,
@@ -80,7 +80,7 @@ def build_module(
 
 
 def _objective(c: TrainConfig, inputs: Inputs, head: FullHead) -> Optional[BoundObjective]:
-    """What heads are trained on besides the text; None for cross-entropy alone."""
+    """The run's objective with its options and teacher; None for plain cross-entropy."""
     if c.head.objective == "ce":
         return None
     declared = OBJECTIVES[c.head.objective]

@@ -1,6 +1,4 @@
-"""The file format of checkpoints: written whole or not at all, with a checksum of the content, read without running
-code.
-"""
+"""The file format of checkpoints: written atomically, with a checksum of the content, and read without running code."""
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Optional[Any] = None) -> None:
-        """Write the checkpoint with its checksum. Raises UserError on a full disk; the earlier file then stays."""
+        """Write the checkpoint with its checksum. Raises UserError on a full disk, and then keeps the earlier file."""
         path = Path(path)
         about = {k: v for k, v in checkpoint["bottleneck"].items() if k != CHECKSUM}
         content = checkpoint | {"bottleneck": about}
@@ -43,10 +41,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def content_checksum(content: Any) -> str:
-    """SHA-256 of a tree of dicts, lists, tensors and plain values: equal content has equal checksums, whatever its
-    file.
+    """SHA-256 of a tree of dicts, lists, tensors and plain values. It depends on the content, not on the file's bytes.
 
-    Dicts count in their order, since the order of optimizer state is part of it.
+    The order of a dict's keys counts, since the order of optimizer state matters.
     """
     digest = hashlib.sha256()
 
@@ -72,7 +69,7 @@ def content_checksum(content: Any) -> str:
 
 
 def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
-    """A checkpoint's content. Raises UserError where the file is missing, damaged, or not one of ours.
+    """A checkpoint's content. Raises UserError if the file is missing, damaged, or not written by this project.
 
     Args: mmap: leave the tensors on disk until they are used.
     """
@@ -98,7 +95,7 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
 
 
 class SaveLast(pl.Callback):
-    """Writes checkpoints/last.ckpt every `every` steps and after the last; the one before stays as previous.ckpt."""
+    """Writes checkpoints/last.ckpt every `every` steps and at the end; keeps the one before as previous.ckpt."""
 
     def __init__(self, run_dir: Path, every: int):
         self.path, self.every = run_dir / LAST, every

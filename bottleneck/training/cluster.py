@@ -1,8 +1,8 @@
-"""Which launcher started this process, and its place among the others: torchrun, srun, LSF, MPI, or none of them.
+"""Which launcher started this process (torchrun, srun, LSF, MPI or none), and the process's number in the group.
 
-Lightning's own detection is not used for Slurm. It takes every process of an allocation for one of srun's, except in
-jobs named bash or interactive, and it refuses SLURM_NTASKS without SLURM_NTASKS_PER_NODE. What counts here is the step
-of srun.
+Lightning's detection of Slurm is not used. It treats every process of an allocation as started by srun, except in jobs
+named bash or interactive, and it refuses SLURM_NTASKS without SLURM_NTASKS_PER_NODE. This module asks whether the
+process belongs to an srun step.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from bottleneck.core.environment import cores
 from bottleneck.core.errors import check
 
 log = logging.getLogger(__name__)
-# what a process needs that was started by hand among others; LOCAL_RANK alone is left over from something else
+# variables of processes that the user starts one by one; LOCAL_RANK alone is left over from another program
 BY_HAND = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 class SrunEnvironment(SLURMEnvironment):
     """The tasks of one srun step.
 
-    Requeueing is left to `bottleneck.training.signals`: Lightning would save amid a step.
+    Requeueing is done by `bottleneck.training.signals`, because Lightning would save in the middle of a step.
     """
 
     def __init__(self) -> None:
@@ -41,14 +41,14 @@ class SrunEnvironment(SLURMEnvironment):
 
     @staticmethod
     def _validate_srun_used() -> None:
-        """Nothing to validate: `cluster_environment` has seen the step."""
+        """Do nothing: `cluster_environment` has already found the step."""
 
     @staticmethod
     def _validate_srun_variables() -> None:
-        """SLURM_NTASKS without SLURM_NTASKS_PER_NODE is fine."""
+        """Do nothing, since SLURM_NTASKS without SLURM_NTASKS_PER_NODE is allowed here."""
 
     def validate_settings(self, num_devices: int, num_nodes: int) -> None:
-        """Nothing to validate: `check_world` has compared the numbers."""
+        """Do nothing: `check_world` has already compared the numbers."""
 
     def world_size(self) -> int:
         return slurm_step_tasks()
@@ -60,7 +60,7 @@ class SrunEnvironment(SLURMEnvironment):
 
     @property
     def main_port(self) -> int:
-        """The same for all tasks of a step, another one for other steps of the job."""
+        """The rendezvous port: equal for all tasks of a step, different for other steps of the job."""
         step = int(os.environ["SLURM_JOB_ID"]) * 16 + (slurm_step() or 0)
         return int(os.environ.setdefault("MASTER_PORT", str(12_000 + step % 20_000)))
 
@@ -74,10 +74,10 @@ def slurm_step_tasks() -> int:
 
 
 def cluster_environment() -> Optional[ClusterEnvironment]:
-    """How this process was started among others, or None where it was started alone.
+    """The environment of the launcher that started this process, or None if it was started alone.
 
-    A step of one task counts as started alone, such as a shell by `srun --pty`: the run may then start processes
-    itself.
+    A step with a single task, such as a shell from `srun --pty`, counts as started alone: the run may then start more
+    processes itself.
     """
     if TorchElasticEnvironment.detect():
         return TorchElasticEnvironment()
@@ -90,9 +90,9 @@ def cluster_environment() -> Optional[ClusterEnvironment]:
 
 
 def forget_leftovers() -> None:
-    """In a process that was started alone, drop a LOCAL_RANK that its shell still has from another program.
+    """In a process that was started alone, remove a LOCAL_RANK that its shell inherited from another program.
 
-    Lightning reads it when it is imported, and would take this process for one that writes nothing.
+    Lightning reads it on import and would take this process for one that writes no files.
     """
     if cluster_environment() is None:
         left = os.environ.pop("LOCAL_RANK", None)
@@ -102,7 +102,7 @@ def forget_leftovers() -> None:
 
 
 def set_lightning_rank(rank: int) -> None:
-    """Tell Lightning the number of this process; it reads the attribute wherever only process 0 acts."""
+    """Set this process's number in Lightning, which reads it wherever only process 0 acts."""
     vars(rank_zero_only)["rank"] = rank  # its types do not know the attribute
 
 
@@ -113,9 +113,9 @@ def global_rank() -> int:
 
 
 def check_world(devices: int, nodes: int) -> None:
-    """Raises UserError where the processes that were started are not as many as configured, or were not started at all.
+    """Raises UserError if the number of running processes differs from the configured one.
 
-    They would train the wrong batches, or wait for each other until the time-out.
+    They would train on the wrong batches, or wait for each other until the time-out.
     """
     found = cluster_environment()
     wanted = f"trainer.devices={devices}, trainer.num_nodes={nodes}"
@@ -133,7 +133,7 @@ def check_world(devices: int, nodes: int) -> None:
 
 
 def threads(devices: int) -> int:
-    """CPU threads for this process: what Slurm gave each task, or its share of the cores it may use."""
+    """CPU threads for this process: Slurm's CPUs per task, or its share of the cores that it may use."""
     given = os.environ.get("SLURM_CPUS_PER_TASK", "")
     if given.isdigit() and slurm_step_tasks() > 1:
         return min(cores(), int(given))

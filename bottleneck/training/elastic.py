@@ -1,14 +1,13 @@
 """Several processes on this machine, started and watched by torch's elastic agent.
 
-The process that read the command line becomes the agent: it never joins a process group and sets no variable of one, so
-the jobs of a multirun know nothing of each other, whatever number of processes each has. What torch's agent does
-otherwise is worked around here, and tests/training/test_processes.py shows each point:
+The process that read the command line becomes the agent. It never joins a process group and never sets a group's
+variables, so the jobs of a multirun are independent, whatever number of processes each has. This module works around
+three faults of torch's agent, each shown by a test in tests/training/test_processes.py or test_workers.py:
 
-- A worker that was asked to stop waits for the agent to collect its result, which an agent that was itself asked to
-  stop never does: TORCH_ELASTIC_SHUTDOWN_TIMEOUT passes before it kills the worker. The agent leaves a mark, and
-  workers exit by it.
-- Workers of an agent that was killed train on, or wait for ever while they start. Workers watch their parent.
-- Ctrl-C while workers import torch prints a traceback from each of them. They start with signals blocked.
+- After a signal, a worker waits for the agent to collect its result. An agent that received the signal too never does,
+  and kills the worker only after TORCH_ELASTIC_SHUTDOWN_TIMEOUT. Here the agent writes a file, on which workers exit.
+- If the agent is killed, its workers keep training, or wait forever during start-up. Here workers watch their parent.
+- Ctrl-C while workers import torch prints a traceback from each worker. Here they start with signals blocked.
 """
 
 from __future__ import annotations
@@ -49,8 +48,7 @@ def start_workers(work: Work, cfg: DictConfig, run_dir: Path, settings: Any, dev
     Args:
         work: importable by its name.
         settings: Python's logging settings for the first process.
-    Raises: UserError for what a process raised as one, and where a process was killed; Stopped where the run was asked
-    to stop.
+    Raises: UserError if a process raised one or was killed; Stopped if the run received a signal to stop.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -78,7 +76,7 @@ def start_workers(work: Work, cfg: DictConfig, run_dir: Path, settings: Any, dev
             raise Stopped(error.sigval) from None
         except ChildFailedError as error:
             if not (folder / STOPPING).exists():
-                explain(error, devices, minutes=cfg.trainer.timeout_minutes, run_dir=run_dir)
+                raise_first_failure(error, devices, minutes=cfg.trainer.timeout_minutes, run_dir=run_dir)
             raise Stopped(int((folder / STOPPING).read_text())) from None
     stopped = [tuple(e) for e in ends.values() if e is not None]
     if stopped:
@@ -86,20 +84,19 @@ def start_workers(work: Work, cfg: DictConfig, run_dir: Path, settings: Any, dev
 
 
 def _quieten_torch() -> None:
-    # Python's tracker of shared resources, a process of its own, reports semaphores that a killed process could not
-    # give back
+    # Python's resource tracker, a separate process, warns about semaphores that a killed process did not release
     quiet = "ignore:resource_tracker:UserWarning"
     if quiet not in os.environ.get("PYTHONWARNINGS", ""):
         os.environ["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), quiet]))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SECONDS_TO_SAVE)
-    for name in list(logging.root.manager.loggerDict):  # each of torch's has a level of its own
+    for name in list(logging.root.manager.loggerDict):  # each of torch's loggers has its own level
         if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
-            logging.getLogger(name).setLevel(logging.CRITICAL)  # `explain` reports in one line what went wrong
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # `raise_first_failure` reports the error in one line
 
 
 @contextlib.contextmanager
 def _workers_folder(run_dir: Path) -> Iterator[Path]:
-    """A folder for the agent's files inside the run's. Those of agents that were killed are removed."""
+    """A folder for the agent's files inside the run's folder. Removes the folders of killed agents."""
     for stale in run_dir.glob(f"{WORKERS}*"):
         pid = stale.name.removeprefix(WORKERS).split("-")[0]
         if not pid.isdigit() or not Path(f"/proc/{pid}").exists():
@@ -117,10 +114,10 @@ def _workers_folder(run_dir: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _agent_signals(folder: Path) -> Iterator[None]:
-    """Turn signals into the end of the agent, and start workers with signals blocked.
+    """Let a signal end the agent, and start workers with signals blocked.
 
-    Signals are blocked in this thread, and workers inherit that, while a second thread takes them: Python runs handlers
-    in the main thread all the same.
+    Workers inherit the blocked signals of the main thread. A second thread keeps them unblocked and so receives them;
+    Python runs the handlers in the main thread.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
 
@@ -132,10 +129,10 @@ def _agent_signals(folder: Path) -> Iterator[None]:
     def end(number: int, frame: Any) -> None:
         mark = folder / STOPPING
         if os.getpid() != main or mark.exists():
-            return  # workers are ending
+            return  # a forked worker, or a second signal: workers are ending already
         mark.write_text(str(int(number)))
         for child in multiprocessing.active_children():
-            if not (folder / f"begun-{child.pid}").exists():  # it still imports, with signals blocked
+            if not (folder / f"begun-{child.pid}").exists():  # still importing, with signals blocked
                 child.kill()
         raise SignalException(f"signal {number}", sigval=signal.Signals(number))
 
@@ -143,9 +140,9 @@ def _agent_signals(folder: Path) -> Iterator[None]:
     threading.Thread(target=over.wait, daemon=True).start()
     handlers = {s: signal.getsignal(s) for s in (*ENDING, *WARNINGS)}
     for number in ENDING[:-1]:
-        if not (number == signal.SIGHUP and handlers[number] == signal.SIG_IGN):  # nohup
+        if not (number == signal.SIGHUP and handlers[number] == signal.SIG_IGN):  # nohup ignores SIGHUP: keep that
             signal.signal(number, end)
-    for number in WARNINGS:  # they reach the workers themselves
+    for number in WARNINGS:  # the workers receive them as well
         signal.signal(number, lambda *_: None)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {*ENDING, *WARNINGS})
     try:
@@ -157,11 +154,11 @@ def _agent_signals(folder: Path) -> Iterator[None]:
         over.set()
 
 
-def explain(error: Any, devices: int, *, minutes: float, run_dir: Path) -> NoReturn:
-    """Raise one line about the process that failed first. Processes that fell with it are left out."""
+def raise_first_failure(error: Any, devices: int, *, minutes: float, run_dir: Path) -> NoReturn:
+    """Raise a one-line error about the process that failed first, not about those that failed as a consequence."""
 
     def described(failure: Any) -> tuple[str, str]:
-        """Its exception, as Kind: message, and the traceback."""
+        """A failure's exception as "Kind: message", and its traceback."""
         message = failure.message
         if not isinstance(message, dict):
             return str(message), ""
@@ -169,9 +166,9 @@ def explain(error: Any, devices: int, *, minutes: float, run_dir: Path) -> NoRet
 
     def order(item: tuple[int, Any]) -> tuple:
         text = described(item[1])[0]
-        # NCCL's watchdog ends a process by SIGABRT when the others give no answer
-        fell_with_it = item[1].exitcode in (-signal.SIGTERM, -signal.SIGABRT) or text.startswith("LostPeers: ")
-        return fell_with_it, item[1].exitcode >= 0, not text.startswith("UserError: "), item[1].timestamp
+        # NCCL's watchdog aborts a process whose peers do not answer
+        consequence = item[1].exitcode in (-signal.SIGTERM, -signal.SIGABRT) or text.startswith("LostPeers: ")
+        return consequence, item[1].exitcode >= 0, not text.startswith("UserError: "), item[1].timestamp
 
     rank, first = min(error.failures.items(), key=order)
     who = f"process {rank} of {devices} (pid {first.pid})"
@@ -191,9 +188,7 @@ def explain(error: Any, devices: int, *, minutes: float, run_dir: Path) -> NoRet
 
 
 class _ParentWatch:
-    """Ends this worker when its agent is gone, or once its work is over and the agent, asked to stop, will not collect
-    it.
-    """
+    """Ends this worker if its agent is gone, or if its work is done but a stopping agent will not collect it."""
 
     def __init__(self, agent: int, folder: Path):
         self.agent, self.folder = agent, folder
@@ -228,7 +223,7 @@ def _exit_at_once(code: int) -> None:
 def _worker(
     work: Work, cfg: DictConfig, run_dir: str, settings: Any, agent: int, folder: str
 ) -> Optional[tuple[int, Optional[int]]]:
-    """One process of several. Returns signal and step where it was stopped by a signal."""
+    """One process of several. Returns signal and step if a signal stopped it."""
     watch = _ParentWatch(agent, Path(folder))
     try:
         _listen(Path(folder))
@@ -253,7 +248,7 @@ def _worker(
 
 
 def _listen(folder: Path) -> None:
-    """Unblock the signals that the agent blocked. Until training listens to them, they end the worker."""
+    """Unblock the signals that the agent blocked. They end the worker until training installs its handlers."""
 
     def stop(number: int, frame: Any) -> None:
         raise Stopped(number)

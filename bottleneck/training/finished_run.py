@@ -36,13 +36,13 @@ class FinishedRun:
 
     @property
     def ranks(self) -> list[int]:
-        """Ranks that have a head which did not diverge, ascending."""
+        """Ranks with at least one head that did not diverge, ascending."""
         return sorted({h["rank"] for h in self.curve["heads"] if h["status"] == "ok"})
 
     def pick(self, rank: int, lr: Optional[float] = None, seed: Optional[int] = None) -> dict[str, Any]:
         """The curve's row of the best head at a rank, among those of a rate and a seed if given.
 
-        Raises: UserError that lists the heads there are, where there is no such head, or only diverged ones.
+        Raises: UserError that lists the existing heads, if there is no such head or all of them diverged.
         """
         rows = [h for h in self.curve["heads"] if h["rank"] == rank]
         ranks = ", ".join(map(str, sorted({h["rank"] for h in self.curve["heads"]})))
@@ -50,9 +50,8 @@ class FinishedRun:
         for name, value in (("lr", lr), ("seed", seed)):
             if value is not None:
                 listed = ", ".join(f"{v:.6g}" for v in sorted({h[name] for h in rows}))
-                rows = [
-                    h for h in rows if f"{h[name]:.6g}" == f"{value:.6g}"
-                ]  # a head's name has six digits of its rate
+                # a head's name holds its rate to six digits
+                rows = [h for h in rows if f"{h[name]:.6g}" == f"{value:.6g}"]
                 where = f"rank {rank} in {self.folder} has no such head"
                 check(bool(rows), f"--{name} {value:.6g}: {where}; it has {name} {listed}")
         which = "".join(f", {name} {value:.6g}" for name, value in (("lr", lr), ("seed", seed)) if value is not None)
@@ -104,9 +103,9 @@ class FinishedRun:
         return tensors["A"], tensors["B"]
 
     def tensors(self, row: dict[str, Any], shapes: Optional[dict[str, list[int]]] = None) -> dict[str, Tensor]:
-        """What a head's file holds, float32. Raises UserError where it is missing, damaged, or of another run.
+        """The tensors in a head's file, float32. Raises UserError if it is missing, damaged, or from another run.
 
-        Args: shapes: what it must hold, by name; default: anything.
+        Args: shapes: the names and shapes that it must hold; default: any.
         """
         path = self.file(row)
         check(path.is_file(), f"{path}: no such file; the folder of a finished run has its heads there")
@@ -120,12 +119,12 @@ class FinishedRun:
         check(isinstance(about, dict) and tensors.keys() == names, f"{path}: not a head file of bottleneck")
         if shapes is not None:
             found, wanted_shapes = [list(tensors[n].shape) for n in shapes], list(shapes.values())
-            said = " and ".join(map(str, found)), " and ".join(map(str, wanted_shapes))
-            check(found == wanted_shapes, f"{path}: {' and '.join(shapes)} are {said[0]}, curve.json says {said[1]}")
+            texts = " and ".join(map(str, found)), " and ".join(map(str, wanted_shapes))
+            check(found == wanted_shapes, f"{path}: {' and '.join(shapes)} are {texts[0]}, curve.json says {texts[1]}")
         trained_on, wanted = about.get("backbone_hash"), self.curve["backbone_hash"]
         check(trained_on == wanted, f"{path}: a head of backbone {trained_on}, the run's is {wanted}")
         finite = all(bool(t.isfinite().all()) for t in tensors.values())
-        check(finite, f"{path}: holds values that are not finite")
+        check(finite, f"{path}: contains values that are not finite")
         return {name: t.float() for name, t in tensors.items()}
 
     def model(self, dtype: str, device_type: str = "cpu") -> tuple[Any, Backbone]:
@@ -146,8 +145,8 @@ class FinishedRun:
 def open_run(folder: Path, backbone: Optional[str] = None) -> FinishedRun:
     """Read the folder of a finished run.
 
-    Args: backbone: folder or Hub name where the backbone is now, in place of where the run had it.
-    Raises: UserError where `folder` is not that of one finished run.
+    Args: backbone: folder or Hub name of the backbone, if it has moved since the run.
+    Raises: UserError if `folder` is not the folder of a single finished run.
     """
     check(folder.is_dir(), f"{folder}: no such folder")
     jobs = sorted(p.parent.name for p in folder.glob("*/curve.json"))
@@ -169,7 +168,7 @@ def open_run(folder: Path, backbone: Optional[str] = None) -> FinishedRun:
 
 
 def _stored_config(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The config that the run wrote, and the file it is in. Earlier versions wrote it into their checkpoints only."""
+    """The config that the run wrote, and its file. Earlier versions stored the config only in checkpoints."""
     register()  # resolvers that Hydra's file may use
     config = read_run_file(folder)
     if config is not None:
@@ -179,6 +178,6 @@ def _stored_config(folder: Path) -> tuple[Path, dict[str, Any]]:
     config = read_run_config(folder)
     if config is None:
         raise UserError(
-            f"{folder}: neither {RUN_FILE}, {LAST} nor {HYDRA_CONFIG} is there to say where the backbone is"
+            f"{folder}: holds no {RUN_FILE}, {LAST} or {HYDRA_CONFIG}, so the path of the backbone is unknown"
         )
     return folder / HYDRA_CONFIG, config

@@ -24,7 +24,7 @@ from bottleneck.training.signals import Flag, StopOnSignal
 
 
 def check_device(c: TrainConfig) -> None:
-    """Raises UserError where the run's device does not exist here, or cannot do what the run needs."""
+    """Raises UserError if the run's device is missing on this machine or does not support the run's settings."""
     checks.check_device(c, "cuda" if _accelerator(c.trainer) == "gpu" else "cpu", gpus=torch.cuda.device_count())
 
 
@@ -44,7 +44,7 @@ def build_trainer(c: TrainConfig, run_dir: Path, *, flag: Flag, loggers: list[An
             num_sanity_val_steps=0,
             logger=loggers or False,
             callbacks=_callbacks(t, run_dir, flag),
-            # without an environment of its own Lightning would look for one, and find Slurm's allocation
+            # without an explicit environment Lightning detects one, and would take Slurm's allocation for srun
             plugins=[checkpoint.AtomicCheckpointIO(), cluster.cluster_environment() or LightningEnvironment()],
             default_root_dir=run_dir,
             use_distributed_sampler=False,
@@ -71,7 +71,7 @@ def _strategy(t: TrainerConfig) -> Any:
 
 
 def _callbacks(t: TrainerConfig, run_dir: Path, flag: Flag) -> list[pl.Callback]:
-    """In the order in which they run: a step is validated before it is saved, and saved before the run stops."""
+    """Callbacks in the order in which they run: a step is validated, then saved, and only then may the run stop."""
     callbacks: list[pl.Callback] = [TokenProgress()] if t.progress else []
     callbacks += [processes.SendBfloat16()] if t.reduce_dtype == "bfloat16" and t.devices * t.num_nodes > 1 else []
     callbacks += [ValidateEvery(t.val_every)] if t.val_every else []
@@ -80,7 +80,7 @@ def _callbacks(t: TrainerConfig, run_dir: Path, flag: Flag) -> list[pl.Callback]
 
 
 def fit(trainer: pl.Trainer, module: HeadSweep, *, c: TrainConfig, data: Any, resume: Optional[Path]) -> None:
-    """Train to the last step. Raises UserError where memory is exhausted, LostPeers where other processes are gone."""
+    """Train to the last step. Raises UserError if memory is exhausted, LostPeers if other processes are gone."""
     t = c.trainer
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)

@@ -1,8 +1,8 @@
 """AdamW with a gradient divisor and a skip flag for each parameter group, by a hook into torch's fused AdamW.
 
-torch's fused kernels take `grad_scale` and `found_inf`, made for loss scaling, once for all groups: `step` reads both
-from the optimizer. `_init_group` runs just before each group is updated, so it is where they are exchanged. This module
-works around that, and tests/training/test_private_hooks.py fails where torch changes it.
+torch's fused kernels take `grad_scale` and `found_inf`, made for loss scaling. `step` reads both from the optimizer
+once, for all groups. `_init_group` runs just before each group is updated, so this module sets both there.
+tests/training/test_private_hooks.py fails if torch changes this order.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from torch import Tensor
 class HeadAdamW(torch.optim.AdamW):
     """PyTorch's fused AdamW, one parameter group per head.
 
-    Clipping costs no pass over the gradients, and a diverged head stays as it is without the host ever asking the
-    device.
+    Clipping needs no extra pass over the gradients, and a diverged head is frozen without the host reading the device.
 
     Args: flags: [groups], 1.0 where a group is skipped; read at every step.
     Attributes: divisors: [groups], what gradients are divided by in the next step; from `optim.clip_per_head`.
@@ -45,8 +44,8 @@ class HeadAdamW(torch.optim.AdamW):
 
 @torch.no_grad()
 def group_norms(groups: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Norms of the gradients of groups of parameters, [groups]. The bits of a norm depend on its group alone."""
-    gradients = [p.grad for group in groups for p in group if p.grad is not None]  # all have one
+    """Gradient norms of groups of parameters, [groups]. A norm has the same bits whatever the other groups are."""
+    gradients = [p.grad for group in groups for p in group if p.grad is not None]  # never None, for mypy
     parts = iter(torch._foreach_norm(gradients))
     norms = [[next(parts) for _ in group] for group in groups]
     if {len(n) for n in norms} == {2}:  # low-rank heads only: one operation for all

@@ -13,8 +13,9 @@ from bottleneck.heads.bank import HeadBank
 
 
 def save_heads(bank: HeadBank, folder: Path, metadata: dict[str, str]) -> None:
-    """Write `<key>.safetensors` with the tensors of each head: A [V, R] and B [R, D] if low-rank. Equal heads, equal
-    files.
+    """Write `<key>.safetensors` with the tensors of each head: A [V, R] and B [R, D] if low-rank.
+
+    Equal heads give equal files.
 
     Raises: UserError on a full disk.
     """

@@ -1,4 +1,4 @@
-"""What a run trains with: the backbone's shape, the text, the keys of its heads; later the backbone itself."""
+"""Inputs of a run: the backbone's shape, the text and the heads' keys, and then the backbone itself."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from bottleneck.training.optim import bank_keys
 from bottleneck.training.teacher import EarlierHead
 
 log = logging.getLogger(__name__)
-FEW = 4096  # a run with fewer validation tokens says that its perplexities are uncertain
+FEW = 4096  # fewer validation tokens than this give uncertain perplexities
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,14 @@ class Inputs:
     teacher: Optional[EarlierHead]
 
     def facts(self, c: TrainConfig) -> dict[str, dict[str, Any]]:
-        """What identifies each head, by its name, for trackers."""
+        """Identifying facts of each head, by head name, for trackers."""
         shape: dict[str, Any] = {"hidden_size": self.hidden_size, "vocab_size": self.vocab_size}
         names: dict[str, Any] = {"data": self.corpus.name, "backbone": label(c.backbone)}
         return {key.name: recipe.head_facts(c, key, **shape, **names) for key in self.keys}
 
 
 def load_inputs(c: TrainConfig, teacher: Optional[EarlierHead]) -> Inputs:
-    """Read the backbone's config and prepare the text. Raises UserError where they do not fit the run or each other."""
+    """Read the backbone's config and prepare the text. Raises UserError if they do not fit the run or each other."""
     hidden_size, context, vocab_size = load_shape(c.backbone)
     ranks = checks.check_shapes(c, hidden_size, context)
     options = head_options(c.head, HEAD_KINDS[c.head.kind].options)

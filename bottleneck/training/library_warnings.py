@@ -1,4 +1,4 @@
-"""Library messages that do not concern the user: about what is done on purpose, or about the library itself."""
+"""Library warnings to hide: those about something done on purpose, and those about the library itself."""
 
 from __future__ import annotations
 

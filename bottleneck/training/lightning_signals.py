@@ -1,8 +1,8 @@
-"""Takes Lightning's handling of signals away, which `bottleneck.training.signals` replaces.
+"""Disables Lightning's signal handling, which `bottleneck.training.signals` replaces.
 
-Lightning asks all processes before every step whether one of them had a SIGTERM, and waits for the answer, which holds
-up a GPU; on Slurm it saves in the middle of a step. It has no option to leave either out, so this module replaces two
-private methods of a trainer. tests/training/test_private_hooks.py fails where Lightning renames them.
+Before every step Lightning asks all processes whether one received SIGTERM, and waits for the answer, which stalls a
+GPU. On Slurm it saves in the middle of a step. No option turns this off, so this module replaces two private methods of
+a trainer. tests/training/test_private_hooks.py fails if Lightning renames them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Recognises errors that say "another process of the group is gone or silent".
 
-gloo and NCCL raise RuntimeErrors with words of their own for it. tests/training/test_private_hooks.py loses a gloo peer
-and fails where the words no longer match.
+gloo and NCCL raise RuntimeErrors that differ only in their text. tests/training/test_private_hooks.py loses a gloo peer
+and fails if the text no longer matches.
 """
 
 from __future__ import annotations

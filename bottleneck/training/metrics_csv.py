@@ -27,7 +27,7 @@ class MetricsCSV(Logger):
     def __init__(self, path: Path, resume_step: Optional[int] = None):
         super().__init__()
         self.path, self.resume_step = path, resume_step
-        # (step, metric, head) of the rows that were there when the run was resumed; None until the file is open
+        # (step, metric, head) of the rows written before the run was resumed; None until the file is open
         self._kept: Optional[set[tuple[str, ...]]] = None
 
     @property
@@ -63,7 +63,7 @@ class MetricsCSV(Logger):
             lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
             found = [_row(line) for line in lines]
             rows = [row for row in found if row is not None and int(row[0]) <= self.resume_step]
-            if None in found[:-1]:  # the last one may have been cut by a kill
+            if None in found[:-1]:  # a kill may have cut the last line
                 log.warning("%s: %d lines cannot be read and are dropped", self.path, found[:-1].count(None))
 
         def write(part: Path) -> None:
@@ -75,7 +75,7 @@ class MetricsCSV(Logger):
 
 
 def _row(line: str) -> Optional[list[str]]:
-    """The fields of a line, or None where it is not a row of ours."""
+    """The fields of a line, or None if it is not a valid row."""
     try:
         (row,) = csv.reader([line])
         float(row[4])

@@ -81,7 +81,7 @@ class HeadSweep(pl.LightningModule):
         self.automatic_optimization = False  # a step is several forward passes and one reduction of gradients
         self.strict_loading = False  # checkpoints hold the heads only
         self.backbone, self.bank = backbone, bank
-        # DDP neither broadcasts nor buckets what never changes
+        # DDP must not broadcast or bucket tensors that never change
         frozen = [*backbone.named_parameters(prefix="backbone"), *backbone.named_buffers(prefix="backbone")]
         self._ddp_params_and_buffers_to_ignore = [*(name for name, _ in frozen), "bank.whiten_DD"]
         self.optim, self.steps, self.micro_batch = optim, steps, micro_batch
@@ -96,7 +96,7 @@ class HeadSweep(pl.LightningModule):
         self.validation_tokens = 0
         self.step_tokens, self.timer = 0, StepTimer()
         self.resume_step = resume_step
-        self._clock: Optional[tuple[float, int]] = None  # of the last logged row: time, step
+        self._clock: Optional[tuple[float, int]] = None  # time and step of the last logged row
 
     def configure_optimizers(self) -> Any:
         optimizer = self.build(self.bank, self.optim)
@@ -139,7 +139,7 @@ class HeadSweep(pl.LightningModule):
     def on_train_start(self) -> None:
         if self.global_step == 0:
             self.start(self.bank)
-            if torch.distributed.is_initialized():  # one start for all, whatever their arithmetic
+            if torch.distributed.is_initialized():  # starts computed on different devices may differ in rounding
                 for p in [*self.bank.parameters(), *self.bank.buffers()]:
                     torch.distributed.broadcast(p.data, 0)
             self.initial = self.validate()
@@ -149,7 +149,7 @@ class HeadSweep(pl.LightningModule):
 
         Args: batch: token ids [N, T+1] of this process.
         """
-        optimizer: Any = self.optimizers()  # one of each
+        optimizer: Any = self.optimizers()  # exactly one, as is the scheduler
         scheduler: Any = self.lr_schedulers()
         tokens = batch.shape[0] * (batch.shape[1] - 1)
         losses = torch.zeros(len(self.bank), dtype=torch.float64, device=batch.device)
@@ -169,7 +169,7 @@ class HeadSweep(pl.LightningModule):
         if torch.distributed.is_initialized():
             # DDP (or ZeRO-2) reduces the gradients, once per step
             self.manual_backward(HandOver.apply(*self.bank.parameters()))
-            # a few numbers per step: every process logs and flags the same, and knows whether one had a signal
+            # a few numbers per step give every process the same losses to log and the signals of all processes
             numbers = torch.cat([losses, torch.full_like(losses[:1], self.flag.number)])
             torch.distributed.all_reduce(numbers)
             losses = numbers[:-1] / self.trainer.world_size
@@ -187,21 +187,20 @@ class HeadSweep(pl.LightningModule):
             self._log_step(losses, norms, rates)
 
     def on_train_end(self) -> None:
-        # Lightning moves everything to the CPU next: gradients and AdamW's moments, three times the heads, are not
-        # needed there
+        # Lightning moves everything to the CPU next; gradients and moments, three times the heads, are not needed there
         for optimizer in self.trainer.optimizers:
-            getattr(optimizer, "inner", optimizer).state.clear()  # ZeRO-2 keeps them one deeper
+            getattr(optimizer, "inner", optimizer).state.clear()  # ZeRO-2 wraps the optimizer
         for p in self.bank.parameters():
             p.grad = None
         self.conclude()
 
     def on_fit_end(self) -> None:
-        if not self.final:  # resumed after its last step: nothing was trained, so the results are made here
+        if not self.final:  # resumed after its last step: Lightning skips on_train_end
             self.to(self.trainer.strategy.root_device)
             self.conclude()
 
     def conclude(self) -> None:
-        """Validate for the last time, and compare the heads with the original head. All processes call it together."""
+        """Final validation, and comparison of the heads with the original head. All processes must call it."""
         log.info("validating")
         self.final = self.validate()
         trainer = self.trainer
@@ -222,13 +221,13 @@ class HeadSweep(pl.LightningModule):
         self._log(rows)
 
     def validate(self) -> dict[str, float]:
-        """Validate and log: {head name: loss}. All processes call it together."""
+        """Validate and log. Returns {head name: loss}. All processes must call it."""
         trainer = self.trainer
         batches = self.validation(trainer.global_rank, trainer.world_size)
         losses, reference, self.validation_tokens = validate(self.backbone, self.bank, batches)
         self.reference = reference
         named = {key.name: loss for key, loss in zip(self.bank.keys, losses)}
-        self._clock = None  # validation is not training time
+        self._clock = None  # tokens/s must not include the time of validation
         rows = {f"val/loss/{name}": loss for name, loss in named.items()} | {"val/loss/full": reference}
         for name, loss in [*named.items(), ("full", reference)]:
             numbers = derived(loss, self.validation_tokens, self.text_bytes)
@@ -239,7 +238,7 @@ class HeadSweep(pl.LightningModule):
 
     def _log_step(self, losses: Tensor, norms: Tensor, rates: list[float]) -> None:
         rows: dict[str, float] = {f"train/seconds/{phase}": s for phase, s in self.timer.seconds().items()}
-        # waits for the device: the time is that of finished steps
+        # reading the values waits for the device, so the time measured below is that of finished steps
         values = list(zip(self.bank.keys, losses.tolist(), norms.tolist(), rates))
         now, step = time.perf_counter(), self.global_step
         if self._clock is not None:
@@ -247,7 +246,7 @@ class HeadSweep(pl.LightningModule):
             rows["train/tokens_per_second/all"] = (step - at) * self.step_tokens / (now - began)
         self._clock = now, step
         if self.device.type == "cuda":
-            # since the process began
+            # the peak since the process started
             rows["train/peak_memory_gib/all"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         for key, loss, norm, lr in values:
             rows |= {f"train/loss/{key.name}": loss, f"train/grad_norm/{key.name}": norm, f"train/lr/{key.name}": lr}
@@ -283,14 +282,14 @@ class HeadSweep(pl.LightningModule):
             mine.get("data") == self.data_hash,
             "ckpt_path: its heads were trained on other text than data.files has now",
         )
-        self.initial, self.step_tokens = mine["initial"], mine["step_tokens"]  # `resume.verify` has seen both
+        self.initial, self.step_tokens = mine["initial"], mine["step_tokens"]  # checked by `resume.verify`
         self.bank.memory = mine.get("loss_memory", memory.BEFORE)
 
 
 class ValidateEvery(pl.Callback):
     """Validates every `every` steps.
 
-    Must stand before the callback that saves: a checkpoint then has its step's validation.
+    Must come before the callback that saves, so that a checkpoint includes its step's validation.
     """
 
     def __init__(self, every: int):

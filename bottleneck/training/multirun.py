@@ -1,9 +1,8 @@
-"""After the last job of a multirun: the curves of its jobs as one, in the sweep's folder `curve`, and in W&B where that
-is used.
+"""After the last job of a multirun, merge the jobs' curves into the sweep's folder `curve`, and into W&B if it is used.
 
-The sweep's folder may hold jobs of an earlier multirun: `-m` again with fewer jobs, or with one that fails now. Only
-jobs of this multirun that succeeded are merged. Each leaves a file with the multirun's token, which jobs get as an
-environment variable, in this process as on a cluster.
+The sweep's folder may hold jobs of an earlier multirun, if `-m` is repeated with fewer jobs or a job fails this time.
+Only jobs of this multirun that succeeded are merged. Each of them leaves a file with the multirun's token, which jobs
+receive as an environment variable, both in this process and on a cluster.
 """
 
 from __future__ import annotations
@@ -33,9 +32,7 @@ MARK = ".multirun"  # in a job's folder: the token of the last multirun in which
 
 
 class MergeCurves(Callback):
-    """A Hydra callback (conf/train.yaml). `python -m bottleneck.curve SWEEP --out DIR` merges all curves below a
-    folder.
-    """
+    """A Hydra callback, set in conf/train.yaml. By hand: `python -m bottleneck.curve SWEEP --out DIR`."""
 
     def __init__(self) -> None:
         self.token, self.began, self.failures = "", 0.0, 0
@@ -61,13 +58,13 @@ class MergeCurves(Callback):
         jobs = [job for job in every if self._is_ours(job)]
         if len(jobs) < len(every):
             others = ", ".join(str(job.relative_to(sweep)) for job in every if job not in jobs)
-            log.warning("%s: left out, results of an earlier multirun or of a job that failed now: %s", sweep, others)
+            log.warning("%s: not merged, from an earlier multirun or a job that failed this time: %s", sweep, others)
         if len(jobs) < 2:
             _warn_of_old(merged)
             return
         try:
             curves = curve.merge(curve.read([job / "curve.json" for job in jobs]))
-        except UserError as error:  # jobs that train the same head twice, say on other numbers of processes
+        except UserError as error:  # jobs may train the same head twice, for example with different process counts
             log.warning("the jobs' curves are not merged: %s", error)
             _warn_of_old(merged)
             return
@@ -81,12 +78,12 @@ class MergeCurves(Callback):
             wandb_heads.log_curves(logger, merged, logger.group or sweep.name, curves)
 
     def _is_ours(self, job: Path) -> bool:
-        """Whether a job of this multirun succeeded in a folder."""
+        """Whether this multirun ran a job in a folder and the job succeeded."""
         try:
             token, written = (job / MARK).read_text(), (job / MARK).stat().st_mtime
         except (OSError, ValueError):
             return False
-        # a cluster that passes no environment on gives an empty token
+        # the token is empty on a cluster that does not pass the environment on to its jobs
         return token == self.token or (token == "" and written >= self.began - 1)
 
 

@@ -1,7 +1,7 @@
-"""Recognises errors that say "memory is exhausted", on a GPU or a CPU. On a CPU torch raises a RuntimeError with its
-own words.
+"""Recognises errors that say "memory is exhausted", on a GPU or a CPU.
 
-tests/training/test_private_hooks.py asks torch for too much and fails where the words no longer match.
+On a CPU torch raises a plain RuntimeError, recognised by its text. tests/training/test_private_hooks.py asks torch for
+too much memory and fails if the text no longer matches.
 """
 
 from __future__ import annotations

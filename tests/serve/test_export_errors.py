@@ -106,7 +106,7 @@ BAD = {
     "no config": (
         lambda f: (_without_run_file(f), shutil.rmtree(f / "checkpoints")),
         [],
-        "checkpoints/last.ckpt nor .hydra/config.yaml is there to say where the backbone is",
+        "checkpoints/last.ckpt or .hydra/config.yaml, so the path of the backbone is unknown",
     ),
     "moved": (lambda f: None, ["--backbone", "/no/such/folder"], "no such folder"),
     "changed": (

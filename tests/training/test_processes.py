@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from bottleneck.core.errors import LostPeers, UserError
-from bottleneck.training.elastic import explain
+from bottleneck.training.elastic import raise_first_failure
 from bottleneck.training.processes import leave_at_once
 from bottleneck.training.run_folder import LAST
 from bottleneck.training.signals import Flag
@@ -295,7 +295,7 @@ def test_the_first_cause_is_told(exits, kind, words):
     """NCCL's watchdog aborts the processes that wait for one that is gone."""
     failures = {i: SimpleNamespace(exitcode=e, pid=10 + i, message="", timestamp=i) for i, e in enumerate(exits)}
     with pytest.raises(kind) as caught:
-        explain(SimpleNamespace(failures=failures), 2, minutes=2.5, run_dir=Path("runs/one"))
+        raise_first_failure(SimpleNamespace(failures=failures), 2, minutes=2.5, run_dir=Path("runs/one"))
     assert str(caught.value).startswith(words) and "\n" not in str(caught.value)
 
 
