@@ -36,14 +36,14 @@ def power_rate(
     n_ref = hidden_size * (vocab_size + hidden_size) if c.n_ref is None else c.n_ref
     n = rank * (vocab_size + hidden_size) if parameters is None else parameters
     rate = lr_ref * (n_ref / n) ** gamma
-    # a closed form of full rank is the original head, which a rate for other starts would only disturb
+    # at rank d a closed form equals the original head, and a large rate would only make it worse
     return float(f"{rate * c.full_rank if start.closed_form and rank == hidden_size else rate:.3g}")
 
 
 def rates(
     c: OptimConfig, init: str, rank: int, hidden_size: int, vocab_size: int, *, parameters: Optional[int] = None
 ) -> list[float]:
-    """The learning rates to train at one rank. Args: parameters: see `power_rate`."""
+    """The learning rates of one rank. Args: parameters: see `power_rate`."""
     if c.lr is not None:
         return list(as_list(c.lr))
     if c.lr_rule == "table":
@@ -67,8 +67,9 @@ def bank_keys(
 ) -> list[HeadKey]:
     """The keys of the bank: ranks x rates x seeds.
 
-    Args: kind: `head.kind`; options: values of the kind's options, of which those that are not the default enter the
-    keys.
+    Args:
+        kind: `head.kind`.
+        options: values of the kind's options; those that differ from the default become part of the keys.
     """
     declared = HEAD_KINDS[kind].options
     chosen = as_options({name: value for name, value in (options or {}).items() if value != declared[name]})
@@ -82,7 +83,7 @@ def bank_keys(
 
 
 def trained_parameters(bank: HeadBank, key: HeadKey) -> list[nn.Parameter]:
-    """A head's parameters in the order in which the optimizer and checkpoints have them."""
+    """A head's parameters in the order of the optimizer and of checkpoints."""
     return list(bank[key].parameters())
 
 
@@ -93,9 +94,7 @@ def build_optimizer(bank: HeadBank, c: OptimConfig) -> HeadAdamW:
 
 
 def schedule(c: OptimConfig, steps: int) -> Callable[[int], float]:
-    """Share of the peak rate at a step: linear warm-up, then a cosine that reaches `lr_final` when the last step is
-    done.
-    """
+    """Share of the peak rate at a step: linear warm-up, then a cosine that reaches `lr_final` after the last step."""
     warmup = max(1, round(c.warmup * steps))
 
     def factor(step: int) -> float:
@@ -113,13 +112,13 @@ def clip_per_head(
 ) -> tuple[Tensor, Tensor]:
     """Scale each head's gradient to norm `clip` at most, and flag heads whose loss or norm is not finite.
 
-    Each head counts by itself: clipping over all heads together, as Lightning's gradient_clip_val does, would make a
-    head depend on the others. Losses and gradients are equal on all processes here, so every process flags alike.
+    Heads are clipped separately: a norm over all heads together, as in Lightning's gradient_clip_val, would make a head
+    depend on the others. Losses and gradients are already equal on all processes, so all processes set the same flags.
     Nothing waits for the device.
 
     Args:
-        losses: [H]; only asked whether they are finite.
-        norms: of the gradients, [H], where these lie elsewhere than in the heads' own .grad (`HeadAdamW.norms`).
+        losses: [H]; only checked for being finite.
+        norms: gradient norms [H], if the gradients are not in the heads' .grad (`HeadAdamW.norms`).
     Returns: gradient norms [H], and what to divide the gradients by [H] (`HeadAdamW.divisors`).
     """
     norms = group_norms([trained_parameters(bank, key) for key in bank.keys]) if norms is None else norms

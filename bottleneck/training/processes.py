@@ -1,7 +1,7 @@
 """The processes of a run: one, several on this machine, or as many as a launcher started.
 
-Launchers are torchrun, srun and whatever else Lightning knows a cluster by: then each process is there already and does
-its part.
+Launchers are torchrun, srun and every other cluster environment that Lightning knows. They have already started all
+processes, and each process calls this module.
 """
 
 from __future__ import annotations
@@ -26,11 +26,10 @@ from bottleneck.training.elastic import start_workers
 
 
 def spread(work: Callable[[DictConfig, Path], Any], cfg: DictConfig, run_dir: Path) -> Any:
-    """Call `work(cfg, run_dir)` in every process of the run, and return its result where that is this process.
+    """Call `work(cfg, run_dir)` in every process of the run. Returns its result if it ran in this process, else None.
 
     Args: work: importable by its name.
-    Raises: UserError for what a process raised as one, and where a process was killed; Stopped where the run was asked
-    to stop.
+    Raises: UserError if a process raised one or was killed; Stopped if the run received a signal to stop.
     """
     devices, nodes = cfg.trainer.devices, cfg.trainer.num_nodes
     forget_leftovers()
@@ -57,19 +56,19 @@ def spread(work: Callable[[DictConfig, Path], Any], cfg: DictConfig, run_dir: Pa
 
 
 class SendBfloat16(pl.Callback):
-    """Sends gradients between DDP's processes in 16 bits. Lightning ignores its own option for that on a CPU."""
+    """Sends gradients between DDP's processes in 16 bits. Lightning's option for it has no effect on a CPU."""
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        # torch allows its hook by name with NCCL only; gloo sums bfloat16 as well
+        # torch's registration by name requires NCCL, although gloo also sums bfloat16
         wrapped: Any = trainer.strategy.model
         wrapped.register_comm_hook(None, lambda group, bucket: bf16_compress_hook(group, bucket))
 
 
 def leave_at_once(error: BaseException) -> None:
-    """After a failure that may be this process's alone, exit without NCCL's collective shutdown, which would block.
+    """After a failure in this process, make it exit without NCCL's collective shutdown, which would block.
 
-    At exit Lightning has NCCL wait for the other processes, which wait for this one: until their time-out nobody would
-    learn what went wrong.
+    At exit, Lightning lets NCCL wait for the other processes, while they wait for this one. The error would be reported
+    only after their time-out.
     """
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "nccl":
         code = 2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
@@ -79,11 +78,11 @@ def leave_at_once(error: BaseException) -> None:
             sys.stderr.flush()
             os._exit(code)
 
-        atexit.register(end)  # the last to be registered is the first to be called
+        atexit.register(end)  # registered last, so called first
 
 
 def forget_gpu() -> None:
-    """Free what a run in this process held on a GPU: the next job of a multirun may use processes beside this one."""
+    """Free the GPU memory of a run in this process. The next job of a multirun may use the GPU from other processes."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         gc.collect()
         torch.cuda.empty_cache()

@@ -36,7 +36,7 @@ class TokenProgress(pl.Callback):
         self.first_step = 0
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        # the module's own hook (initial validation) runs after this one: the clock starts with the first batch
+        # the module's hook (initial validation) runs after this one, so the clock starts with the first batch
         self.began = 0.0
         self.first_step = trainer.global_step
 

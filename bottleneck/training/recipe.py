@@ -1,7 +1,7 @@
-"""What describes a run: one list, from which curve.json takes its recipe and W&B the facts of a head.
+"""The settings that describe a run: one list, used for the recipe in curve.json and for the facts of a head in W&B.
 
-The recipe is part of a curve's identity: heads of different recipes are on different lines. A setting that a run does
-not use is not in its recipe, and neither is a setting that did not exist in earlier versions and has its default.
+Heads with different recipes are drawn as different curves. A recipe omits settings that the run does not use. It also
+omits settings that earlier versions did not have, as long as they have their default value.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from bottleneck.core.extensions import OBJECTIVES, STARTS
 from bottleneck.heads.head import count_parameters
 from bottleneck.heads.key import HeadKey
 
-ALWAYS = object()  # no value of a setting
+ALWAYS = object()  # equals no value of a setting, so the setting is always in the recipe
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Setting:
     Attributes:
         value: from the checked config.
         used: whether the run uses it; None: every run does.
-        silent: the value that the recipe leaves out.
+        silent: the value at which the recipe omits the setting.
     """
 
     name: str
@@ -76,8 +76,7 @@ def recipe(c: TrainConfig, dtype: str) -> dict[str, Any]:
 def head_facts(
     c: TrainConfig, key: HeadKey, *, hidden_size: int, vocab_size: int, data: str, backbone: str
 ) -> dict[str, Any]:
-    """Identifying facts of a head, the same whether it trains alone or beside others. None for settings that are not
-    used.
+    """Identifying facts of a head, the same whether it trains alone or with others. None for unused settings.
 
     Args: data, backbone: labels of the text and the backbone.
     """

@@ -46,14 +46,14 @@ class StartingPoint:
     finished: Optional[dict[str, Any]] = None
 
 
-# Keys that are newer than some checkpoints, where the default of conf/train.yaml changes something: what they were in
-# effect
+# Keys that some checkpoints do not have yet, with the value that those runs used; the default of today differs
 NEWER: dict[tuple[str, str], Any] = {("optim", "full_rank"): 1.0}
 
 
 def as_begun(c: TrainConfig, run_dir: Path) -> TrainConfig:
-    """The config with what a run in this folder began with, for keys that did not exist then. Reads files, writes
-    none.
+    """The config, with keys that did not exist when the run in this folder began set to the values it used.
+
+    Reads files, writes none.
     """
     given = [] if c.ckpt_path in (None, "last") else [Path(c.ckpt_path)]
     begun: Optional[dict[str, Any]] = None
@@ -71,8 +71,8 @@ def as_begun(c: TrainConfig, run_dir: Path) -> TrainConfig:
 def find(c: TrainConfig, run_dir: Path) -> StartingPoint:
     """Decide where the run starts. Reads files, writes none.
 
-    Raises: UserError where a run would be overwritten, where the folder or file holds another run, where no checkpoint
-    is whole.
+    Raises: UserError if a run would be overwritten, if the folder or file holds another run, or if all checkpoints are
+        damaged.
     """
     stored, steps = dataclasses.asdict(c), total_steps(c)
     wanted = wanted_checkpoint(c.ckpt_path, run_dir, restarted())
@@ -104,7 +104,10 @@ def find(c: TrainConfig, run_dir: Path) -> StartingPoint:
 
 
 def verify(found: StartingPoint, c: TrainConfig, *, run_dir: Path, bank: HeadBank) -> StartingPoint:
-    """`_verified`, with a line in the log; process 0 renames a damaged last.ckpt that is not used."""
+    """Check the checkpoint's content against the bank, and log where the run resumes.
+
+    Process 0 renames a damaged last.ckpt that is not used.
+    """
     begun = _verified(found, dataclasses.asdict(c), run_dir, steps=total_steps(c), bank=bank)
     if begun.path is not None:
         if global_rank() == 0:
@@ -116,9 +119,9 @@ def verify(found: StartingPoint, c: TrainConfig, *, run_dir: Path, bank: HeadBan
 def _verified(
     found: StartingPoint, stored: dict[str, Any], run_dir: Path, *, steps: int, bank: HeadBank
 ) -> StartingPoint:
-    """Compare the checkpoint's content with the bank it is for; where it does not fit, the previous checkpoint is used.
+    """Compare the checkpoint's content with the bank. If it does not fit, use the previous checkpoint.
 
-    Raises: UserError where no checkpoint fits.
+    Raises: UserError if no checkpoint fits.
     """
     if found.path is None:
         return found
@@ -136,9 +139,9 @@ def _verified(
 def _newest(
     run_dir: Path, stored: dict[str, Any], steps: int, *, bank: Optional[HeadBank] = None
 ) -> tuple[Path, dict[str, Any], Optional[UserError]]:
-    """The newest checkpoint of the run that can be used, its content, and why a newer one cannot.
+    """The newest usable checkpoint of the run, its content, and why a newer one is not usable (or None).
 
-    Raises: the newest one's UserError where there is none.
+    Raises: the UserError about the newest checkpoint, if none is usable.
     """
     first: Optional[UserError] = None
     for path in (run_dir / LAST, run_dir / PREVIOUS):
@@ -157,19 +160,19 @@ def _newest(
 
 
 def restarted() -> bool:
-    """Whether this process is a later try of the same job: requeued by Slurm, or restarted by torchrun."""
+    """Whether this process belongs to a job that was requeued by Slurm or restarted by torchrun."""
     return any(int(os.environ.get(name, 0) or 0) > 0 for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
 
 
 def wanted_checkpoint(ckpt_path: Optional[str], run_dir: Path, restarted: bool) -> Optional[str]:
-    """`ckpt_path`, or `last` for a restarted job that has a checkpoint of its own by now."""
+    """`ckpt_path`, or `last` for a restarted job that has already saved a checkpoint."""
     return "last" if restarted and (ckpt_path is None or has_checkpoint(run_dir)) else ckpt_path
 
 
 def set_damaged_aside(run_dir: Path, used: Path) -> None:
-    """Where a run resumes from previous.ckpt, rename the damaged last.ckpt beside it to last.ckpt.damaged.
+    """If a run resumes from previous.ckpt, rename the damaged last.ckpt to last.ckpt.damaged.
 
-    Otherwise the next save would keep the damaged one as previous.ckpt, in place of the good one.
+    Otherwise the next save would replace the good previous.ckpt by the damaged file.
     """
     last = run_dir / LAST
     if used == run_dir / PREVIOUS and last.exists():
@@ -177,7 +180,7 @@ def set_damaged_aside(run_dir: Path, used: Path) -> None:
 
 
 def _finished_without_checkpoint(stored: dict[str, Any], run_dir: Path, tokens: int) -> Optional[dict[str, Any]]:
-    """The curve of a finished run that kept no checkpoint, or None where there are no results or not all of them."""
+    """The curve of a finished run that kept no checkpoint, or None if results are missing or incomplete."""
     if not has_results(run_dir):
         return None
     earlier = read_run_file(run_dir)
@@ -185,14 +188,14 @@ def _finished_without_checkpoint(stored: dict[str, Any], run_dir: Path, tokens: 
     if earlier is not None:
         check_same_run(earlier, stored, run_dir)
         return done
-    # the folder is of an earlier version: only a restarted job is known to be the same command
+    # a folder of an earlier version, which has no run.json: only a restarted job is certainly the same command
     same = restarted() and (done is None or done["tokens"] == tokens)
     check(same, f"hydra.run.dir={run_dir}: holds results of a run that left no checkpoint; give another folder")
     return done
 
 
-# What may change between a run and its resumption: where things are, what they run on, and who watches. Hashes in the
-# checkpoint show whether weights and text are still the same.
+# Keys that may change when a run is resumed: paths, devices, trackers. Hashes in the checkpoint show whether
+# weights and text are still the same.
 FREE = (
     "trainer.",
     "logger.",
@@ -250,11 +253,10 @@ NOTES = {"backbone": str, "data": str, "heads": list, "initial": dict, "step_tok
 
 
 def content_fault(saved: dict[str, Any], bank: HeadBank) -> Optional[str]:
-    """The first thing in a checkpoint that does not fit the bank, or None: names, shapes, optimizer moments,
-    finiteness.
+    """The first fault of a checkpoint's content, or None: names, shapes, optimizer moments, values that are not finite.
 
-    Finiteness is asked of checkpoints without a checksum only, and not of heads that are marked as diverged. A checksum
-    shows that the content is what the run wrote, and a head may have diverged in the step before the checkpoint.
+    Values are checked only without a checksum, which already proves that the run wrote them, and only for heads that
+    are not marked as diverged. With a checksum, a head that diverged in the last step before the checkpoint is valid.
     """
     try:
         fault = _outline_fault(saved, bank) or _moments_fault(saved, bank)
@@ -266,7 +268,7 @@ def content_fault(saved: dict[str, Any], bank: HeadBank) -> Optional[str]:
 
 
 def _outline_fault(saved: dict[str, Any], bank: HeadBank) -> Optional[str]:
-    """Parts, names of heads, names and shapes of tensors."""
+    """A fault in the checkpoint's parts, names of heads, or names and shapes of tensors."""
     for tree, kinds, where in ((saved, PARTS, ""), (saved["bottleneck"], NOTES, "bottleneck.")):
         for name, kind in kinds.items():
             if not isinstance(tree.get(name), kind):
@@ -280,7 +282,7 @@ def _outline_fault(saved: dict[str, Any], bank: HeadBank) -> Optional[str]:
 def _tensors_fault(found: dict[str, Any], wanted: dict[str, Tensor]) -> Optional[str]:
     missing, more = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     if missing or more:
-        return f"{missing[0]} is missing" if missing else f"{more[0]} is no part of this run"
+        return f"{missing[0]} is missing" if missing else f"{more[0]} does not belong to this run"
     for name, tensor in wanted.items():
         shape = list(found[name].shape) if isinstance(found[name], Tensor) else None
         if shape != list(tensor.shape):
@@ -289,11 +291,9 @@ def _tensors_fault(found: dict[str, Any], wanted: dict[str, Tensor]) -> Optional
 
 
 def _moments_fault(saved: dict[str, Any], bank: HeadBank) -> Optional[str]:
-    """Optimizer state: one entry per trained parameter, with two moments of its shape, after as many steps as the
-    checkpoint.
-    """
+    """A fault in the optimizer state: two moments of each parameter, with its shape, and the number of steps done."""
     if len(saved["optimizer_states"]) != 1 or len(saved["lr_schedulers"]) != 1:
-        return "there is not one optimizer with one schedule"
+        return "it does not hold exactly one optimizer and one schedule"
     optimizer = saved["optimizer_states"][0]
     state = optimizer.get("state") if isinstance(optimizer, dict) else None
     shapes = [list(p.shape) for key in bank.keys for p in trained_parameters(bank, key)]
@@ -311,7 +311,7 @@ def _moments_fault(saved: dict[str, Any], bank: HeadBank) -> Optional[str]:
     progress = loops.get("epoch_loop.manual_optimization.optim_step_progress", {})
     done = progress.get("total", {}).get("completed")
     if done != saved["global_step"]:
-        return f"its loops have done {done} steps, it says {saved['global_step']}"
+        return f"its training loop has counted {done} steps, but global_step is {saved['global_step']}"
     return None
 
 
@@ -325,5 +325,5 @@ def _finite_fault(saved: dict[str, Any], bank: HeadBank) -> Optional[str]:
         index += count
         weights = [t for name, t in saved["state_dict"].items() if f".{key.name}." in name]
         if not lost and not all(bool(torch.isfinite(t).all()) for t in [*weights, *moments]):
-            return f"head {key.name} holds values that are not finite"
+            return f"head {key.name} contains values that are not finite"
     return None

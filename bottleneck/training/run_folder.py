@@ -19,9 +19,9 @@ LOCK_SECONDS = 60
 
 @contextlib.contextmanager
 def lock_folder(run_dir: Path, rank: int) -> Iterator[None]:
-    """Keep other runs out of the folder. Process 0 holds the lock, and waits for a run that is ending.
+    """Keep other runs out of the folder. Process 0 holds the lock; it waits a few seconds for a run that is ending.
 
-    Raises: UserError where another run stays in the folder, or where the folder cannot be written.
+    Raises: UserError if another run keeps the lock, or if the folder cannot be written.
     """
     if rank:
         yield
@@ -32,8 +32,8 @@ def lock_folder(run_dir: Path, rank: int) -> Iterator[None]:
         _check_writable(run_dir)
         lock.acquire(timeout=LOCK_SECONDS)
     except Timeout:
-        raise UserError(f"hydra.run.dir={run_dir}: another run is at work there") from None
-    except (OSError, NotImplementedError) as error:  # file systems without locks: the run goes on without one
+        raise UserError(f"hydra.run.dir={run_dir}: another run is using this folder") from None
+    except (OSError, NotImplementedError) as error:  # a file system without locks: run without one
         check(run_dir.is_dir(), f"hydra.run.dir={run_dir}: cannot be written: {error}")
     try:
         yield
@@ -42,7 +42,7 @@ def lock_folder(run_dir: Path, rank: int) -> Iterator[None]:
 
 
 def _check_writable(run_dir: Path) -> None:
-    """Raises UserError where no file can be made in the folder: permissions, a read-only disk, a full one."""
+    """Raises UserError if no file can be created in the folder: no permission, a read-only disk, a full disk."""
     probe = run_dir / f".write-test-{os.getpid()}"
     try:
         probe.touch()
@@ -57,5 +57,5 @@ def has_checkpoint(run_dir: Path) -> bool:
 
 
 def has_results(run_dir: Path) -> bool:
-    """Whether the folder has results of a run, perhaps not all of them."""
+    """Whether the folder has results of a run, complete or not."""
     return (run_dir / "curve.json").exists() or any((run_dir / "heads").glob("*.safetensors"))

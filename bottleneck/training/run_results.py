@@ -1,4 +1,4 @@
-"""What a run leaves: its result in Python, the files in its folder, and the number that a sweeper optimizes."""
+"""Results of a run: the Python object, the files in its folder, and the number that a sweeper optimizes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Result:
 
     Attributes:
         curve: content of curve.json.
-        module, trainer: None where the run had been finished before.
+        module, trainer: None if the run was already finished.
     """
 
     curve: dict[str, Any]
@@ -42,7 +42,7 @@ class Result:
 
 
 def describe(run_dir: Path, c: TrainConfig, *, trainer: pl.Trainer) -> None:
-    """Write run.json: what this folder holds a run of. Process 0 writes it, once the run has been accepted."""
+    """Write run.json, which holds the run's config. Process 0 writes it once the run has been accepted."""
     if trainer.is_global_zero:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_run_file(run_dir, dataclasses.asdict(c), environment(trainer.strategy.root_device))
@@ -61,7 +61,7 @@ def write_results(c: TrainConfig, inputs: Inputs, *, module: HeadSweep, run_dir:
 
 
 def already_finished(curve: dict[str, Any], run_dir: Path) -> Result:
-    """The result of a run that was finished before. Process 0 writes files of its results that are missing."""
+    """The result of a run that was already finished. Process 0 writes missing result files."""
     if global_rank() == 0:
         files.write_missing(curve, run_dir)
     log.info("%s is finished: nothing to do", run_dir)
@@ -72,7 +72,7 @@ def optimized_value(run_dir: Path, metric: str) -> float:
     """The number that `optimized_metric` names, of the head with the lowest validation loss.
 
     Args: metric: a number of a head in curve.json, such as loss; loss@64 is that of the best head of rank 64.
-    Returns: infinity where every such head diverged. Raises UserError where there is no such number or rank.
+    Returns: the number, infinity if every such head diverged. Raises UserError if there is no such number or rank.
     """
     name, _, rank = metric.partition("@")
     heads = json.loads((run_dir / "curve.json").read_text(encoding="utf-8"))["heads"]

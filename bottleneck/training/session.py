@@ -1,4 +1,4 @@
-"""What surrounds a run in its process: the folder's lock, signals, requeueing on Slurm, loggers to close."""
+"""Resources of a run in its process: the folder's lock, signal handlers, requeueing on Slurm, open loggers."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ class Session(contextlib.ExitStack):
         self._result: Optional[dict[str, Any]] = None
 
     def listen_to_slurm(self) -> None:
-        """From now on Slurm's warning ahead of a time limit is noted; before, it was blocked (`core.startup`)."""
+        """Start to handle Slurm's warning before a time limit, which `core.startup` has blocked."""
         if "SLURM_JOB_ID" in os.environ:
             self.flag.listen(signals.REQUEUE)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, set(signals.REQUEUE))
 
     def close_at_end(self, loggers: list[Any], *, in_sweep: bool) -> None:
-        """Close loggers when the run ends, with its curve where it has one."""
+        """Close loggers when the run ends, and give them its curve if it has one."""
         self.callback(lambda: tracking.close(loggers, self._result, in_sweep))
 
     def finish(self, curve: dict[str, Any]) -> None:
-        """Note the run's result, for what is closed at the end."""
+        """Keep the run's result for the loggers that are closed at the end."""
         self._result = curve
 
 
 @contextlib.contextmanager
 def open_session(run_dir: Path) -> Iterator[Session]:
-    """Lock the run's folder, clean up at the end; on Slurm, requeue a run that was stopped ahead of a time limit."""
+    """Lock the run's folder and clean up at the end. On Slurm, requeue a run that was stopped before a time limit."""
     library_warnings.hide()
     try:
         with run_folder.lock_folder(run_dir, cluster.global_rank()), Session() as session:

@@ -1,9 +1,9 @@
-"""On a signal, a run finishes its step, saves a checkpoint and exits; on Slurm its job goes back into the queue.
+"""On a signal, a run finishes its step, saves a checkpoint and exits; on Slurm its job is requeued.
 
-SIGTERM comes from Slurm's preemption and `scontrol requeue` (Slurm requeues the job by itself), from torchrun and from
-people; SIGHUP from a closed terminal; SIGUSR1 and SIGUSR2 ahead of a time limit (`--signal=USR1@90`, submitit), after
-which this module requeues the job. Every process stops after the same step: flags travel with the losses that are
-summed over processes anyway, and are read some steps later, when that sum is long done, so that nobody waits.
+SIGTERM comes from Slurm's preemption and `scontrol requeue` (Slurm requeues the job itself), from torchrun and from
+users; SIGHUP from a closed terminal; SIGUSR1 and SIGUSR2 before a time limit (`--signal=USR1@90`, submitit), and then
+this module requeues the job. All processes must stop after the same step. Flags are therefore summed over processes,
+together with the losses, and each sum is read some steps later, when it is finished, so that no process waits for it.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from bottleneck.core.errors import Stopped
 from bottleneck.training.cluster import global_rank
 
 log = logging.getLogger(__name__)
-LAG = 4  # forward passes between a flag's sum and its reading on a GPU, in whole steps: how far the CPU may run ahead
+LAG = 4  # on a GPU a flag's sum is read so many forward passes later: the CPU may run that far ahead
 REQUEUE = (signal.SIGUSR1, signal.SIGUSR2)
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, *REQUEUE, signal.SIGINT)
 KILL_WAIT = 120  # seconds to wait, after scontrol requeue, for Slurm to end this process
 
 
 class Flag:
-    """The signal that this process has received, and what the processes have agreed on.
+    """The signal that this process has received, and whether any process of the run has received one.
 
-    Attributes: number: of the first signal, 0 before.
+    Attributes: number: number of the first signal, 0 before it.
     """
 
     def __init__(self) -> None:
@@ -44,14 +44,14 @@ class Flag:
         self._before: dict[int, Any] = {}
 
     def listen(self, numbers: tuple[signal.Signals, ...]) -> None:
-        """Note these signals instead of acting on them. A second Ctrl-C still interrupts at once.
+        """Record these signals instead of acting on them. A second Ctrl-C still interrupts at once.
 
-        A SIGHUP that is ignored, by nohup, stays ignored.
+        If SIGHUP is ignored (nohup), it stays ignored.
         """
         self._install(numbers, self._note)
 
     def raise_from_now(self, numbers: tuple[signal.Signals, ...]) -> None:
-        """End the run at once on these signals. For what follows the last step, which can be repeated."""
+        """End the run at once on these signals: used after the last step, since the rest can be repeated."""
 
         def stop(number: int, frame: Any) -> None:
             raise Stopped(number)
@@ -72,18 +72,18 @@ class Flag:
             self._before.setdefault(number, signal.signal(number, handler))
 
     def _note(self, number: int, frame: Any) -> None:
-        # a terminal's Ctrl-C reaches every process, and the agent passes its own on: that is still the first time
+        # one Ctrl-C in a terminal may arrive twice: from the terminal itself and from the agent
         if number == signal.SIGINT and self.number == signal.SIGINT and time.monotonic() - self._since > 1:
             raise KeyboardInterrupt
         if not self.number:
             self.number, self._since = number, time.monotonic()
 
     def send(self, summed: Tensor, passes: int = 1) -> None:
-        """Keep the sum over processes of a step's flags: a tensor of one element, perhaps still being computed.
+        """Keep the sum over processes of a step's flags, a tensor of one element that may still be in computation.
 
         Args:
-            passes: forward passes of a step, the same on every process and in every step. Steps of many passes are
-                waited for.
+            passes: forward passes of a step, the same on every process and in every step. With `LAG` or more, `agreed`
+                waits for the sum of the current step.
         """
         self._lag = LAG // passes
         if not summed.is_cuda:
@@ -96,10 +96,9 @@ class Flag:
         self._sums.append((host, event))
 
     def agreed(self, last: bool = False) -> bool:
-        """Whether some process had a signal: the same answer on every process. Without `send`, whether this process had
-        one.
+        """Whether some process received a signal; the answer is equal on all processes. Without `send`: this process.
 
-        Args: last: this is the last step, so all sums are read, and waited for.
+        Args: last: whether this is the last step, so that all sums must be waited for and read.
         """
         if not self._sums:
             return self.number > 0
@@ -121,8 +120,8 @@ class StopOnSignal(pl.Callback):
     """Raises `Stopped` after the step in which the processes agreed to stop, with a checkpoint on disk.
 
     Args:
-        flag: which the module sends with its losses.
-        save: writes the checkpoint of this step, or None where the run keeps none.
+        flag: the flag that the module sends with its losses.
+        save: writes the checkpoint of this step; None if the run keeps no checkpoints.
     """
 
     def __init__(self, flag: Flag, save: Optional[Callable[[pl.Trainer], None]]):
@@ -133,7 +132,7 @@ class StopOnSignal(pl.Callback):
             log.info("training outside the main thread: a signal ends it without saving a checkpoint first")
 
     def on_train_batch_start(self, *_: Any) -> None:
-        self.flag.listen(SIGNALS)  # not before the first step: until then there is nothing to save
+        self.flag.listen(SIGNALS)  # from the first step on; before it a signal may end the run at once
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
         if not self.flag.agreed(last=trainer.global_step >= trainer.max_steps):
@@ -141,16 +140,16 @@ class StopOnSignal(pl.Callback):
         if self.save is not None:
             self.save(trainer)
         number = self.flag.number
-        if torch.distributed.is_initialized():  # one process may have had it alone
+        if torch.distributed.is_initialized():  # the signal may have reached one process only
             numbers = [0] * trainer.world_size
             torch.distributed.all_gather_object(numbers, number)
             number = max(numbers)
         raise Stopped(number, trainer.global_step)
 
     def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
-        if self.flag.number:  # it came after the last step's sum
+        if self.flag.number:  # received after the last step's sum
             raise Stopped(self.flag.number, trainer.global_step)
-        # a time limit in the last validation requeues the job as well
+        # also requeue the job if its time limit falls into the last validation
         kept = REQUEUE if "SLURM_JOB_ID" in os.environ else ()
         self.flag.raise_from_now(kept)
         self.flag.leave(but=kept)
@@ -160,12 +159,12 @@ class StopOnSignal(pl.Callback):
 
 
 def requeue() -> None:
-    """Put this Slurm job back into the queue and wait to be ended. Called by every process, after its checkpoint."""
+    """Requeue this Slurm job and wait for Slurm to end this process. Every process calls it, after its checkpoint."""
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which Slurm ends it now
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Slurm ends the process with SIGTERM
     if global_rank() == 0:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
         if done.returncode:

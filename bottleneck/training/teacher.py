@@ -1,4 +1,4 @@
-"""A head of an earlier run that teaches this run's heads, and that they start from: head.teacher=FOLDER."""
+"""head.teacher=FOLDER: a head of an earlier run is the teacher of this run's heads, and closed forms approximate it."""
 
 from __future__ import annotations
 
@@ -16,21 +16,18 @@ from bottleneck.training.finished_run import FinishedRun, open_run
 
 
 class EarlierHead(NamedTuple):
-    """The best head of the highest rank of a finished run, and that run."""
+    """A finished run and its best head of the highest rank."""
 
     run: FinishedRun
     row: dict[str, Any]
 
     @property
     def name(self) -> str:
-        """The head's name and the hash of its file: the same wherever its folder lies.
-
-        Runs are resumed and compared by it.
-        """
+        """The head's name with the hash of its file. It identifies the teacher independently of the folder's path."""
         return f"{HeadKey.of(self.row).name}:{self.run.hash(self.row)}"
 
     def check_shape(self, hidden_size: int, vocab_size: int) -> None:
-        """Raises UserError where this run's backbone has another shape. Needs no weights."""
+        """Raises UserError if this run's backbone has another shape. Needs no weights."""
         theirs, ours = [self.run.curve["vocab_size"], self.run.curve["hidden_size"]], [vocab_size, hidden_size]
         about = f"its heads are for a vocabulary and hidden size of {theirs}, this backbone's are {ours}"
         check(theirs == ours, f"head.teacher={self.run.folder}: {about}")

@@ -1,6 +1,6 @@
-"""Where a step's time goes: forward, heads, reduction, optimizer.
+"""Times of the phases of a step: forward, heads, reduction, optimizer.
 
-On a GPU by events, which cost nothing while it works.
+On a GPU they are measured with CUDA events, which do not slow it down.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import torch
 
 
 class StepTimer:
-    """Times the phases of one step: each call ends the phase that began at the call before, or at `begin`."""
+    """Times the phases of one step. Each call ends the phase that began at the previous call or at `begin`."""
 
     def __init__(self) -> None:
         self._marks: list[tuple[str, Any]] = []
         self._on = self._cuda = False
 
     def begin(self, on: bool, device: torch.device) -> None:
-        """Start a step, which is timed only if `on`."""
+        """Start a step; it is timed only if `on`."""
         self._on, self._cuda, self._marks = on, device.type == "cuda", []
         self("")
 
@@ -35,7 +35,7 @@ class StepTimer:
         self._marks.append((phase, event))
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of each phase, summed over its marks. Waits until the device has finished the step."""
+        """Total seconds of each phase. Waits until the device has finished the step."""
         if self._cuda and self._marks:
             self._marks[-1][1].synchronize()
         out: dict[str, float] = {}

@@ -19,10 +19,10 @@ log = logging.getLogger(__name__)
 def build_loggers(
     c: LoggerConfig, run_dir: Path, group: str, heads: dict[str, dict[str, Any]], resume_step: Optional[int]
 ) -> list[Logger]:
-    """The loggers of a run. Raises UserError where W&B is asked for and refuses.
+    """The loggers of a run. Raises UserError if W&B is wanted and refuses the run.
 
     Args:
-        group: W&B group of heads that belong together, unless the config or the environment names one.
+        group: W&B group of the run's heads, unless the config or the environment sets one.
         heads: facts of each head by its name, see `recipe.head_facts`.
         resume_step: step that the run resumes from.
     """

@@ -1,4 +1,4 @@
-"""Weights & Biases as its users expect it: a run for each head, and one for the curve."""
+"""Weights & Biases: one run per head, and one run for the curve."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ FINAL = ("loss", "perplexity", "bits_per_byte", "initial_loss")  # and the metri
 
 
 class WandbHeads(Logger):
-    """A run for each head, of one group, whether heads train together or apart.
+    """One W&B run per head, all in one group, whether heads train together or in separate jobs.
 
-    Every run has its head's facts as `config`, `tokens` as its x axis, and the last, final and best values as
-    `summary`. A resumed run continues in the same W&B runs (offline: in more files of the same runs). Under W&B's agent
-    the only head's run is the agent's; where a trial trains several heads, the agent's run shows their curve and the
-    lowest validation loss.
+    Every W&B run has its head's facts as `config`, `tokens` as its x axis, and the last, final and best values as
+    `summary`. A resumed run continues the same W&B runs (offline: it adds files to them). Under a W&B agent, a trial of
+    one head logs to the agent's run. If a trial has several heads, the agent's run shows their curve and the lowest
+    validation loss.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class WandbHeads(Logger):
         super().__init__()
         self.s, self.run_dir, self.group = s, run_dir, s.group or group
         self.runs: dict[str, Any] = {}
-        self.trial: Any = None  # the run of W&B's agent, where that is not the only head's
+        self.trial: Any = None  # the W&B agent's run, if the trial has several heads
         self.ids: dict[str, Any] = {BEST: {}}
         if getattr(rank_zero_only, "rank", 0) == 0:  # set by Lightning, not in its types
             self._begin(heads, resume_step)
@@ -116,14 +116,14 @@ class WandbHeads(Logger):
             lowest = min(losses.values())
             perplexity = math.exp(lowest) if lowest < 700 else math.inf
             self.trial.log({"tokens": tokens, "val/loss": lowest, "val/perplexity": perplexity}, step=step)
-        if losses:  # a resumed run counts what came before
+        if losses:  # a resumed run reads the best losses of earlier tries
             self._keep()
 
     @rank_zero_only
     def finish(self, curve: Optional[dict[str, Any]], alone: bool) -> None:
         """End the runs, with their results where there is a curve.
 
-        Args: alone: the curve becomes a run of its own, since this is not one job of a multirun.
+        Args: alone: not a job of a multirun, so the curve gets its own W&B run.
         """
         results = {} if curve is None else {HeadKey.of(h).name: h for h in curve["heads"]}
         code = 0 if curve is not None else 1
@@ -205,7 +205,7 @@ def _lines(curves: list[dict[str, Any]]) -> tuple[list[list[int]], list[list[flo
 
 
 def _ids(folder: Path) -> dict[str, Any]:
-    """Ids of the W&B runs of an earlier try in this folder; what is damaged in the file is left out."""
+    """Ids of the W&B runs of an earlier try in this folder. Damaged entries of the file are skipped."""
     path = folder / IDS
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

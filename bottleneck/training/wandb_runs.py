@@ -1,7 +1,7 @@
-"""Starting W&B runs: which settings hold, and what its errors mean.
+"""Start W&B runs: choose their settings, and translate W&B's errors.
 
-Settings follow W&B's convention: a key of `logger` on the command line, else W&B's environment variable, else the
-default.
+Settings follow W&B's convention: a key of `logger` on the command line comes first, then W&B's environment variable,
+then the default.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from bottleneck.core.errors import UserError, check
 log = logging.getLogger(__name__)
 AGENT = "WANDB_SWEEP_ID"  # set where W&B's agent runs the job
 MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
-SECONDS = 30  # that a server is waited for
+SECONDS = 30  # to wait for a server
 TAG_LETTERS = 64
 SWEEP_SETTINGS = ("sweep_id", "sweep_param_path", "run_id")
 
 
 @dataclass(frozen=True)
 class WandbSettings:
-    """What W&B runs are started with.
+    """Settings of W&B runs.
 
     Attributes:
         mode: online, offline or disabled.
@@ -47,7 +47,7 @@ class WandbSettings:
 
 
 def wandb_settings(c: LoggerConfig, variables: Mapping[str, str] = os.environ) -> WandbSettings:
-    """The settings that hold. Raises UserError where a value is not allowed."""
+    """The settings from config and environment. Raises UserError if a value is not allowed."""
     given = variables.get("WANDB_MODE", "").strip().lower()
     check(not given or given in MODES, f"WANDB_MODE={given}: must be one of {', '.join(MODES)}")
     if variables.get("WANDB_DISABLED", "").strip().lower() in ("true", "1", "yes"):
@@ -97,16 +97,16 @@ def outside_the_sweep() -> Iterator[None]:
 def begin(
     s: WandbSettings, folder: Path, *, group: str, name: str, job: str, facts: dict[str, Any], run_id: str
 ) -> Any:
-    """Start one W&B run beside others in this process. Where the server does not answer, the run is offline.
+    """Start one of several W&B runs in this process. The run is offline if the server does not answer.
 
-    Raises: UserError where the server refuses the account, and for settings that W&B refuses.
+    Raises: UserError if the server refuses the account, or W&B refuses a setting.
     """
     import wandb
 
     folder = s.folder or folder
 
     def start(mode: str, run_id: str) -> Any:
-        # system metrics and the terminal's output are the machine's, not a head's
+        # no system metrics and no terminal output: they belong to the machine, not to a head
         settings = wandb.Settings(
             silent=True, console="off", x_disable_stats=True, init_timeout=SECONDS, finish_timeout=2 * SECONDS
         )
@@ -141,14 +141,14 @@ def begin(
             name,
             folder / "wandb",
         )
-        return start("offline", new_id())  # the first try holds the id
+        return start("offline", new_id())  # the failed attempt still holds the first id
     except Exception as error:  # no home folder, a bad WANDB_BASE_URL: W&B raises many kinds
         lines = [line.strip() for line in str(error).splitlines() if line.strip() and "errors.pydantic.dev" not in line]
         raise UserError(f"logger=wandb: {': '.join(lines[:3]) or type(error).__name__}") from error
 
 
 def _server_answers() -> bool:
-    """Whether W&B's server answers at all, with anything but a failure of its own. Nothing is sent."""
+    """Whether W&B's server answers, with anything but a server error (HTTP 5xx). No data is sent."""
     import wandb
 
     try:
@@ -161,5 +161,5 @@ def _server_answers() -> bool:
 
 
 def offline(s: WandbSettings) -> WandbSettings:
-    """The same settings without a server: it was waited for once."""
+    """The same settings in offline mode, so that the server is waited for only once."""
     return replace(s, mode="offline")

@@ -1,11 +1,9 @@
-"""The heads' optimizer spread over the processes by DeepSpeed's ZeRO stage 2: each process holds a share of AdamW's
-moments.
+"""Optimizer state of the heads sharded by DeepSpeed's ZeRO stage 2: each process holds a share of AdamW's moments.
 
-DeepSpeed lays a head's A and B end to end, as one parameter group, and gives every process an equal part of it. It
-reduces the gradient of a part to its owner, which updates the part with the optimizer it was given, and gathers the
-heads again. That optimizer is `HeadAdamW`: divisors and flags belong to a whole group, so clipping, divergence and
-rates of a head are the same as under DDP. DeepSpeed's own clipping and overflow check look at all heads together and
-are off.
+DeepSpeed concatenates A and B of a head, as one parameter group, and assigns an equal part of it to every process. It
+reduces the gradient of a part to its owner, the owner updates the part, and DeepSpeed gathers the heads again. The
+optimizer is `HeadAdamW`, whose divisors and flags belong to a whole group, so clipping, divergence and rates of a head
+are the same as under DDP. DeepSpeed's own clipping and overflow check, which combine all heads, are off.
 """
 
 from __future__ import annotations
@@ -42,7 +40,7 @@ class Zero2Strategy(DDPStrategy):
     """DDP's processes, with gradients reduced by DeepSpeed."""
 
     def configure_ddp(self) -> None:
-        """Use no wrapper: DDP's would reduce the gradients a second time."""
+        """Return the module without DDP's wrapper, which would reduce the gradients a second time."""
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         sharded: Any = self.optimizers[0]
@@ -51,10 +49,10 @@ class Zero2Strategy(DDPStrategy):
 
 
 class Zero2AdamW(torch.optim.Optimizer):
-    """An optimizer of whole heads to its callers, with the groups and the state of `HeadAdamW`.
+    """The sharded optimizer, with the interface, groups and state of `HeadAdamW`.
 
-    So a run resumes from the checkpoint of any other, whatever its number of processes and its optimizer. DeepSpeed's
-    engine is built at the first backward pass, once heads and state have their initial values.
+    A checkpoint can therefore be resumed with another number of processes, and with or without ZeRO. DeepSpeed's engine
+    is built at the first backward pass, once heads and state have their initial values.
 
     Attributes: divisors: as `HeadAdamW`.
     """
@@ -108,7 +106,7 @@ class Zero2AdamW(torch.optim.Optimizer):
             self._whole = self._restored
 
     def state_dict(self) -> dict[str, Any]:
-        """As `HeadAdamW.state_dict`. Holds moments once, on the process where they were gathered."""
+        """As `HeadAdamW.state_dict`. Only the process that gathered the moments has them."""
         state, self._whole = self._whole or {}, None
         return {"state": state, "param_groups": super().state_dict()["param_groups"]}
 

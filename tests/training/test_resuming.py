@@ -118,5 +118,5 @@ def test_one_run_in_a_folder(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr("bottleneck.training.run_folder.LOCK_SECONDS", 0.2)
     (tmp_path / "run").mkdir()
-    with FileLock(tmp_path / "run" / LOCK), pytest.raises(UserError, match="another run is at work there"):
+    with FileLock(tmp_path / "run" / LOCK), pytest.raises(UserError, match="another run is using this folder"):
         run()
