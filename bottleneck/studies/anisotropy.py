@@ -63,15 +63,22 @@ def reading(layer: dict[str, Any]) -> str:
     said = [f"mean cosine {cosine:.2f}"]
     for x in layer["without_strongest"]:
         which = f"dimension {first}" if x["k"] == 1 else f"the {x['k']} strongest"
-        if x["k"] <= FEW:
+        if x["k"] <= FEW or _gone(cosine, x):
             said.append(f"{x['mean_cosine']:.2f} without {which}")
     said.append(f"norm of the mean {layer['cone']:.2f} of the RMS norm")
-    return f"{', '.join(said)}: {_cause(cosine, few)}"
+    return f"{', '.join(said)}: {_cause(cosine, few, layer['without_strongest'])}"
 
 
-def _cause(cosine: float, few: dict[str, Any] | None) -> str:
+def _gone(cosine: float, left_out: dict[str, Any]) -> bool:
+    """Whether nothing that could be a cone remains without the strongest dimensions."""
+    return left_out["mean_cosine"] < min(ISOTROPIC, cosine / 2)
+
+
+def _cause(cosine: float, few: dict[str, Any] | None, without: list[dict[str, Any]]) -> str:
     if few is None:
         return "too few dimensions to tell outlier dimensions from a cone"
+    if any(_gone(cosine, x) for x in without):  # also where the outlier dimensions are more than FEW
+        return "outlier dimensions, no cone"
     outliers = cosine - few["mean_cosine"] > OUTLIERS * cosine
     cone = few["mean_cosine"] >= ISOTROPIC or not outliers
     if outliers and cone:

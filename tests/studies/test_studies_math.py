@@ -125,7 +125,7 @@ def planted_states(outliers: int, cone: float, rows: int = 2000, width: int = 10
 def layer_of(h: torch.Tensor) -> dict:
     """The numbers of a layer as the study computes them from its hidden states."""
     raw = cosines(h)
-    centred, fewer = Cosines.empty(h.shape[1], centre_D=raw.mean_D), {k: without(raw, k) for k in (1, 5)}
+    centred, fewer = Cosines.empty(h.shape[1], centre_D=raw.mean_D), {k: without(raw, k) for k in (1, 5, 20)}
     for sums in (centred, *fewer.values()):
         sums.add(h)
     return _layer(0, raw, centred, fewer)
@@ -147,6 +147,10 @@ def test_outlier_dimensions_are_told_from_a_cone():
             assert x["cone"] == pytest.approx((rest.mean(0).norm() / rest.norm(dim=1).square().mean().sqrt()).item())
     assert reading(layer_of(outlier)).endswith("outlier dimensions, no cone")
     assert reading(layer_of(planted_states(3, 0.0))).endswith("outlier dimensions, no cone")
+    many = planted_states(12, 0.0, width=400)  # more outlier dimensions than the five that are looked at first
+    many[:, :12] += 12
+    assert layer_of(many)["mean_cosine"] > 0.5
+    assert reading(layer_of(many)).endswith("outlier dimensions, no cone")
     assert reading(layer_of(cone)).endswith("a cone, no outlier dimensions")
     said = reading(layer_of(both))
     assert said.endswith("outlier dimensions and a cone") and "0.50 without dimension 0" in said
