@@ -1,5 +1,4 @@
-"""What a head loses beyond perplexity: the registered metrics, and the loss by frequency of the target and by place in
-the text.
+"""Details beyond perplexity: the registered metrics, and the loss by frequency of the target and by place in the text.
 
 Every metric (`bottleneck.core.extensions.METRICS`) is a mean over all validation tokens, computed a chunk of logits at
 a time.
@@ -27,7 +26,7 @@ from bottleneck.core.extensions import Metric, Predictions, metrics
 from bottleneck.heads.bank import HeadBank
 from bottleneck.losses.chunked import chunk_rows
 
-# Ranks in the order of frequency, from 1. The last band has the rest, and tokens that the training text lacks.
+# Places in the order of frequency, from 1. The last band has all further tokens and those missing in the training text.
 BANDS = ((1, 10), (11, 100), (101, 1_000), (1_001, 10_000), (10_001, None))
 COUNTED = 200_000_000  # training tokens whose frequencies are counted, at most
 GROUPS = 100  # stretches of validation text whose losses curve.json keeps, at most
@@ -35,8 +34,7 @@ SUMMED = 4  # metrics summed in one reduction: the built-in four have the same b
 
 
 def bands_of(tokens: np.ndarray, vocab_size: int) -> Tensor:
-    """The band of every token id, int64 [V], by its count in a text. Of equal counts the smaller id is the more
-    frequent."""
+    """The band of every token id, int64 [V], by its count in a text. Of equal counts the smaller id comes first."""
     counts = np.zeros(vocab_size, np.int64)
     for start in range(0, min(len(tokens), COUNTED), 1 << 24):
         counts += np.bincount(tokens[start : min(start + (1 << 24), COUNTED)], minlength=vocab_size)
@@ -63,7 +61,7 @@ class _Sums:
     def __init__(self, heads: int, wanted: Sequence[Metric], device: torch.device):
         self.wanted = wanted
         self.metrics_HK = torch.zeros(heads, len(wanted), dtype=torch.float64, device=device)
-        # the original head is the last of H + 1
+        # H heads, then the original head
         self.bands = torch.zeros(heads + 1, len(BANDS), dtype=torch.float64, device=device)
         self.counts = torch.zeros(len(BANDS), dtype=torch.float64, device=device)
         self.blocks: list[Tensor] = []  # [H + 1, N] of each batch
@@ -72,7 +70,7 @@ class _Sums:
     def add_losses(self, i: int, q: Predictions, member_nB: Tensor) -> Tensor:
         """Add a head's losses to its bands. Returns the losses [n], float64."""
         loss_n = -q.log_p_nV.gather(1, q.targets_n[:, None]).squeeze(1).double()
-        # as a product: GPUs add in any order otherwise, which gives other bits each time
+        # as a product, because index_add on a GPU adds in a varying order and so gives varying bits
         self.bands[i] += loss_n @ member_nB
         return loss_n
 
@@ -169,8 +167,7 @@ def _described(sums: _Sums, names: list[str]) -> dict[str, Any]:
 
 
 def grouped(sums: np.ndarray, tokens: np.ndarray) -> tuple[list[int], list[list[float | None]]]:
-    """Losses of stretches of consecutive blocks, for confidence intervals: blocks are joined to `GROUPS` groups at
-    most.
+    """Losses of groups of consecutive blocks, for confidence intervals. There are at most `GROUPS` groups.
 
     Args: sums: summed losses [H, N] of blocks, nats; tokens: of each block [N].
     Returns: tokens of each group [G]; mean losses, one list of G for each of the H rows, nats to 7 decimals, None where

@@ -26,23 +26,24 @@ __all__ = ["HeadBank", "HeadKey"]
 class HeadBank(nn.Module):
     """Heads keyed by (rank, learning rate, seed, kind), all reading the same hidden states.
 
-    Heads share nothing but their input: the sum of their losses has for each head the gradient of its own loss alone,
-    so a head trained in a bank is the head trained by itself, bit for bit on a CPU.
+    Heads share nothing but their input. The gradient of the summed loss with respect to a head is the gradient of that
+    head's loss, so a head trained in a bank equals the head trained alone, bit for bit on a CPU.
 
     Args:
         loss_impl: see `losses.linear_cross_entropy`; "auto" picks for each rank.
-        tokens: tokens of one micro-batch, which "auto" picks by.
+        tokens: tokens of one micro-batch, for the choice of "auto".
         loss_memory: see `losses.memory`; auto or bytes.
         coordinates: heads are trained in other coordinates, from `use_coordinates`; see `head.whiten` and
             `optim.lr_ratio`.
 
     Attributes:
         keys: the heads' keys, in order.
-        objective: what heads are trained on; None: cross-entropy. Validation losses are always cross-entropy. If it
-            wants a teacher and has none, the one head of rank D is the teacher: it is trained on cross-entropy, the
-            others on its logits at that step. Every head has the same bits as it has with its teacher alone.
+        objective: the training objective; None: cross-entropy. Validation losses are always cross-entropy. If the
+            objective needs a teacher and has none, the bank's single head of rank D is the teacher: it is trained on
+            cross-entropy, the others on its logits at the same step. A head has the same bits in a bank as beside its
+            teacher alone.
         diverged: [H] flags, 1.0 for heads whose gradient has been non-finite; on the device, saved with the heads.
-        whiten_DD: M^-1 of `use_coordinates`, None where heads are trained as they are; saved with the heads.
+        whiten_DD: M^-1 of `use_coordinates`, None if heads are trained in coordinates of h; saved with the heads.
 
     Raises: UserError for a duplicate head, or a kind that cannot be trained in other coordinates.
     """
@@ -74,7 +75,7 @@ class HeadBank(nn.Module):
             )
         self.keys, self.loss_impl, self.tokens, self.hidden_size = keys, loss_impl, tokens, hidden_size
         self.loss_memory = loss_memory
-        self.memory: Optional[int] = None  # bytes of a head step, once they are decided
+        self.memory: Optional[int] = None  # bytes of a head step, set by `losses.memory.decide`
         self.objective = objective
         self.heads = nn.ModuleDict({k.name: build_head(k, vocab_size, hidden_size) for k in keys})
         self.register_buffer("diverged", torch.zeros(len(keys)))
@@ -90,10 +91,10 @@ class HeadBank(nn.Module):
     def use_coordinates(self, root_DD: Tensor, inverse_DD: Tensor) -> None:
         """Train B in other coordinates: from now on the parameter B holds C = B M [R, D], which reads x = M^-1 h.
 
-        The heads stay the same functions of h. A step of AdamW moves every entry of a parameter alike. Where one entry
-        of h is a thousand times the others, as in many language models, a rate at which the others learn moves its
-        column of B far too much; with M = Σ^½ all entries of x have variance 1. With M / s a step of C is s times as
-        long in B.
+        The heads stay the same functions of h. A step of AdamW moves all entries of a parameter by about the same
+        amount. In many language models one entry of h is a thousand times larger than the others: a rate at which the
+        others learn then moves its column of B far too much. With M = Σ^½ all entries of x have variance 1. With M / s
+        a step of C is s times as long in B.
 
         Args: M and its inverse: Σ^½ and Σ^-½ of the hidden states' covariance from `calibration.roots`, or a multiple
             of them.
@@ -104,31 +105,31 @@ class HeadBank(nn.Module):
         self.whiten_DD.copy_(inverse_DD)
 
     def factors(self, key: HeadKey) -> tuple[Tensor, Tensor]:
-        """A [V, R] and B [R, D] of a low-rank head, for hidden states as they are."""
+        """A [V, R] and B [R, D] of a low-rank head, in coordinates of h."""
         factors: tuple[Tensor, Tensor] = self[key].factors(self.whiten_DD)
         return factors
 
     def tensors(self, key: HeadKey) -> dict[str, Tensor]:
-        """What the file of a head holds: tensors by name, for hidden states as they are."""
+        """The tensors stored in a head's file, by name, in coordinates of h."""
         tensors: dict[str, Tensor] = self[key].tensors(self.whiten_DD)
         return tensors
 
     @torch.no_grad()
     def finish_gradients(self) -> None:
-        """Once all tokens of a step are in, turn the gradients of B into those of C: dC = dB M^-1."""
+        """After the last tokens of a step, turn the gradients of B into those of C: dC = dB M^-1."""
         if self.whiten_DD is not None:
             for head in self._heads():
                 head.finish_gradients(self.whiten_DD)
 
     def impl(self, key: HeadKey, dtype: torch.dtype) -> str:
-        """The implementation of the loss that a head runs on for hidden states of a dtype: never "auto"."""
+        """The loss implementation that a head uses for hidden states of a dtype; never "auto"."""
         impl: str = self[key].impl(dtype, self.tokens, self.loss_impl)
         return impl
 
     def cast(self, dtype: torch.dtype, impl: Optional[str] = None) -> list[Any]:
-        """What `accumulate`, `losses` and `float_logits` read of every head; valid until the parameters change.
+        """The form of each head that `accumulate`, `losses` and `float_logits` read; valid until parameters change.
 
-        Args: impl: in place of each head's own.
+        Args: impl: loss implementation that replaces each head's own.
         """
         return [
             self[key].read(dtype, impl or self.impl(key, dtype), self.whiten_DD, memory=self.memory)
@@ -169,7 +170,7 @@ class HeadBank(nn.Module):
         return o is not None and o.declared.teacher and o.teacher_logits is None
 
     def describe_objective(self) -> str:
-        """One line for the log: the objective, its options, and the head that teaches."""
+        """One line for the log: the objective, its options and the teacher."""
         o = self.objective
         if o is None:
             return OBJECTIVES["ce"].summary
@@ -181,9 +182,9 @@ class HeadBank(nn.Module):
 
     @property
     def teacher_index(self) -> int:
-        """Which of `keys` teaches under head.teacher=trained: the head of rank D.
+        """Index of the teacher among `keys` under head.teacher=trained: the head of rank D.
 
-        Raises UserError unless it is exactly one.
+        Raises UserError unless there is exactly one.
         """
         return full_rank_index(self.keys, self.hidden_size)
 

@@ -15,7 +15,7 @@ from bottleneck.backbone.model import FullHead
 from bottleneck.core.errors import check
 from bottleneck.losses.chunked import chunk_rows
 
-RIDGE = 1e-6  # of the mean eigenvalue: keeps the covariance invertible on few tokens
+RIDGE = 1e-6  # relative to the mean eigenvalue; keeps the covariance of few tokens invertible
 
 
 @dataclass

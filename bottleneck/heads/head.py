@@ -1,8 +1,8 @@
-"""What every kind of head is: parameters, logits of hidden states, and what the bank and the evaluation ask of it.
+"""`Head`, the base class of all kinds of heads: the interface that the bank and the evaluation use.
 
-A kind needs to define its parameters, `logits` and `begin`. `Head` then trains it with autograd, a chunk of tokens at a
-time, so that no more than a few chunks of logits are held; it saves and loads the parameters and evaluates them. A kind
-that can do better, as `low_rank` does, overrides `read`, `token_losses`, `step` and `taught_steps`.
+A kind must define its parameters, `logits` and `begin`. `Head` trains it with autograd, a chunk of tokens at a time, so
+that only a few chunks of logits are held; it also saves, loads and evaluates the parameters. A kind with a faster
+implementation, such as `low_rank`, overrides `read`, `token_losses`, `step` and `taught_steps`.
 
 Dims: N tokens, n tokens of a chunk, D hidden size, R rank, V vocabulary.
 """
@@ -34,7 +34,7 @@ class Head(nn.Module):
         start_rank: rank of the factors that `begin` is given.
 
     Attributes:
-        wide: how many float32 numbers per token and vocabulary entry its forward and backward pass hold, about.
+        wide: approximate number of float32 values per token and vocabulary entry held by its forward and backward pass.
     """
 
     wide: int = 4
@@ -57,16 +57,16 @@ class Head(nn.Module):
 
     @property
     def parameters_count(self) -> int:
-        """Trainable numbers: what the learning rate is scaled by."""
+        """Number of trainable parameters, from which the learning rate is computed."""
         return sum(p.numel() for p in self.parameters())
 
     def tensors(self, whiten_DD: Optional[Tensor] = None) -> dict[str, Tensor]:
-        """What its file holds, by name: parameters and buffers, for hidden states as they are."""
+        """The tensors of its file, by name: parameters and buffers, in coordinates of h."""
         return {name: t.detach() for name, t in self.state_dict().items()}
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Set the parameters from `tensors`. Raises UserError where names or shapes differ."""
+        """Set the parameters from `tensors`. Raises UserError if names or shapes differ."""
         own = self.state_dict()
         for what, ours, theirs in (
             ("tensors", sorted(own), sorted(tensors)),
@@ -85,13 +85,13 @@ class Head(nn.Module):
         raise NotImplementedError
 
     def impl(self, dtype: torch.dtype, tokens: int, wanted: str) -> str:
-        """Name of what its training step runs on, for the log."""
+        """Name of the implementation of its training step, for the log."""
         return "autograd, chunked"
 
     def read(
         self, dtype: torch.dtype, impl: str, whiten_DD: Optional[Tensor] = None, *, memory: Optional[int] = None
     ) -> Any:
-        """Whatever can be prepared once for a step; given back to the methods below until the parameters change.
+        """Anything that can be prepared once per step; passed to the methods below until the parameters change.
 
         Args: memory: bytes that a step may take on a GPU, see `losses.memory`.
         """
@@ -137,14 +137,14 @@ class Head(nn.Module):
                 found = loss(self.logits(h), y.clamp(min=0).long(), h).masked_fill(y < 0, 0.0)
                 gradients = torch.autograd.grad(found.sum(), parameters)
             for p, gradient in zip(parameters, gradients):
-                assert p.grad is not None  # of zeros at least, from `HeadBank.zero_gradients`
+                assert p.grad is not None  # never None after `HeadBank.zero_gradients`
                 p.grad.add_(gradient, alpha=scale)
             parts.append(found.detach().float())
         return torch.cat(parts)
 
 
 class Factored(Head):
-    """Base of kinds that build on factors A [V, R] and B [R, D] and begin as a start gives them."""
+    """Base of kinds with factors A [V, R] and B [R, D], which `begin` sets to the factors of the start."""
 
     def __init__(self, vocab_size: int, rank: int, hidden_size: int):
         super().__init__(vocab_size, start_rank=rank)
@@ -157,20 +157,20 @@ class Factored(Head):
 
     @torch.no_grad()
     def begin(self, key: HeadKey, A_VR: Tensor, B_RD: Tensor, *, head: FullHead, moments: Calibration) -> None:
-        """The factors as they are."""
+        """Set the factors to those of the start."""
         self.A.copy_(A_VR)
         self.B.copy_(B_RD)
 
 
 def build_head(key: HeadKey, vocab_size: int, hidden_size: int) -> Head:
-    """The head of a key, with parameters that are not yet started."""
+    """Build the head of a key; its parameters are not started yet."""
     kind = HEAD_KINDS[key.kind]
     head: Head = kind.build(vocab_size, key.rank, hidden_size, **{**kind.options, **dict(key.options)})
     return head
 
 
 def count_parameters(key: HeadKey, vocab_size: int, hidden_size: int) -> int:
-    """Trainable numbers of the head of a key, without allocating it."""
+    """Number of trainable parameters of the head of a key, without allocating it."""
     with torch.device("meta"):
         return build_head(key, vocab_size, hidden_size).parameters_count
 

@@ -1,4 +1,4 @@
-"""What identifies a head within a run, and the file and module name that follows from it."""
+"""The key that identifies a head within a run, and the head's file and module name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOW_RANK = "low_rank"
 
 @dataclass(frozen=True)
 class HeadKey:
-    """What distinguishes the heads of a bank. Everything about a head follows from its key and the run's config.
+    """Identifies a head in a bank. The key and the run's config determine everything else about the head.
 
     Attributes:
         kind: name of its `HeadKind`.
@@ -48,7 +48,7 @@ class HeadKey:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What its row in curve.json says beyond rank, rate and seed: nothing for a low-rank head."""
+        """Fields of its row in curve.json besides rank, rate and seed: none for a low-rank head."""
         if self.kind == LOW_RANK:
             return {}
         options = {name: list(v) if isinstance(v, tuple) else v for name, v in self.options}
@@ -56,12 +56,12 @@ class HeadKey:
 
 
 def as_options(given: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """Options as a key holds them: sorted by name, lists as tuples."""
+    """Options in the form of a key: sorted by name, with tuples for lists."""
     return tuple((name, tuple(v) if isinstance(v, list) else v) for name, v in sorted(given.items()))
 
 
 def generator(key: HeadKey) -> torch.Generator:
-    """A CPU generator seeded by a head's rank and seed only, so that heads of all rates begin at the same values."""
+    """A CPU generator seeded by a head's rank and seed only, so that heads of all rates start from the same values."""
     digest = hashlib.sha256(f"{key.rank}/{key.seed}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
@@ -81,7 +81,7 @@ def _word(value: Any) -> str:
 
 
 def full_rank_index(keys: list[HeadKey], hidden_size: int) -> int:
-    """Which head teaches under head.teacher=trained: the one of rank D. Raises UserError unless exactly one has it."""
+    """Index of the head of rank D, the teacher if head.teacher=trained. Raises UserError unless exactly one has it."""
     full = [i for i, key in enumerate(keys) if key.rank == hidden_size]
     needs = f"needs exactly one head of the full rank {hidden_size} in the run, with one rate and one seed"
     check(len(full) == 1, f"head.teacher=trained: {needs}; found {len(full)}")

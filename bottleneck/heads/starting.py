@@ -39,13 +39,13 @@ def unwatched(what: str, steps: Iterable[Any]) -> Iterable[Any]:
 
 @dataclass(frozen=True)
 class StartInputs:
-    """What a start may use.
+    """Inputs of a start.
 
     Attributes:
-        head: the head to approximate: the original head, or the one that `head.teacher=FOLDER` names.
+        head: the head to approximate: the original head, or the one of `head.teacher=FOLDER`.
         moments: over the calibration tokens.
         hidden: batches of hidden states [..., D] of the calibration tokens; empty unless the start `reads_hidden`.
-        keys: the low-rank heads whose factors will be asked for.
+        keys: the heads whose factors will be requested.
         options: the values of the start's options.
         watch: (what, steps) -> steps, reporting progress.
     """
@@ -67,7 +67,7 @@ class StartInputs:
 
 
 def options_of(declared: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The declared options, each with the given value or else its default."""
+    """The declared options with the given values, or else their defaults."""
     return {name: given.get(name, default) for name, default in declared.items()}
 
 

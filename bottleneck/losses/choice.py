@@ -47,7 +47,7 @@ def table(path: Path = TABLE) -> list[dict[str, Any]]:
 def choose(device: torch.device, dtype: torch.dtype, tokens: int, vocab: int, rank: int) -> str:
     """Return the fastest implementation at the nearest measured point, in octaves of tokens, vocabulary and rank.
 
-    The choice depends on shapes alone, so a head gets the same implementation alone and in company. Devices without
+    The choice depends on shapes only, so a head gets the same implementation alone and in a bank. Devices without
     measurements, and GPUs without Triton, run the chunked loss.
     """
     known = "bfloat16" if dtype.itemsize == 2 else str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Chunked loss: the gradient of a chunk of tokens is computed while its logits are at hand.
+"""Chunked loss: the gradient of a chunk of tokens is computed while its logits are in memory.
 
 For a chunk of n tokens with z = h Bᵀ and softmax p:
 
@@ -29,7 +29,7 @@ MOST_BYTES = 96 << 20  # upper bound for the float32 logits of a chunk, also wit
 
 
 def chunk_rows(vocab: int, device_type: str) -> int:
-    """Return the tokens of one chunk, by vocabulary and device alone: a head's bits do not depend on its company."""
+    """Return the tokens of one chunk, from vocabulary and device only: a head's bits do not depend on other heads."""
     rows = max(ROWS.get(device_type, 16), CHUNK_BYTES.get(device_type, 96 << 20) // (4 * vocab))
     return max(1, min(rows, MOST_BYTES // (4 * vocab)))
 

@@ -7,7 +7,7 @@ For a token with the teacher's logits s* and a head's logits s = A z, z = B h (H
 
 The factor T² keeps the gradient of the KL about as large at every temperature. Tokens are processed in chunks. The
 teacher's softmax is computed once for all heads of a bank, which share nothing else, so each head has the same bits
-alone and in company. For heads on `fused` one Triton kernel turns a chunk of their logits into its gradient; the rest
+alone and in a bank. For heads on `fused` one Triton kernel turns a chunk of their logits into its gradient; the rest
 is plain PyTorch on any device.
 
 Dims: n tokens of a chunk, D hidden size, R rank, V vocabulary.
@@ -91,7 +91,7 @@ def steps(
     N, V = len(h_ND), len(heads[0].A)
     losses = torch.zeros(len(heads), N, dtype=torch.float32, device=h_ND.device)
     kernels = fused() if all(w.impl == "fused" for w in heads) else None
-    # more V-wide buffers are held than without a teacher
+    # with a teacher more V-wide buffers are held, so chunks are smaller
     rows = kernels.goal_rows(N, V, h_ND.element_size()) if kernels else max(1, chunk_rows(V, h_ND.device.type) // 2)
     work: Callable[..., None] = functools.partial(_fast, kernels) if kernels else _plain
     for start in range(0, N, rows):
@@ -153,5 +153,5 @@ def _loss_and_gradient(logits_nV: Tensor, goals: list[Goal]) -> tuple[Tensor, Te
         slope = goal.weight / goal.temperature
         g = g if slope == 1 else g.mul_(slope)
         G = g if G is None else G.add_(g)
-    assert G is not None  # there is at least one goal
+    assert G is not None  # a loss has at least one term
     return total, G

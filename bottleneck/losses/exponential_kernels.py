@@ -219,7 +219,7 @@ def settle(
     BT: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """Per row: loss, weight 1 / Σ E, excess p_y − 1, weight · z, all 0 where it does not count; E[y] becomes 0."""
+    """Per row: loss, weight 1 / Σ E, excess p_y − 1, weight · z, all 0 for an ignored token; E[y] becomes 0."""
     row = tl.program_id(0).to(tl.int64)
     sums = tl.zeros([BT], tl.float32)
     for t0 in range(0, T, BT):
@@ -230,7 +230,7 @@ def settle(
     counts = y >= 0
     offset = tl.load(offset_ptr + row)
     own = tl.load(own_ptr + row)
-    # offset against own first: both may be large and near each other
+    # subtract the target's logit from the offset first: both may be large and nearly equal
     tl.store(loss_ptr + row, tl.where(counts, ((offset - own) + tl.log2(total)) * LN2, 0.0))
     weight = tl.where(counts, 1.0 / total, 0.0)
     tl.store(weight_ptr + row, weight)
@@ -244,7 +244,7 @@ def settle(
 
 @triton.jit
 def arrange(y_ptr, order_ptr, M, BM: tl.constexpr, BN: tl.constexpr):
-    """order [M]: tokens sorted by target, equal ones in their order; each finds its place by counting."""
+    """order [M]: tokens sorted by target, stable. Each token finds its place by counting smaller targets."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     key = (tl.load(y_ptr + rows, mask=rows < M, other=0).to(tl.int64) << 32) + rows
     place = tl.zeros([BM], tl.int32)

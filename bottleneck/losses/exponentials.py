@@ -59,7 +59,7 @@ class Tile(NamedTuple):
     halves: bool = False
 
 
-# Measured on an H100 with bfloat16 (docs/log): ranks up to 256, and above.
+# Measured on an H100 with bfloat16 (docs/log.md): ranks up to 256, and above.
 HOPPER_NARROW = Tile(128, 128, 64, 4, 3, resident=2, halves=True)
 HOPPER = Tile(128, 256, 64, 8, 4, halves=True)
 PLAIN = Tile(64, 64, 32, 4, 3)
@@ -191,7 +191,7 @@ def _by_tma(z: Tensor, A: Tensor, E: Tensor, offset: Tensor, sums: Tensor, t: Ti
 
 
 def quack(z: Tensor) -> Optional[ModuleType]:
-    """Return QuACK's first product where it serves these operands: bfloat16 on a Hopper with the package installed."""
+    """Return QuACK's first product if it supports these operands (bfloat16 on Hopper, package installed), else None."""
     return _quack(z.device) if z.is_cuda and z.dtype == torch.bfloat16 else None
 
 
@@ -201,7 +201,7 @@ def _quack(device: torch.device) -> Optional[ModuleType]:
         return None
     try:
         return importlib.import_module("bottleneck.losses.quack_epilogue")
-    except Exception as error:  # whatever a package of compilers raises on a machine that it does not know
+    except Exception as error:  # a compiler package may raise anything on an unknown machine
         why = f"{type(error).__name__}: {error}"
         log.info("head steps at ranks above 128 run without QuACK, up to 20 %% slower (%s); see docs/speed.md", why)
         return None

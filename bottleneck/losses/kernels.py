@@ -154,7 +154,7 @@ def merge(
     for s in tl.static_range(S):
         share = tl.exp2((tl.load(m_ptr + s * N + rows, mask=inside, other=0.0) - top) * LOG2E)
         l += share * tl.load(l_ptr + s * N + rows, mask=inside, other=1.0)
-    # subtract the largest logit first: both may be large and near each other
+    # subtract the largest logit first: both may be large and nearly equal
     tl.store(loss_ptr + rows, tl.where(counts, (top - own) + tl.log2(l) * LN2, 0.0), mask=inside)
     if GRAD:
         tl.store(lse_ptr + rows, tl.where(counts, top * LOG2E + tl.log2(l), float("inf")), mask=inside)
@@ -221,7 +221,7 @@ def soften(logits_ptr, y_ptr, loss_ptr, V, stride, BLOCK: tl.constexpr, GRAD: tl
         cols = v0 + tl.arange(0, BLOCK)
         s = tl.load(at + cols, mask=cols < V, other=float("-inf"), eviction_policy="evict_last").to(tl.float32) * LOG2E
         top = tl.maximum(m, s)
-        # each lane keeps a maximum of its own; a lane that has seen nothing has none
+        # each lane keeps its own maximum; a lane without entries has −inf
         base = tl.where(top == float("-inf"), 0.0, top)
         l = l * tl.exp2(m - base) + tl.exp2(s - base)
         m = top

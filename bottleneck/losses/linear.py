@@ -19,7 +19,7 @@ from bottleneck.losses.products import add_product
 
 
 class Weights(NamedTuple):
-    """A head as the products read it: A [V, R'] and B [R', D] in the dtype of the hidden states.
+    """A head in the form that the products read: A [V, R'] and B [R', D] in the dtype of the hidden states.
 
     R' is the rank, padded with zeros where the implementation asks for it.
     """
@@ -46,7 +46,7 @@ def weights(A_VR: Tensor, B_RD: Tensor, dtype: torch.dtype, impl: str, memory: O
 
 
 def targets(y_N: Tensor, ignore_index: int = -100, vocab: Optional[int] = None) -> Tensor:
-    """Targets as `step` reads them: int32, -1 where a token does not count.
+    """Targets in the form that `step` reads: int32, -1 for ignored tokens.
 
     Args: vocab: give it where targets may be wrong: those become `vocab`, which every implementation reports.
     """
@@ -104,9 +104,10 @@ def step(
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Mean or summed loss whose gradients are computed in the forward pass, while logits are at hand.
+    """Mean or summed loss whose gradients are computed in the forward pass, while logits are in memory.
 
-    They stay in float32 until the incoming gradient and the number of tokens have been multiplied in: rounded once.
+    Gradients stay in float32 until they are multiplied by the incoming gradient and divided by the number of tokens, so
+    they are rounded once.
     """
 
     @staticmethod
@@ -134,7 +135,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 "linear_cross_entropy: an earlier backward() has taken its gradients; compute the loss again"
             )
         factor = grad if ctx.count is None else grad / ctx.count
-        # in place where the dtype stays: a gradient of A is as large as A, and nothing else holds it
+        # in place if the dtype stays: a gradient of A is as large as A, and nobody else uses it
         out = (
             None if g is None else torch.mul(g, factor, out=g if d == g.dtype else torch.empty_like(g, dtype=d))
             for g, d in zip(gradients, ctx.dtypes)
@@ -182,6 +183,6 @@ def linear_cross_entropy(
         raise ValueError(f"impl={impl!r}: {refusal}; allowed here are {allowed}")
     if impl == "reference":
         return reference(h, A, B, y, reduction, ignore_index)
-    if not torch.is_grad_enabled():  # the forward pass would compute gradients for nothing
+    if not torch.is_grad_enabled():  # otherwise the forward pass would compute gradients that nobody needs
         h, A, B = h.detach(), A.detach(), B.detach()
     return LinearCrossEntropy.apply(h, A, B, y, impl, ignore_index, reduction == "mean")

@@ -14,12 +14,12 @@ import torch
 SHARE = 32  # auto: one part in 32 of the card's memory, 2.5 GiB of 80 GB
 FREE_SHARE = 4  # but at most a quarter of what is free once the bank is built, halved until it fits
 LEAST = 256 << 20  # bytes, below which auto does not go
-BEFORE = 240 << 20  # bytes; of runs from before the key existed
+BEFORE = 240 << 20  # bytes, in runs that began before the key existed
 
 
 @functools.cache
 def of_card(device: torch.device) -> int:
-    """Return the bytes that auto wants on a device; 0 on a CPU, whose chunks depend on its caches."""
+    """Return the bytes that auto asks for on a device; 0 on a CPU, where the cache size decides the chunks."""
     if device.type != "cuda":
         return 0
     total = torch.cuda.get_device_properties(device).total_memory

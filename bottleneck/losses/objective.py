@@ -32,10 +32,9 @@ class BoundObjective:
 
     Attributes:
         options: the values of the declared options.
-        teacher_logits: of the head that teaches; None if the objective has no teacher, or if the bank's own head of
-            rank D
-            teaches, which learns from the data at the same time: see `heads.HeadBank`.
-        whose: the head that teaches, for messages.
+        teacher_logits: the teacher's logits; None if the objective has no teacher, or if the teacher is the bank's head
+            of rank D, which learns from the data at the same time: see `heads.HeadBank`.
+        whose: description of the teacher, for messages.
     """
 
     declared: Objective

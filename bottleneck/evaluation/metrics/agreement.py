@@ -1,5 +1,4 @@
-"""How far a head's predictions are from the original head's. p is the original head's distribution at a token, q the
-head's.
+"""Agreement of a head with the original head. p is the original head's distribution at a token, q the head's.
 
 Dims: n tokens of a chunk, V vocabulary, K most likely tokens.
 """

@@ -22,10 +22,10 @@ from bottleneck.heads.key import HeadKey
 
 
 class Blocks(Head):
-    """Parameters A_i [V_i, R_i] and B_i [R_i, D] of each band; the place of each token is stored beside them.
+    """Parameters A_i [V_i, R_i] and B_i [R_i, D] of each band; a buffer holds each token's place.
 
     Args:
-        bands: frequency ranks at which a new band begins, rising; those beyond the vocabulary are ignored.
+        bands: places in the order of frequency at which a new band begins, rising; those beyond V are ignored.
         shrink: R_i = R / shrink^i, at least 1.
     """
 
@@ -38,7 +38,7 @@ class Blocks(Head):
         ranks = [max(1, rank // shrink**i) for i in range(len(self.sizes))]
         self.A = nn.ParameterList(torch.zeros(size, r) for size, r in zip(self.sizes, ranks))
         self.B = nn.ParameterList(torch.zeros(r, hidden_size) for r in ranks)
-        self.register_buffer("place_V", torch.arange(vocab_size))  # of a token in the order of frequency
+        self.register_buffer("place_V", torch.arange(vocab_size))  # place of a token in the order of frequency
 
     def logits(self, h_nD: Tensor) -> Tensor:
         """Logits [n, V]."""

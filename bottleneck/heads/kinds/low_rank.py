@@ -39,11 +39,11 @@ class LowRankHead(Head):
         self.B.copy_(B_RD)
 
     def begin(self, key: HeadKey, A_VR: Tensor, B_RD: Tensor, *, head: FullHead, moments: Calibration) -> None:
-        """The factors as they are."""
+        """Set the factors to those of the start."""
         self.set(A_VR, B_RD)
 
     def factors(self, whiten_DD: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
-        """A [V, R] and B [R, D] for hidden states as they are."""
+        """A [V, R] and B [R, D] in coordinates of h."""
         return self.A.detach(), self.B.detach() if whiten_DD is None else self.B.detach() @ whiten_DD
 
     def dense(self) -> Tensor:
@@ -66,7 +66,7 @@ class LowRankHead(Head):
         self.B.grad.copy_(self.B.grad @ whiten_DD.T)
 
     def impl(self, dtype: torch.dtype, tokens: int, wanted: str) -> str:
-        """The implementation of the loss: never "auto"."""
+        """The loss implementation; never "auto"."""
         return choose(self.A.device, dtype, tokens, *self.A.shape) if wanted == "auto" else wanted
 
     def read(
@@ -95,7 +95,7 @@ class LowRankHead(Head):
     def taught_steps(
         cls, heads: Sequence[Any], h_ND: Tensor, y_N: Tensor, reads: Sequence[Weights], scale: float, o: BoundObjective
     ) -> list[Tensor]:
-        """All heads at once: they share the teacher's softmax."""
+        """One step of all heads, which share the teacher's softmax."""
         gradients = [(head.A.grad, head.B.grad) for head in heads]
         return list(objective.steps(h_ND, list(reads), y_N, gradients, scale, o))
 

@@ -30,7 +30,7 @@ class LowRankBias(Factored):
 
     @torch.no_grad()
     def begin(self, key: HeadKey, A_VR: Tensor, B_RD: Tensor, *, head: FullHead, moments: Calibration) -> None:
-        """The factors, and the bias of the head that the start approximates: zero for most families."""
+        """Set the factors, and the bias to that of the head that the start approximates (zero for most families)."""
         super().begin(key, A_VR, B_RD, head=head, moments=moments)
         if head.bias_V is not None:
             self.bias.copy_(head.bias_V.float() * head.scale)

@@ -18,7 +18,7 @@ from bottleneck.heads.key import HeadKey
 
 
 class LowRankSparse(Factored):
-    """logits = A B h, and U h [F] in place of those of F tokens; which tokens is stored beside the parameters.
+    """logits = A B h, but U h [F] for F tokens, whose ids are stored in a buffer.
 
     Args: rows: F.
     """
@@ -37,7 +37,7 @@ class LowRankSparse(Factored):
 
     @torch.no_grad()
     def begin(self, key: HeadKey, A_VR: Tensor, B_RD: Tensor, *, head: FullHead, moments: Calibration) -> None:
-        """The likeliest tokens of the calibration text get their rows of W, shifted as the start shifts the others."""
+        """Give the most likely tokens of the calibration text their rows of W, shifted as the start shifts the rest."""
         super().begin(key, A_VR, B_RD, head=head, moments=moments)
         self.tokens_F.copy_(moments.mean_V.topk(len(self.tokens_F)).indices.sort().values)
         W_VD, mean_V = head.W_VD.double() * head.scale, moments.mean_V

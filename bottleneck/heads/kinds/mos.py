@@ -21,7 +21,7 @@ from bottleneck.heads.head import Head, product
 from bottleneck.heads.key import HeadKey, generator
 from bottleneck.heads.kinds.low_rank import LowRankHead
 
-SPREAD = 0.3  # of the noise that tells the components apart at the start, relative to an entry of B
+SPREAD = 0.3  # size of the noise that makes the components differ at the start, relative to an entry of B
 
 
 class MixtureOfSoftmaxes(Head):
@@ -49,7 +49,7 @@ class MixtureOfSoftmaxes(Head):
 
     @torch.no_grad()
     def begin(self, key: HeadKey, A_VR: Tensor, B_RD: Tensor, *, head: FullHead, moments: Calibration) -> None:
-        """Every component is the head of the start, with noise in B that depends on rank and seed; equal shares."""
+        """Set every component to the start's head, with equal shares and noise in B that depends on rank and seed."""
         self.A.copy_(A_VR)
         noise = torch.randn(self.B.shape, generator=generator(key)).to(B_RD)
         deviation_R1 = B_RD.square().mean(-1, keepdim=True).sqrt()
@@ -58,7 +58,7 @@ class MixtureOfSoftmaxes(Head):
 
 
 def build(vocab_size: int, rank: int, hidden_size: int, components: int) -> Head:
-    """A mixture, or with one component the low-rank head itself."""
+    """Build a mixture, or a plain low-rank head for one component."""
     if components == 1:
         return LowRankHead(vocab_size, rank, hidden_size)
     return MixtureOfSoftmaxes(vocab_size, rank, hidden_size, components)

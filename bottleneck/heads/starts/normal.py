@@ -1,4 +1,4 @@
-"""`normal`: the paper's literal N(0, 1) for A and B, for the record (Godey et al. 2024, Sec. 5.1).
+"""`normal`: A and B from N(0, 1), as the paper states it, for comparison (Godey et al. 2024, Sec. 5.1).
 
 Logits then have standard deviation √(R·D)·s for hidden states whose entries have mean square s².
 

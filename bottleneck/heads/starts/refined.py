@@ -43,7 +43,7 @@ PASSES = 2  # over the calibration tokens: new tokens help more than a third pas
 # tokens of a step: 512 is better by less than 0.01 nats and needs twice the steps, 2,048 is worse by up to 0.04
 BATCH = 1024
 STEP = 0.045  # of the logits' error √(2 KL)
-ENOUGH = 1e-3  # nats of KL: a head this close to the original head would only pick up rounding errors
+ENOUGH = 1e-3  # nats of KL: training a head this close to the original head would only add rounding errors
 BETAS, EPS = (0.9, 0.95), 1e-12
 WARMUP = 0.05  # share of the steps; then a cosine to zero, which averages out the noise of the last batches
 
@@ -111,14 +111,14 @@ def _factor(step: int, steps: int) -> float:
 
 
 def _unit(A: Tensor, C: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-    """The same head with E[(B h)(B h)ᵀ] = C Cᵀ = I; C becomes its polar factor, the nearest such matrix."""
+    """The same head with E[(B h)(B h)ᵀ] = C Cᵀ = I; C is replaced by its polar factor, the nearest such matrix."""
     values, vectors = torch.linalg.eigh((C @ C.T).double())
     root = values.clamp(min=1e-12 * values.max()).sqrt()
     return A.double() @ (vectors * root) @ vectors.T, (vectors / root) @ vectors.T @ C.double() @ inverse
 
 
 def _order(tokens: int, batch: int, device: torch.device) -> Callable[[int], Tensor]:
-    """Token indices of step k; each pass has its own order and leaves out another remainder of the tokens."""
+    """Token indices of step k. Each pass has its own order and omits a different remainder of the tokens."""
     generator = torch.Generator().manual_seed(0)
     per_pass, order = tokens // batch, torch.empty(0)
 
@@ -143,11 +143,11 @@ def refine(
 ) -> list[tuple[Tensor, Tensor]]:
     """Train every start on the original head's predictions for the calibration tokens.
 
-    The heads share the original head's softmax and the order of tokens, nothing else: the result of each is the same
-    alone and in company, bit for bit.
+    The heads share the original head's softmax and the order of tokens, nothing else, so each result is bit for bit the
+    same whether the head is refined alone or with others.
 
     Args:
-        starts: (A [V, R], B [R, D]) of each head, of any ranks. Heads that start equal end equal: pass one of them.
+        starts: (A [V, R], B [R, D]) of each head, of any ranks. Equal starts give equal results, so pass each once.
         hidden: batches of hidden states [..., D] on the device of the head; concatenated, so N·D numbers are held.
         c: moments of these hidden states, from `calibrate`.
         passes: over the tokens; 0 returns the starts.
@@ -185,7 +185,7 @@ def refine(
 
 
 def make(inputs: StartInputs) -> Callable[[HeadKey], Factors]:
-    """`refine` on the fisher start of every key. Heads that differ in their rate alone are refined once."""
+    """Run `refine` on the fisher start of every key. Heads that differ only in their rate are refined once."""
     start = fisher.make(inputs)
     distinct = {(key.rank, key.seed): key for key in inputs.keys}
     passes = inputs.options["passes"]

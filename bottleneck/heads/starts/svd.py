@@ -1,4 +1,4 @@
-"""`svd`: the truncated singular value decomposition of W: best in ‖W − A B‖, whatever the text.
+"""`svd`: the truncated singular value decomposition of W, which minimises ‖W − A B‖ and ignores the text.
 
 Dims: D hidden size, V vocabulary.
 """

@@ -24,7 +24,7 @@ def reference(h_ND: Tensor, A_VR: Tensor, B_RD: Tensor, y_N: Tensor, reduction: 
 def step(
     z_NR: Tensor, A_VR: Tensor, y_N: Tensor, dA_VR: Optional[Tensor], scale: float, memory: int
 ) -> tuple[Tensor, Optional[Tensor]]:
-    """See `linear.logit_step`. `memory` is not kept to: the logits are held in full."""
+    """See `linear.logit_step`. Ignores `memory`: the logits are held in full."""
     grad = dA_VR is not None
     with torch.set_grad_enabled(grad):
         z, A = (t.detach().requires_grad_(grad) for t in (z_NR, A_VR))
