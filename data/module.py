@@ -56,7 +56,7 @@ class StepBatches(Dataset):
         once = "" if epochs == 1 else f" for each of {epochs} epochs"
         check(
             needed <= blocks,
-            f"tokens: {needed * block} are asked for{once}, {corpus.name} has {blocks * block} training tokens in"
+            f"tokens: {needed * block} are requested{once}, {corpus.name} has {blocks * block} training tokens in"
             f" blocks of {block}; give fewer, a smaller data.block_size, more text,"
             " or read it again with a larger data.epochs",
         )

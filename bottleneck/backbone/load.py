@@ -157,7 +157,7 @@ def load_tokenizer(cfg: BackboneConfig) -> Any:
     words = tokenizer("text in words", add_special_tokens=False)["input_ids"]
     check(
         len(set(words)) > 1,
-        f"backbone.tokenizer: the tokenizer of {cfg.tokenizer or cfg.path} turns words into nothing; "
+        f"backbone.tokenizer: the tokenizer of {cfg.tokenizer or cfg.path} gives no tokens for words; "
         "are its files there?",
     )
     check(

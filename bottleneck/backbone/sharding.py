@@ -163,7 +163,7 @@ def _announce(cfg: BackboneConfig, device: torch.device) -> tuple[Any, str]:
     mine = _outline(model)
     check(
         mine == about["parameters"],
-        f"backbone {label(cfg)}: its weights are not laid out as its config says, it cannot be sharded",
+        f"backbone {label(cfg)}: its weights do not have the layout of its config, it cannot be sharded",
     )
     return model, about["hash"]
 

@@ -108,7 +108,7 @@ def _numbers(name: str, text: str) -> list[int]:
 
 def _cases(args: argparse.Namespace, ranks: list[int], device: str) -> Callable[[int], Case]:
     """Return a function that makes the tensors of a rank. Raises UserError."""
-    check(args.text is None or args.backbone is not None, "--text: is read with --backbone only")
+    check(args.text is None or args.backbone is not None, "--text: is used only with --backbone")
     if args.backbone is not None:
         real = hidden.read(args.backbone, args.text, args.tokens, device)
         top = real.W_VD.shape[1]

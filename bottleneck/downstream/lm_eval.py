@@ -258,5 +258,5 @@ def _count(name: str, text: str) -> int:
 def main(argv: Optional[list[str]] = None) -> int:
     """Returns the exit code: 2 for bad input, with one line."""
     quiet()
-    again = "scores so far are kept; the same command continues"
+    again = "finished scores are kept; the same command resumes"
     return cli.one_line_errors(lambda: command(sys.argv[1:] if argv is None else argv), after_interrupt=again)

@@ -29,7 +29,7 @@ def show(curves: list[dict[str, Any]], console: Console) -> None:
             console.print(line, highlight=False, soft_wrap=True)
         lost = [f"rank {h['rank']} lr {h['lr']:.3g} seed {h['seed']}" for h in c["heads"] if h["status"] != "ok"]
         if lost:
-            advice = "; every head did: give lower rates (optim.lr)" if len(lost) == len(c["heads"]) else ""
+            advice = "; all heads diverged: give lower rates (optim.lr)" if len(lost) == len(c["heads"]) else ""
             console.print(f"diverged: {', '.join(lost)}{advice}")
 
 

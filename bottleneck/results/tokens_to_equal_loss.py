@@ -87,7 +87,7 @@ def read(folder: Path) -> RaceRun:
         check(
             same,
             f"{file}: ends with loss {loss:.6g} of {HeadKey.of(h).name} after {tokens} tokens, curve.json has "
-            f"{h['loss']:.6g} after {found['tokens']}: it is of another run, or cut off",
+            f"{h['loss']:.6g} after {found['tokens']}: it belongs to another run or is truncated",
         )
     return RaceRun(printable(folder.name), found, lines)
 
@@ -216,7 +216,7 @@ def command(argv: list[str]) -> None:
         prog="python -m bottleneck.race",
         description="Tokens that runs need to reach the final loss of another run.",
     )
-    parser.add_argument("base", type=Path, metavar="BASE", help="folder of the run that is to be reached")
+    parser.add_argument("base", type=Path, metavar="BASE", help="folder of the run whose final loss is to be reached")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of the others")
     parser.add_argument("--out", required=True, type=Path, help="folder for race.csv, race.png")
     args = parser.parse_args(argv)

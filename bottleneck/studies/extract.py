@@ -1,7 +1,7 @@
 """arXiv 2403.06634, 2403.09539: the rank of a head, recovered from log-probabilities alone.
 
 Carlini et al. and Finlayson et al. 2024 recover the width of models behind an interface. Here it is a test of exported
-heads: a head of rank r must show exactly the rank r, without a look at its weights. Run it with
+heads: a head of rank r must show exactly the rank r, without access to its weights. Run it with
 backbone.dtype=float32: at 16 bits rounding hides the end of the spectrum.
 """
 

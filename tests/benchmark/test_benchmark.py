@@ -213,7 +213,7 @@ def test_a_killed_process_is_reported_with_its_cost(tmp_path):
         (["killed", "--steps", "12"], "--steps 12: give 13 or more"),
         (["heads", "--ranks", "8,x"], "--ranks 8,x: must be whole numbers with commas between"),
         (["heads", "--backbone", "nowhere"], "--backbone nowhere: no folder of a backbone"),
-        (["heads", "--text", "a.txt"], "--text: is read with --backbone only"),
+        (["heads", "--text", "a.txt"], "--text: is used only with --backbone"),
         (["data", "--repeats", "0"], "--repeats=0: must be a whole number"),
     ],
 )

@@ -280,7 +280,7 @@ def test_bad_input_is_one_line(tmp_path, tokenizer, kw, words):
 
 
 def test_budget_beyond_the_corpus(corpus):
-    with pytest.raises(UserError, match="tokens: .* are asked for"):
+    with pytest.raises(UserError, match="tokens: .* are requested"):
         TextData(corpus, 16, 64, 1000, 4, 0, None)
     blocks = (len(corpus.train) - 1) // 16
     assert TextData(corpus, 16, 1, 2 * blocks, 1, 0, None, epochs=2).steps == 2 * blocks

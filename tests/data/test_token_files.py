@@ -193,7 +193,7 @@ def test_a_step_of_pythia_is_read_exactly(tmp_path, tokenizer, monkeypatch):
     held = ValidationBlocks(corpus, 16, None)
     assert len(held) == 3 and all(torch.equal(held[i][1], torch.tensor(rows[400 + i][1:])) for i in range(3))
     assert all((held[i][1] != IGNORE).all() for i in range(3))
-    with pytest.raises(UserError, match="tokens: .* are asked for"):  # the held-out rows are never read
+    with pytest.raises(UserError, match="tokens: .* are requested"):  # the held-out rows are never read
         StepBatches(corpus, 16, 8, 48, seed=5, bos=None)
     shuffled_rows = prepare(config(**common | {"order": "shuffled"}, skip=24), tokenizer)
     seen = np.concatenate([b.numpy() for b in (StepBatches(shuffled_rows, 16, 8, 47, 5, None)[k] for k in range(47))])

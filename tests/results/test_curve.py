@@ -146,7 +146,7 @@ def test_heads_that_all_diverged_leave_a_whole_result(run, capsys, tmp_path):
     result = run("optim.lr=1e12", "tokens=2048")
     assert all(h["status"] == "diverged" for h in result.curve["heads"])
     assert {p.name for p in (tmp_path / "run").iterdir()} >= {"curve.json", "curve.csv", "curve.png", "heads"}
-    assert "every head did: give lower rates (optim.lr)" in " ".join(capsys.readouterr().out.split())
+    assert "all heads diverged: give lower rates (optim.lr)" in " ".join(capsys.readouterr().out.split())
     # also without infinite numbers: a loss far above the initial one counts as diverged
     thrown = run("optim.lr=30", "tokens=2048", run_dir=tmp_path / "thrown").curve
     assert any(h["status"] == "diverged" and h["loss"] is not None for h in thrown["heads"])

@@ -384,11 +384,9 @@ def test_other_json_files_are_skipped(tmp_path, caplog):
     (tmp_path / "m" / "list.json").write_text("[1]")
     assert (
         run_study(tmp_path / "m", *words) == first
-        and "passed over, without results of lm-evaluation-harness: list.json, step2/config.json" in caplog.text
+        and "skipped, without results of lm-evaluation-harness: list.json, step2/config.json" in caplog.text
     )
     for step in (1, 2):
         (tmp_path / "m" / f"step{step}" / f"step{step}.json").unlink()
-    with pytest.raises(
-        UserError, match="no results of lm-evaluation-harness there; not one of its 3 JSON files has any"
-    ):
+    with pytest.raises(UserError, match="no results of lm-evaluation-harness there; none of its 3 JSON files has any"):
         run_study(tmp_path / "m", *words)

@@ -128,7 +128,7 @@ def measure(c: StudyConfig, folder: Path, strongest: tuple[int, ...]) -> tuple[l
             kept = part is not None
             if part is None:
                 part = visit(cp, device, shapes, one)
-                check(math.isfinite(part["loss"]), f"{cp.where}: its loss is not a number; are its weights whole?")
+                check(math.isfinite(part["loss"]), f"{cp.where}: its loss is not a number; are its weights damaged?")
                 part = parts.put(cp.key, part)
             out.append({"model": cp.model, "step": cp.step, **part})
             last = part["layers"][-1]

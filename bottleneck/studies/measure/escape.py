@@ -115,7 +115,7 @@ def measure(c: StudyConfig, folder: Path) -> dict[str, Any]:
         check(backbone.hash == run.curve["backbone_hash"], f"study.run={s.run}: {other} than {cp.where}")
         h_ND, y_N = states(backbone, text, c.trainer.micro_batch_size)
         check(
-            bool(torch.isfinite(h_ND).all()), f"{cp.where}: its hidden states are not numbers; are its weights whole?"
+            bool(torch.isfinite(h_ND).all()), f"{cp.where}: its hidden states are not numbers; are its weights damaged?"
         )
 
         def original() -> dict[str, Any]:

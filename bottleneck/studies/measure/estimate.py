@@ -130,7 +130,7 @@ def measure(c: StudyConfig, folder: Path) -> tuple[dict[str, Any], Optional[Trai
                 compute = functools.partial(_one, init, ranks, calibrated, progress)
                 part, kept = parts.get_or(f"{init} {backbone.hash}", compute)
                 finite = math.isfinite(part["full_loss"] or math.nan)
-                check(finite, f"{cp.where}: its loss is not a number; are its weights whole?")
+                check(finite, f"{cp.where}: its loss is not a number; are its weights damaged?")
                 heads += part["heads"]
                 about = {"loss": part["full_loss"], "perplexity": math.exp(part["full_loss"])}
                 shown = [f"{h['perplexity']:.4g}" for h in part["heads"] if h["perplexity"]]

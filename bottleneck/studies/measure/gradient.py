@@ -87,7 +87,7 @@ def measure(c: StudyConfig, folder: Path) -> dict[str, Any]:
         part, kept = parts.get_or(backbone.hash, compute)
         share = part["full"]["share"]
         finite = share is not None and math.isfinite(share)
-        check(finite, f"{cp.where}: its gradients are not numbers; are its weights whole?")
+        check(finite, f"{cp.where}: its gradients are not numbers; are its weights damaged?")
         progress.end(f"the original head passes on {100 * share:.1f} %", kept)
         about = {
             "backbone": backbone.name,

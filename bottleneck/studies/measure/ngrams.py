@@ -42,7 +42,7 @@ def eigenvalues(matrix: np.ndarray, device: torch.device) -> np.ndarray:
         except (
             RuntimeError
         ) as error:  # too little memory; or cuSOLVER before version 13, which counts entries in 32 bits
-            said = "the GPU cannot take a matrix of %d x %d (%s); the CPU does"
+            said = "the GPU cannot take a matrix of %d x %d (%s); using the CPU"
             log.warning(said, *matrix.shape, str(error).split("\n")[0])
     return torch.linalg.eigvalsh(torch.from_numpy(matrix)).numpy()
 
@@ -88,7 +88,7 @@ def one(
         progress.at(share * counting / (counting + solving))
 
     g = gram(tokens, V, stream.eos, weighted, np.dtype(precision).type, at)
-    empty = f"{stream.name} has no 5-gram in {len(tokens)} training tokens: among any five in a row a text ends"
+    empty = f"{stream.name} has no 5-gram in {len(tokens)} training tokens: its documents are too short"
     check(g.ngrams > 0, f"data: {empty}")
     seconds = time.monotonic() - began
     said = "%s 5-grams after %s contexts, counted in %.0f s; now the spectrum of %d x %d"

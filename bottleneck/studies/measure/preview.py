@@ -77,7 +77,7 @@ def measure(c: StudyConfig, folder: Path, quantiles: tuple[float, ...]) -> dict[
                 heads = previews(weighting, ranks, calibrated)
                 hidden = hidden or [hidden_states(backbone, text, c.trainer.micro_batch_size, progress)]
                 finite = bool(torch.isfinite(hidden[0]).all())
-                check(finite, f"{cp.where}: its hidden states are not numbers; are its weights whole?")
+                check(finite, f"{cp.where}: its hidden states are not numbers; are its weights damaged?")
                 found = positions(heads, hidden[0], backbone.head)
                 part = parts.put(key, {"ranks": [summary(p, tops, quantiles) for p in found]})
             numbers = part["ranks"]

@@ -66,7 +66,7 @@ def measure(c: StudyConfig, folder: Path) -> tuple[list[dict[str, Any]], dict[st
             if part is None:
                 part = visit(cp, device, shapes, lambda b: block_losses(b, text, micro_batch, progress))
                 finite = all(map(math.isfinite, part["sums"]))
-                check(finite, f"{cp.where}: its loss is not a number; are its weights whole?")
+                check(finite, f"{cp.where}: its loss is not a number; are its weights damaged?")
                 part = parts.put(cp.key, part)
             loss, error = block_mean(part["sums"], part["counts"])
             empty = {"model": cp.model, "parameters": part["parameters"], "checkpoints": []}

@@ -128,7 +128,7 @@ def _one(
     if text is not None:
         cov = visit(cp, device, shapes, lambda b: covariance(b, text, c.trainer.micro_batch_size, progress))
         finite = bool(torch.isfinite(cov).all())
-        check(finite, f"{cp.where}: its hidden states are not numbers; are its weights whole?")
+        check(finite, f"{cp.where}: its hidden states are not numbers; are its weights damaged?")
     return spectra(head, entries, c.study.drop_padding, cov)
 
 

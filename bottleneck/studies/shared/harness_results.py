@@ -232,10 +232,10 @@ def _read(root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
             fits = isinstance(tables, dict) and all(isinstance(t, dict) for t in tables.values())
             check(fits, f"{file}: not a result of lm-evaluation-harness: its results are no tables")
             yield file, content
-    none = f"no results of lm-evaluation-harness there; not one of its {len(files)} JSON files has any"
+    none = f"no results of lm-evaluation-harness there; none of its {len(files)} JSON files has any"
     check(studies + len(others) < len(files), f"study.results={root}: {none}")
     if others:
-        log.info("passed over, without results of lm-evaluation-harness: %s", _some(map(str, others)))
+        log.info("skipped, without results of lm-evaluation-harness: %s", _some(map(str, others)))
 
 
 def read_results(root: Path) -> dict[str, list[Results]]:

@@ -119,7 +119,7 @@ def load_head(cp: Checkpoint, shapes: Shapes) -> Head:
 def check_moments(cp: Checkpoint, moments: Any) -> None:
     """Raise UserError if the moments of its hidden states (`heads.calibration.Calibration`) are not finite."""
     finite = bool(torch.isfinite(moments.cov_DD).all())
-    check(finite, f"{cp.where}: its hidden states are not numbers; are its weights whole?")
+    check(finite, f"{cp.where}: its hidden states are not numbers; are its weights damaged?")
 
 
 def _first_bad_tensor(backbone: BackboneConfig) -> Optional[str]:

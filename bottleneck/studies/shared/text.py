@@ -60,7 +60,7 @@ class StudyText:
         order = StepBatches(self.corpus, self.block, 1, 1, seed, self.bos)
         have = len(order.order) * self.block
         if have < tokens:
-            said = "%s has %d training tokens in whole blocks, %d were asked for: all are used"
+            said = "%s has %d training tokens in whole blocks, %d were requested: all are used"
             log.warning(said, self.corpus.name, have, tokens)
         return order.calibration(tokens)
 
