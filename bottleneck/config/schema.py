@@ -234,12 +234,12 @@ class LoggerConfig:
     """Where training metrics go."""
 
     kind: Literal["csv", "wandb", "none"] = key("csv", "csv writes metrics.csv in the run's folder.")
-    project: Optional[str] = key(None, "W&B: project. Default: WANDB_PROJECT, else bottleneck.")
-    entity: Optional[str] = key(None, "W&B: user or team. Default: WANDB_ENTITY.")
+    project: Optional[str] = key(None, "W&B: project. Default: WANDB_PROJECT, W&B's settings file, else bottleneck.")
+    entity: Optional[str] = key(None, "W&B: user or team. Default: WANDB_ENTITY, W&B's settings file.")
     group: Optional[str] = key(None, "W&B: group of the runs. Default: WANDB_RUN_GROUP, else the run's folder.")
     name: Optional[str] = key(None, "W&B: name of the run. Default: WANDB_NAME, else the head's name.")
     mode: Literal["online", "offline", "disabled"] | None = key(
-        None, "W&B: offline needs no account. Default: WANDB_MODE, else online."
+        None, "W&B: offline needs no account. Default: WANDB_MODE, W&B's settings file, else online."
     )
     tags: list[str] = key([], "W&B: words to filter runs by. Default: WANDB_TAGS.")
 

@@ -28,10 +28,10 @@ def write_run_file(folder: Path, config: dict[str, Any], about: dict[str, Any]) 
         about: versions and commit of the code.
     """
     content = {"schema": SCHEMA, "config": config, "versions": about}
-    text = json.dumps(content, indent=1, default=str) + "\n"
+    raw = (json.dumps(content, indent=1, default=str) + "\n").encode()
     path = folder / RUN_FILE
-    if not path.is_file() or path.read_text() != text:
-        write_atomic(path, lambda part: part.write_text(text))
+    if not path.is_file() or path.read_bytes() != raw:
+        write_atomic(path, lambda part: part.write_bytes(raw))
 
 
 def read_run_file(folder: Path) -> Optional[dict[str, Any]]:

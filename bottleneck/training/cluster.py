@@ -7,8 +7,8 @@ process belongs to an srun step.
 
 from __future__ import annotations
 
-import logging
 import os
+import sys
 from typing import Optional
 
 from pytorch_lightning.plugins.environments import (
@@ -25,7 +25,6 @@ from bottleneck.core.default_folder import slurm_step
 from bottleneck.core.environment import cores
 from bottleneck.core.errors import check
 
-log = logging.getLogger(__name__)
 # variables of processes that the user starts one by one; LOCAL_RANK alone is left over from another program
 BY_HAND = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -97,7 +96,8 @@ def forget_leftovers() -> None:
     if cluster_environment() is None:
         left = os.environ.pop("LOCAL_RANK", None)
         if left is not None:
-            log.info("LOCAL_RANK=%s: ignored, since %s are not all set", left, ", ".join(BY_HAND))
+            # not to the log: its file is in the run's folder, and the run may still be refused
+            print(f"LOCAL_RANK={left}: ignored, since {', '.join(BY_HAND)} are not all set", file=sys.stderr)
         set_lightning_rank(0)
 
 

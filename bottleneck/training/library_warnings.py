@@ -7,7 +7,7 @@ import warnings
 
 from pytorch_lightning.utilities import rank_zero_only
 
-CHATTY = ("pytorch_lightning", "lightning_fabric", "lightning", "httpx")
+CHATTY = ("pytorch_lightning", "lightning_fabric", "lightning", "httpx", "filelock")
 MESSAGES = (
     ".*does not have many workers.*",
     ".*in eval mode at the start of training.*",

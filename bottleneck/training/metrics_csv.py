@@ -60,7 +60,10 @@ class MetricsCSV(Logger):
     def _open(self) -> set[tuple[str, ...]]:
         rows: list[list[str]] = []
         if self.resume_step is not None and self.path.exists():
-            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
+            try:
+                lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
+            except OSError as error:
+                raise UserError(f"{self.path}: cannot be read: {error.strerror}") from error
             found = [_row(line) for line in lines]
             rows = [row for row in found if row is not None and int(row[0]) <= self.resume_step]
             if None in found[:-1]:  # a kill may have cut the last line
@@ -79,7 +82,7 @@ def _row(line: str) -> Optional[list[str]]:
     try:
         (row,) = csv.reader([line])
         float(row[4])
-        ours = len(row) == len(COLUMNS) and row[0].isascii() and row[0].isdigit() and bool(row[2])
+        ours = len(row) == len(COLUMNS) and row[0].isascii() and row[0].isdigit() and len(row[0]) < 16 and bool(row[2])
     except (csv.Error, ValueError, IndexError):
         return None
     return row if ours else None

@@ -19,6 +19,7 @@ from bottleneck.core.extensions import metrics as declared_metrics
 from bottleneck.core.files import write_atomic
 from bottleneck.heads.key import HeadKey
 from bottleneck.results.curve import band_losses
+from bottleneck.results.schema import FINITE
 from bottleneck.training.wandb_runs import (
     AGENT,
     WandbSettings,
@@ -58,16 +59,17 @@ class WandbHeads(Logger):
 
     def _begin(self, heads: dict[str, dict[str, Any]], resume_step: Optional[int]) -> None:
         self.ids = ids = {BEST: {}} | (_ids(self.run_dir) if resume_step is not None else {})
-        agents = AGENT in os.environ
-        if agents and len(heads) == 1:
-            ids |= dict.fromkeys(heads, os.environ["WANDB_RUN_ID"])
+        agents = _agents_run()
+        own = agents and len(heads) == 1  # the only head's run is the agent's
+        if own:
+            ids |= dict.fromkeys(heads, agents)
         for name, facts in heads.items():
             shown = f"{self.s.name}-{name}" if self.s.name else name
-            with outside_the_sweep() if agents and len(heads) > 1 else contextlib.nullcontext():
+            with contextlib.nullcontext() if AGENT not in os.environ or own else outside_the_sweep():
                 self.runs[name] = run = self._start(shown, "head", facts, ids.get(name) or new_id())
             ids[name] = run.id
         if agents and len(heads) > 1:
-            self.trial = self._start(self.group, CURVE, {"heads": list(heads)}, os.environ["WANDB_RUN_ID"])
+            self.trial = self._start(self.group, CURVE, {"heads": list(heads)}, agents)
         self._keep()
 
     def _start(self, name: str, job: str, facts: dict[str, Any], run_id: str) -> Any:
@@ -140,8 +142,15 @@ class WandbHeads(Logger):
                 _show(self.trial, self.run_dir, [curve])
             self.trial.finish(exit_code=code)
             self.trial = None
-        elif curve is not None and alone and AGENT not in os.environ:
+        elif curve is not None and alone and not _agents_run():
             _log_curves(self.s, self.run_dir, self.group, [curve])
+
+
+def _agents_run() -> str:
+    """Id of the run that W&B's agent made for this process. Empty without an agent: a shell may still have its
+    WANDB_SWEEP_ID.
+    """
+    return os.environ.get("WANDB_RUN_ID", "") if AGENT in os.environ else ""
 
 
 def log_curves(c: LoggerConfig, folder: Path, group: str, curves: list[dict[str, Any]]) -> None:
@@ -217,5 +226,5 @@ def _ids(folder: Path) -> dict[str, Any]:
     ids: dict[str, Any] = {k: v for k, v in found.items() if isinstance(v, str) and v.isalnum()}
     best = found.get(BEST)
     if isinstance(best, dict):
-        ids[BEST] = {k: float(v) for k, v in best.items() if isinstance(v, (int, float)) and math.isfinite(v)}
+        ids[BEST] = {k: float(v) for k, v in best.items() if isinstance(v, (int, float)) and abs(v) <= FINITE}
     return ids

@@ -1,7 +1,7 @@
 """Start W&B runs: choose their settings, and translate W&B's errors.
 
-Settings follow W&B's convention: a key of `logger` on the command line comes first, then W&B's environment variable,
-then the default.
+Settings follow W&B's convention: a key of `logger` on the command line, else W&B's environment variable, else W&B's
+settings files, else the default.
 """
 
 from __future__ import annotations
@@ -52,9 +52,12 @@ def wandb_settings(c: LoggerConfig, variables: Mapping[str, str] = os.environ) -
     check(not given or given in MODES, f"WANDB_MODE={given}: must be one of {', '.join(MODES)}")
     if variables.get("WANDB_DISABLED", "").strip().lower() in ("true", "1", "yes"):
         given = "disabled"
+    stored = _settings_files(variables)
+    source = f"WANDB_MODE={given}" if given else f"mode = {stored.get('mode')} in W&B's settings file"
+    given = given or stored.get("mode", "")
     mode = c.mode or MODES.get(given, "online")
     if c.mode == "online" and MODES.get(given, "online") != "online":
-        log.warning("logger.mode=online: overrides WANDB_MODE=%s, the run is uploaded", given)
+        log.warning("logger.mode=online: overrides %s, the run is uploaded", source)
     tags = tuple(c.tags) or tuple(t.strip() for t in variables.get("WANDB_TAGS", "").split(",") if t.strip())
     for tag in tags:
         check(
@@ -63,14 +66,32 @@ def wandb_settings(c: LoggerConfig, variables: Mapping[str, str] = os.environ) -
         )
     folder = variables.get("WANDB_DIR")
     return WandbSettings(
-        project=c.project or variables.get("WANDB_PROJECT") or "bottleneck",
-        entity=c.entity or variables.get("WANDB_ENTITY") or None,
+        project=c.project or variables.get("WANDB_PROJECT") or stored.get("project") or "bottleneck",
+        entity=c.entity or variables.get("WANDB_ENTITY") or stored.get("entity") or None,
         group=c.group or variables.get("WANDB_RUN_GROUP") or None,
         name=c.name or variables.get("WANDB_NAME") or None,
         mode=mode,
         tags=tags,
         folder=Path(folder).expanduser() if folder else None,
     )
+
+
+def _settings_files(variables: Mapping[str, str]) -> dict[str, str]:
+    """Mode, project and entity in W&B's settings files: the user's, and the one in the current folder.
+
+    `wandb offline` and `wandb init` write them. `wandb.init` reads them too, but what it is passed overrides them.
+    """
+    try:
+        import wandb
+
+        found = wandb.Settings()
+        folder = Path(variables.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser()
+        found.settings_system = str(folder / "settings")
+        found.update_from_system_settings()
+    except Exception:  # no wandb, no home folder: `begin` reports them
+        return {}
+    values = {name: getattr(found, name) for name in ("mode", "project", "entity")}
+    return {name: str(value) for name, value in values.items() if value}
 
 
 def new_id() -> str:

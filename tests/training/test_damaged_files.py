@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bottleneck.core.errors import UserError
-from bottleneck.core.run_file import RUN_FILE, read_run_config
+from bottleneck.core.run_file import RUN_FILE, read_run_config, read_run_file, write_run_file
 from bottleneck.training import wandb_heads
 from bottleneck.training.checkpoint import CHECKSUM, content_checksum, read_checkpoint
 from bottleneck.training.finished_run import open_run
@@ -178,8 +178,21 @@ def test_a_checksum_is_of_the_content_alone(whole, tmp_path):
     assert len({content_checksum(t) for t in [a, *changed]}) == 5
 
 
+def test_a_metrics_csv_that_cannot_be_read_is_one_line(tmp_path):
+    (tmp_path / "metrics.csv").mkdir()
+    with pytest.raises(UserError, match="metrics.csv: cannot be read: Is a directory"):
+        MetricsCSV(tmp_path / "metrics.csv", resume_step=5).log_metrics({"train/loss/r8": 1.0, "tokens": 5}, step=6)
+
+
 @pytest.mark.parametrize(
-    "junk", [b"\x00\xff\xfe", b"1,2\n\x00,,,,\n", "²,1,train/loss,r8,1.0\n".encode(), b'"open quote,']
+    "junk",
+    [
+        b"\x00\xff\xfe",
+        b"1,2\n\x00,,,,\n",
+        "²,1,train/loss,r8,1.0\n".encode(),
+        b'"open quote,',
+        b"9" * 5000 + b",1,a,b,1",
+    ],
 )
 def test_junk_in_metrics_csv_is_dropped(tmp_path, junk, caplog):
     path = tmp_path / "metrics.csv"
@@ -192,10 +205,19 @@ def test_junk_in_metrics_csv_is_dropped(tmp_path, junk, caplog):
     assert "cannot be read and are dropped" in caplog.text
 
 
-@pytest.mark.parametrize("junk", [b"[1]", b"\xff", b"{", b"null", b'{"r8": 7, "best": 3}', b'{"r8": "a/../b"}'])
+HUGE = b'{"best": {"r8": 1' + b"0" * 400 + b"}}"  # no float holds it
+
+
+@pytest.mark.parametrize("junk", [b"[1]", b"\xff", b"{", b"null", b'{"r8": 7, "best": 3}', b'{"r8": "a/../b"}', HUGE])
 def test_junk_in_wandb_json_gives_new_runs(tmp_path, junk):
     (tmp_path / "wandb.json").write_bytes(junk)
-    assert wandb_heads._ids(tmp_path) == {}
+    assert wandb_heads._ids(tmp_path) == ({"best": {}} if junk == HUGE else {})
+
+
+def test_a_run_file_of_foreign_bytes_is_written_anew(tmp_path):
+    (tmp_path / RUN_FILE).write_bytes(b"\xff\xfe")
+    write_run_file(tmp_path, {"seed": 1}, {})
+    assert read_run_file(tmp_path) == {"seed": 1}
 
 
 @pytest.mark.parametrize("name", [RUN_FILE, ".hydra/config.yaml"])

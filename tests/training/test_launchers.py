@@ -105,14 +105,19 @@ def test_the_wrong_number_of_processes_is_refused(environ, variables, devices, n
             check_world(devices, nodes)
 
 
-def test_a_leftover_local_rank_does_not_silence_a_run(environ):
-    """Lightning reads it when it is imported, and then lets this process write nothing."""
+def test_a_leftover_local_rank_does_not_silence_a_run(environ, capsys, caplog):
+    """Lightning reads it when it is imported, and then lets this process write nothing.
+
+    The user is told on the terminal alone: a refused command would change the log of a finished run's folder.
+    """
     from pytorch_lightning.utilities import rank_zero_only
 
     environ({"LOCAL_RANK": "1"})
     rank_zero_only.rank = 1
-    forget_leftovers()
+    with caplog.at_level("INFO"):
+        forget_leftovers()
     assert rank_zero_only.rank == 0 and "LOCAL_RANK" not in os.environ
+    assert "LOCAL_RANK=1: ignored" in capsys.readouterr().err and not caplog.records
 
 
 def test_threads_of_a_process(environ, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import random
@@ -206,7 +207,7 @@ def test_resuming_the_wrong_thing_is_refused(run, first, then, words):
         run("tokens=1024", *then)
 
 
-def test_damaged_and_foreign_checkpoints(run, tmp_path, toy_backbone):
+def test_damaged_and_foreign_checkpoints(run, tmp_path, toy_backbone, caplog):
     run("tokens=1024")
     last = tmp_path / "run" / LAST
     whole = last.read_bytes()
@@ -221,8 +222,10 @@ def test_damaged_and_foreign_checkpoints(run, tmp_path, toy_backbone):
     torch.save({"bottleneck": {}}, last)
     with pytest.raises(UserError, match="not a checkpoint of bottleneck"):
         run("tokens=1024", "ckpt_path=last")
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="holds a run already"), caplog.at_level(logging.DEBUG):  # hydra.verbose=true
         run("tokens=1024", f"ckpt_path={ROOT / 'pyproject.toml'}")
+    lock = [r for r in caplog.records if r.name == "filelock"]
+    assert not lock  # a refused command wrote its lines to the finished run's train.log
     (tmp_path / "run" / "curve.json").unlink()  # else the run is finished, and nothing is loaded
     state["bottleneck"]["backbone"] = "0" * 16
     AtomicCheckpointIO().save_checkpoint(state, last)  # with the checksum of its content

@@ -18,7 +18,7 @@ import yaml
 from bottleneck.config.checks import check_config
 from bottleneck.config.schema import LoggerConfig
 from bottleneck.core.errors import UserError
-from bottleneck.training import wandb_runs
+from bottleneck.training import wandb_heads, wandb_runs
 from bottleneck.training.wandb_runs import wandb_settings
 from conftest import ROOT, composed, shell
 
@@ -257,6 +257,33 @@ def test_settings_are_an_explicit_key_then_the_environment_then_the_default():
         wandb_settings(LoggerConfig(), {"WANDB_MODE": "maybe"})
     with pytest.raises(UserError, match="has 100 letters; a tag has 1 to 64"):
         wandb_settings(LoggerConfig(tags=["x" * 100]), {})
+
+
+def test_a_sweep_id_without_an_agents_run_is_left_over(monkeypatch):
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    monkeypatch.setenv("WANDB_SWEEP_ID", "left-over")
+    assert wandb_heads._agents_run() == ""  # it was a KeyError
+    monkeypatch.setenv("WANDB_RUN_ID", "abc")
+    assert wandb_heads._agents_run() == "abc"
+    monkeypatch.delenv("WANDB_SWEEP_ID")
+    assert wandb_heads._agents_run() == ""
+
+
+def test_wandb_offline_as_a_command_holds(tmp_path, monkeypatch, caplog):
+    """`wandb offline` and `wandb init` write settings files. The run passed its own default over them and uploaded."""
+    monkeypatch.chdir(tmp_path)
+    home, here = tmp_path / "config", tmp_path / "wandb"
+    variables = {"WANDB_CONFIG_DIR": str(home)}
+    for folder, text in ((home, "entity = team\nmode = online\n"), (here, "project = theirs\nmode = offline\n")):
+        folder.mkdir()
+        (folder / "settings").write_text("[default]\n" + text)
+    found = wandb_settings(LoggerConfig(), variables)
+    assert (found.mode, found.project, found.entity) == ("offline", "theirs", "team")
+    found = wandb_settings(LoggerConfig(), variables | {"WANDB_MODE": "online", "WANDB_PROJECT": "p"})
+    assert (found.mode, found.project) == ("online", "p")
+    assert not caplog.records
+    assert wandb_settings(LoggerConfig(mode="online"), variables).mode == "online"
+    assert "overrides mode = offline in W&B's settings file" in caplog.text
 
 
 def test_what_the_environment_forbids_is_not_uploaded(toy, quiet, tmp_path, monkeypatch):
