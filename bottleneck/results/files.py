@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, Iterable, Optional
 
+from safetensors import SafetensorError, safe_open
+
 from bottleneck.core.errors import UserError, check
 from bottleneck.core.files import leftovers, write_atomic
 from bottleneck.heads.key import HeadKey
@@ -131,13 +133,22 @@ def _csv(curves: list[dict[str, Any]]) -> str:
 
 
 def complete(run_dir: Path) -> dict[str, Any] | None:
-    """The curve of a finished run, whose curve.json and head files all exist; None otherwise. Writes nothing."""
+    """The curve of a finished run, whose curve.json and head files all exist, whole; None otherwise. Writes nothing."""
     try:
         (found,) = _read(run_dir / "curve.json")
         files = [run_dir / "heads" / f"{HeadKey.of(h).name}.safetensors" for h in found["heads"]]
     except (UserError, ValueError):
         return None
-    return found if all(f.is_file() for f in files) else None
+    return found if all(map(_is_whole, files)) else None
+
+
+def _is_whole(head: Path) -> bool:
+    """Whether a head's file is there, with as many bytes as its header says: a full disk or a crash may leave less."""
+    try:
+        with safe_open(head, framework="numpy"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def write_missing(found: dict[str, Any], run_dir: Path) -> None:
@@ -149,7 +160,7 @@ def write_missing(found: dict[str, Any], run_dir: Path) -> None:
         for part in leftovers(run_dir / name):
             with contextlib.suppress(OSError):
                 part.unlink()
-    missing = [name for name in DERIVED if not (run_dir / name).is_file()]
+    missing = [name for name in DERIVED if not (run_dir / name).exists() or not (run_dir / name).stat().st_size]
     if "details.png" in missing and not has_details([found]):
         missing.remove("details.png")
     if missing:

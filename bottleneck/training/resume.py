@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -287,6 +286,8 @@ def _tensors_fault(found: dict[str, Any], wanted: dict[str, Tensor]) -> Optional
         shape = list(found[name].shape) if isinstance(found[name], Tensor) else None
         if shape != list(tensor.shape):
             return f"{name} is {shape}, the run's is {list(tensor.shape)}"
+        if found[name].dtype != tensor.dtype:  # it would be rounded in silence
+            return f"{name} is of {found[name].dtype}, the run's is of {tensor.dtype}"
     return None
 
 
@@ -302,11 +303,34 @@ def _moments_fault(saved: dict[str, Any], bank: HeadBank) -> Optional[str]:
     for index, shape in enumerate(shapes):
         for name in ("exp_avg", "exp_avg_sq"):
             moment = state[index].get(name)
-            if not isinstance(moment, Tensor) or list(moment.shape) != shape:
+            if not isinstance(moment, Tensor) or list(moment.shape) != shape or not moment.is_floating_point():
                 return f"the optimizer's {name} of parameter {index} is missing or not {shape}"
         step = state[index].get("step")
-        if step is None or not math.isfinite(float(step)):
-            return f"the optimizer's step of parameter {index} is missing"
+        if step is None or not 0 <= float(step) <= saved["global_step"]:
+            return f"the optimizer's step of parameter {index} is missing or not one of the run's"
+    return _schedule_fault(saved)
+
+
+GROUP = (
+    "params",
+    "lr",
+    "initial_lr",
+    "betas",
+    "eps",
+    "weight_decay",
+)  # what the optimizer reads of a group of parameters
+
+
+def _schedule_fault(saved: dict[str, Any]) -> Optional[str]:
+    """Settings of the optimizer, the schedule of its rates, and the loops: all of them are at the checkpoint's step."""
+    groups, schedule = saved["optimizer_states"][0]["param_groups"], saved["lr_schedulers"][0]
+    lacking = [name for group in groups for name in GROUP if name not in group]
+    if lacking:
+        return f"the optimizer's {lacking[0]} is missing"
+    if not isinstance(schedule, dict) or schedule.get("base_lrs") != [group["initial_lr"] for group in groups]:
+        return "the schedule's rates are not the optimizer's"
+    if schedule.get("last_epoch") != saved["global_step"]:
+        return f"its schedule is at step {schedule.get('last_epoch')}, it says {saved['global_step']}"
     loops = saved["loops"].get("fit_loop", {})
     progress = loops.get("epoch_loop.manual_optimization.optim_step_progress", {})
     done = progress.get("total", {}).get("completed")

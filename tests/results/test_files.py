@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from bottleneck.core import files as atomic
 from bottleneck.core.errors import UserError
@@ -27,14 +29,14 @@ DERIVED = ("curve.csv", "curve.png", "details.png")
 
 
 def finished(folder: Path) -> Path:
-    """The folder of a finished run with metrics, its head files empty."""
+    """The folder of a finished run with metrics, its heads of one number."""
     c = made({8: 2.5, 64: 2.1})
     for h in c["heads"]:
         h |= {"kl": 0.5, "top1_agreement": 0.5, "top5_agreement": 0.5, "acceptance": 0.5}
     curve.write([c], folder)
     (folder / "heads").mkdir()
     for rank in (8, 64):
-        (folder / "heads" / f"r{rank}_lr1e-1_s0.safetensors").touch()
+        save_file({"A": torch.zeros(1)}, folder / "heads" / f"r{rank}_lr1e-1_s0.safetensors")
     return folder
 
 
@@ -61,7 +63,14 @@ def test_a_whole_set_is_left_as_it_is(tmp_path):
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
     curve.write_missing(curve.complete(run), run)
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
-    (run / "heads" / "r8_lr1e-1_s0.safetensors").unlink()
+    (run / "curve.csv").write_bytes(b"")
+    curve.write_missing(curve.complete(run), run)
+    assert (run / "curve.csv").stat().st_size
+    head = run / "heads" / "r8_lr1e-1_s0.safetensors"
+    for cut in (head.read_bytes()[:-1], b""):  # "finished: nothing to do" was said of both
+        head.write_bytes(cut)
+        assert curve.complete(run) is None
+    head.unlink()
     assert curve.complete(run) is None  # it has not finished
     (run / "curve.json").write_text("{")
     assert curve.complete(run) is None

@@ -91,7 +91,37 @@ def loops_of_another_kind(c):
     c["loops"] = {"fit_loop": 3}
 
 
+def rounded_weights(c):
+    c["state_dict"] |= {name: t.bfloat16() for name, t in c["state_dict"].items()}
+
+
+def whole_number_weights(c):
+    c["state_dict"] |= {name: t.int() for name, t in c["state_dict"].items()}
+
+
+def no_schedule(c):
+    c["lr_schedulers"][0] = {"last_epoch": c["global_step"]}
+
+
+def schedule_of_another_step(c):
+    c["lr_schedulers"][0]["last_epoch"] = 1
+
+
+def optimizer_without_betas(c):
+    del c["optimizer_states"][0]["param_groups"][0]["betas"]
+
+
+def optimizer_of_a_later_step(c):
+    c["optimizer_states"][0]["state"][0]["step"] += 1000
+
+
 DAMAGE = [
+    rounded_weights,
+    whole_number_weights,
+    no_schedule,
+    schedule_of_another_step,
+    optimizer_without_betas,
+    optimizer_of_a_later_step,
     without_head,
     without_heads,
     nan_weights,
