@@ -47,10 +47,8 @@ class Source:
         held_out = {Path(f).resolve() for f in self.validation_files}
         self.files = [f for f in distinct(files) if Path(f).resolve() not in held_out]
         where = f"data.files={','.join(readable(p) for p in as_list(cfg.files))}"
-        check(
-            bool(self.files),
-            f"{where}: only validation files there, nothing to train on; a glob takes them as they are",
-        )
+        way = "data.validation_files names them all" if cfg.validation_files else "a glob takes them as they are"
+        check(bool(self.files), f"{where}: only validation files there, nothing to train on; {way}")
         for path in self.files + self.validation_files:
             reader_of(path)
 

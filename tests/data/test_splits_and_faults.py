@@ -121,8 +121,11 @@ def test_a_split_of_a_folder_in_a_list_and_beside_validation_files(tmp_path):
     assert list(source.train()) == DOCS[:10] and list(source.validation()) == DOCS[30:]
     source = Source(config(tmp_path, files=plain, validation_files=str(a)))
     assert list(source.train()) == DOCS[20:30] and list(source.validation()) == DOCS[10:20]
-    with pytest.raises(UserError, match="only validation files there.*a glob"):
+    with pytest.raises(UserError, match="only validation files there.*data.validation_files names them all"):
         Source(config(tmp_path, files=str(a / "dev"), validation_files=str(a / "dev")))
+    jsonl(tmp_path / "c/dev/0.jsonl", DOCS)
+    with pytest.raises(UserError, match="only validation files there.*a glob takes them as they are"):
+        Source(config(tmp_path, files=str(tmp_path / "c")))
 
 
 # ---------------------------------------------------------------- stale copies
