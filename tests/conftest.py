@@ -1,4 +1,4 @@
-"""A toy backbone and text made on the spot, and ways to run the main job in this process or in one of its own."""
+"""A generated toy backbone and text, and fixtures that run the main job in this process or in a new one."""
 
 from __future__ import annotations
 
@@ -133,8 +133,8 @@ def command(*overrides: str, script: str = "train.py") -> list[str]:
 
 
 def shell(*overrides: str, cwd: Path | None = None, timeout: float = 300, **env: str) -> subprocess.CompletedProcess:
-    """`python train.py OVERRIDES` in a process of its own."""
-    # an earlier test's W&B session in this process is not handed on
+    """Run `python train.py OVERRIDES` in a new process."""
+    # do not pass on the W&B session of an earlier test
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
     full = {**inherited, "PYTHONUNBUFFERED": "1", **env}
     return subprocess.run(

@@ -1,4 +1,4 @@
-"""What a Hydra sweeper sees: the value of every job, one merged curve, paths that hold where the command was given."""
+"""What a Hydra sweeper gets: the value of every job and one merged curve; relative paths stay valid."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def row(rank: int, loss, status: str = "ok", **more) -> dict:
     "metric, value",
     [("loss", 2.0), ("loss@8", 3.0), ("perplexity", math.exp(2.0)), ("kl@8", 0.5), ("loss@16", math.inf)],
 )
-def test_the_value_is_that_of_the_best_head(tmp_path, metric, value):
+def test_a_run_returns_the_value_of_its_best_head(tmp_path, metric, value):
     """The lowest loss; a diverged head counts as infinity, also where its loss is lower."""
     heads = [row(8, 3.0, kl=0.5), row(8, 4.0, kl=0.1), row(64, 2.0, kl=0.2), row(16, 1.0, "diverged", kl=None)]
     (tmp_path / "curve.json").write_text(json.dumps({"heads": heads}))

@@ -41,9 +41,7 @@ def work(words: list, cwd: Path, **env: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
-    """An environment with the wheel. Its dependencies are those of this environment, by a .pth file: installing torch
-    anew
-    would take minutes."""
+    """An environment with the wheel. A .pth file shares our dependencies, since installing torch takes minutes."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     ignore = shutil.ignore_patterns(".*", "tests", "docs", "outputs", "multirun", "build", "*.egg-info")

@@ -1,4 +1,4 @@
-"""What the command line does around a run: quoting, plugins, working folder, Hydra's files, values for sweepers."""
+"""The command line around a run: quoting, plugins, working folder, Hydra's files, values for sweepers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from bottleneck.core.errors import UserError
         'a\\"b',
     ],
 )
-def test_a_value_that_hydra_cannot_read_is_answered_with_quotes_that_work(value):
+def test_the_error_for_an_unreadable_value_suggests_valid_quotes(value):
     """The suggested words, split by a shell and parsed by Hydra, give the value again."""
     with pytest.raises(Exception) as caught:
         composed([f"data.files={value}"])
@@ -61,7 +61,7 @@ def explain_of(override: str) -> str:
     return explain(caught.value)
 
 
-def test_an_unfinished_list_is_called_that():
+def test_the_error_for_an_unfinished_list_names_the_missing_bracket():
     with pytest.raises(Exception) as caught:
         composed(["ranks=[8,16"])
     assert explain(caught.value).startswith("ranks=[8,16: the closing ] is missing")

@@ -47,7 +47,7 @@ def test_every_choice_composes_and_passes_the_checks(group, name):
         assert isinstance(c.backbone, BackboneConfig) and c.backbone.path
 
 
-def test_the_backbones_that_are_promised_are_there():
+def test_every_promised_backbone_has_a_config():
     sizes = {
         "gpt2": ["", "-medium", "-large", "-xl"],
         "pythia": [f"-{s}" for s in ["14m", "31m", "70m", "160m", "410m", "1b", "1.4b", "2.8b", "6.9b", "12b"]],
@@ -184,7 +184,7 @@ def test_composition_errors_become_one_line(override, words):
         ("tokens=1e9", "tokens: "),
     ],
 )
-def test_the_command_ends_with_code_2_and_one_line(tmp_path, override, words):
+def test_bad_input_exits_with_code_2_and_one_line(tmp_path, override, words):
     done = shell(override, f"hydra.run.dir={tmp_path / 'run'}")
     lines = done.stderr.strip().splitlines()
     lines = [line for line in lines if not line.startswith("wandb: WARNING")]
@@ -246,14 +246,14 @@ def test_a_missing_launcher_says_how_to_install_it():
     assert "pip install -e '.[slurm]'" in line and "\n" not in line
 
 
-def test_output_that_nobody_reads_on_is_no_failure():
+def test_a_closed_pipe_is_not_an_error():
     """python -m bottleneck.study experiment=paper | head -1"""
     command = f"{sys.executable} -m bottleneck.study experiment=paper | head -1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("The commands for every figure")
 
 
-def test_a_run_that_began_before_a_key_existed_goes_on_with_its_default(tmp_path):
+def test_a_run_that_began_before_a_key_existed_resumes_with_its_default(tmp_path):
     def config(*overrides: str) -> dict:
         return dataclasses.asdict(check_config(composed(list(overrides))))
 

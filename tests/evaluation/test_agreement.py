@@ -1,4 +1,4 @@
-"""What a head loses beyond perplexity, against brute force in float64."""
+"""Agreement with the original head and losses by band, against brute force in float64."""
 
 from __future__ import annotations
 
@@ -69,8 +69,7 @@ def test_groups_of_blocks_are_all_of_the_text():
 
 
 def test_a_real_run_has_them_for_every_head(run, tmp_path):
-    """Over all validation tokens, equal to a direct evaluation of the saved heads; full rank from the original head
-    loses nothing."""
+    """Means over all validation tokens equal a direct evaluation of the saved heads; at r = d nothing is lost."""
     result = run("tokens=2048", "ranks=[2,32]", "optim.lr=[1e-9,1e-2]", "trainer.micro_batch_size=3")
     module, c = result.module, json.loads((tmp_path / "run" / "curve.json").read_text())
     hidden, goals = [], []
@@ -128,9 +127,10 @@ def test_bands_follow_the_counts():
         assert ((torch.arange(20_000) >= first - 1) & (torch.arange(20_000) < (last or 20_000)) == (bands == i)).all()
 
 
-def test_the_last_validation_runs_where_the_training_did(run, tmp_path, monkeypatch):
-    """Before Lightning takes the run apart, which moves the backbone to the CPU; a finished run that is resumed moves
-    it back."""
+def test_the_last_validation_runs_on_the_device_of_training(run, tmp_path, monkeypatch):
+    """Lightning's teardown moves the backbone to the CPU, so validation comes before it. A resumed finished run moves
+    the backbone back.
+    """
     from pytorch_lightning.strategies import SingleDeviceStrategy
 
     import bottleneck.training.module

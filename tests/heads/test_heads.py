@@ -41,8 +41,8 @@ def test_calibration_is_the_plain_average(setting):
     assert torch.allclose(c.fisher_V, (p * (1 - p)).mean(0), atol=1e-6)
 
 
-def test_full_rank_closed_forms_are_the_full_head(setting):
-    """At r = d nothing is cut: same distribution as the backbone's own head (fisher shifts all logits alike)."""
+def test_full_rank_closed_forms_are_the_original_head(setting):
+    """At r = d nothing is cut: same distribution as the original head (fisher shifts all logits alike)."""
     h, head, c = setting
     want = torch.log_softmax(head.logits(h).double(), -1)
     for init in ("fisher", "svd"):
@@ -114,7 +114,7 @@ def test_random_start_depends_on_rank_and_seed_alone(setting):
     assert not torch.equal(start(HeadKey(4, 0.1, 3))[0], start(HeadKey(4, 0.1, 4))[0])
 
 
-def test_names_are_exact_and_doubles_refused():
+def test_names_are_exact_and_duplicates_refused():
     assert HeadKey(64, 0.01, 0).name == "r64_lr1e-2_s0"
     assert HeadKey(8, 0.0123, 5).name == "r8_lr123e-4_s5"
     assert HeadKey(8, 10.0, 5).name == "r8_lr1e1_s5"

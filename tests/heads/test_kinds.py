@@ -1,4 +1,4 @@
-"""Head kinds: gradients against float64, the same bits alone and in company, runs that resume, files that load."""
+"""Head kinds: gradients against float64, the same bits alone and in a bank, runs that resume, files that load."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def trained(keys: list[HeadKey], h: torch.Tensor, y: torch.Tensor) -> dict[str, 
     return {key.name: [p.detach().clone() for p in bank[key].parameters()] for key in keys}
 
 
-def test_alone_is_in_company_bit_for_bit(setting):
+def test_a_head_has_the_same_bits_alone_and_in_a_bank(setting):
     """One bank with a head of every kind: each has the bits that it has by itself, clipped by its own norm."""
     h, y = setting[0].float(), setting[1]
     keys = [key_of(kind) for kind in HEAD_KINDS.names()] + [HeadKey(3, 1e-2, 0)]
@@ -217,7 +217,7 @@ def test_one_component_is_the_low_rank_head(setting):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [k for k in HEAD_KINDS.names() if k not in ("low_rank", "full")])
 def test_runs_of_every_kind_resume(kind, run, tmp_path):
-    """Its loss falls below the start's; cut off at step 18 of 20 it ends with the same bits; its file loads."""
+    """The loss falls below the start's; a run stopped at step 18 of 20 resumes to the same bits; head files load."""
     options = ",".join(
         f"{n}:{str(list(v) if isinstance(v, tuple) else v).replace(' ', '')}" for n, v in SMALL.get(kind, ())
     )
@@ -301,7 +301,7 @@ def test_a_full_head_teaches_another_run(run, tmp_path):
         (("objective=distill", "head.mix=0.3"), "head.mix=0.3: head.objective=distill does not use it; mixed does"),
     ],
 )
-def test_what_does_not_go_together_is_refused(run, tmp_path, overrides, words):
+def test_incompatible_options_are_refused(run, tmp_path, overrides, words):
     with pytest.raises(UserError) as caught:
         run(*overrides)
     assert words in str(caught.value) and not (tmp_path / "run" / "curve.json").exists()

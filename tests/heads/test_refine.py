@@ -1,4 +1,4 @@
-"""Refined starts: the loss they follow, what they must not lose, and that they are better where it counts."""
+"""Refined starts: their loss and gradients, that the KL never rises, and that held-out loss falls at low ranks."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_kl_falls(setting, init):
 
 
 def test_kl_never_rises(setting, monkeypatch):
-    """With steps that can only do harm the start itself comes back."""
+    """If every step makes the head worse, the start itself is returned."""
     h, head, c = setting
     monkeypatch.setattr("bottleneck.heads.starts.refined.STEP", 100.0)
     before = closed(setting, [4])
@@ -78,7 +78,7 @@ def test_kl_never_rises(setting, monkeypatch):
 
 
 def test_close_to_the_best_head_of_the_rank(setting):
-    """L-BFGS on all tokens until it stops finds what can be found from this start: most of the way there is made."""
+    """L-BFGS on all tokens until convergence gives the best head from this start; refining gets most of the way."""
     h, head, c = setting
     for A, B in closed(setting, [2, 4]):
         best = [A.clone().double().requires_grad_(), B.clone().double().requires_grad_()]
@@ -98,7 +98,7 @@ def test_close_to_the_best_head_of_the_rank(setting):
 
 
 def test_a_planted_head_is_recovered(setting):
-    """Where the full head has rank 3, a random start of rank 3 finds it."""
+    """If the original head has rank 3, refining finds it from a random start of rank 3."""
     h, _, _ = setting
     g = torch.Generator().manual_seed(2)
     head = FullHead(torch.randn(V, 3, generator=g) @ torch.randn(3, D, generator=g) * 0.5)
@@ -109,7 +109,7 @@ def test_a_planted_head_is_recovered(setting):
 
 
 def test_full_rank_loses_nothing(setting, monkeypatch):
-    """The closed form of full rank is the original head: there is nothing to learn, and training does not harm it."""
+    """The closed form of full rank equals the original head, and refining does not make it worse."""
     h, head, c = setting
     start = closed(setting, [D])
     assert refine(start, [h], head, c) == start
@@ -126,8 +126,8 @@ def test_full_rank_loses_nothing(setting, monkeypatch):
     )
 
 
-def test_company_order_and_batches_do_not_matter(setting):
-    """Bit for bit: whatever other heads there are, and however the hidden states came."""
+def test_other_heads_and_batching_do_not_matter(setting):
+    """Bit for bit, whatever other heads are refined and however the hidden states are batched."""
     h, head, c = setting
     pair = closed(setting, [2, 7])
     both = refine(pair, h.split(500), head, c, passes=2)
@@ -149,8 +149,8 @@ def test_unit_variance_and_inputs_untouched(setting):
     assert refine(before, [h], head, c, passes=0) == before
 
 
-def test_everything_the_full_head_does_is_learned(setting):
-    """A bias and a soft cap have no low-rank form, and `fisher` leaves them out: here they are in the targets."""
+def test_bias_and_soft_cap_of_the_original_head_are_learned(setting):
+    """A bias and a soft cap have no low-rank form, so `fisher` omits them; the targets of refining include them."""
     h, plain, _ = setting
     g = torch.Generator().manual_seed(3)
     head = FullHead(plain.W_VD, torch.randn(V, generator=g), 1.0, 5.0)
@@ -186,7 +186,7 @@ def test_lower_held_out_loss_on_the_embedded_backbone():
     assert new[0] < old[0] - 0.4 and new[1] < old[1] - 0.2
 
 
-def test_long_work_before_the_first_step_says_how_far_it_is(monkeypatch, caplog):
+def test_long_work_before_the_first_step_logs_progress(monkeypatch, caplog):
     """Every item once, in order; a line with the time left whenever enough time has passed; silent if it is short."""
     clock = iter(range(0, 1000, 4))  # seconds: each item takes four
     monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))

@@ -1,4 +1,4 @@
-"""head.whiten: B trained in coordinates of variance 1. The same start, the same kind of head, other steps."""
+"""head.whiten: B trained in coordinates of variance 1. Start and kind of head are the same, the steps differ."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def trained(h, y, start, whiten=None, steps=5, optim=PLAIN):
 
 
 def test_it_is_training_on_whitened_hidden_states():
-    """An independent way: hidden states x = Σ^-½ h, heads A and C = B Σ^½, nothing else."""
+    """Against an independent implementation that trains A and C = B Σ^½ on hidden states x = Σ^-½ h."""
     h, y, _ = hidden(30.0)
     root, inverse = roots((h.double().T @ h.double()) / N)
     g = torch.Generator().manual_seed(1)
@@ -95,7 +95,7 @@ def test_a_ratio_of_rates_is_two_rates(ratio):
         torch.testing.assert_close(bank.factors(key), (A.detach(), B.detach()), rtol=1e-3, atol=1e-4)
 
 
-def test_an_outlier_does_not_throw_a_good_start_about():
+def test_an_outlier_dimension_does_not_spoil_a_good_start():
     """The same step is small in all directions of x; in coordinates of h the outlier's is 300 times too long."""
     h, y, W = hidden(300.0)
     root, inverse = roots((h.double().T @ h.double()) / N)
@@ -107,7 +107,7 @@ def test_an_outlier_does_not_throw_a_good_start_about():
 
 
 def test_a_run_with_a_ratio_of_rates(run, tmp_path):
-    """The start is the same head; then it goes another way."""
+    """The start is the same head; the trained heads differ."""
     for extra in ((), ("head.whiten=true",)):
         plain, slow = (
             run("ranks=[4]", "optim.lr=1e-2", *extra, *ratio, run_dir=tmp_path / f"{len(extra)}{len(ratio)}").curve

@@ -1,4 +1,4 @@
-"""The documents: short enough to be read, links that lead somewhere, and commands that the program accepts."""
+"""The documents: length limits, links that resolve, and commands that the program accepts."""
 
 from __future__ import annotations
 

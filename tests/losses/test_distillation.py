@@ -1,4 +1,4 @@
-"""Training on the original head: gradients against autograd in float64, teachers trained beside, the effect."""
+"""Distillation: gradients against autograd in float64, a teacher trained in the same run, and its effect."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def distilled(heads, W, h, y, temperature, mix, impl, dtype=torch.float32):
-    """Losses [H, N] and gradients of heads that the full head W teaches; scale 0.5."""
+    """Losses [H, N] and gradients of heads whose teacher is the full head W; scale 0.5."""
     grads = [(torch.zeros_like(A), torch.zeros_like(B)) for A, B in heads]
     full = W.to(dtype)
     options = {"temperature": temperature, "mix": mix}
@@ -129,7 +129,7 @@ def test_a_trained_teacher_learns_from_the_data_and_teaches_the_others():
 
 
 def test_a_trained_teacher_through_a_run(run, tmp_path):
-    """Said in the recipe; refused where there is no head of the full rank, or no KL."""
+    """The recipe names it. It is refused without a head of full rank, and for an objective without KL."""
     curve = run("ranks=[4,32]", "objective=mixed", "head.mix=0.9", "head.teacher=trained").curve
     assert curve["recipe"]["teacher"] == "trained" and [h["status"] for h in curve["heads"]] == ["ok", "ok"]
     for wrong in (("ranks=[4]", "objective=distill", "head.teacher=trained"), ("ranks=[4,32]", "head.teacher=trained")):

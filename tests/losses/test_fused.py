@@ -96,7 +96,7 @@ def test_a_loss_alone_keeps_its_logits_in_float32(rank):
 
 @pytest.mark.parametrize("rank", [4, FLASH_RANK + 1])
 def test_many_tokens_are_taken_in_parts(rank, monkeypatch):
-    """However many there are, memory stays bounded; masked tokens and the order of losses survive the cuts."""
+    """Memory stays bounded for any number of tokens; masked tokens and the order of losses are kept."""
     g = torch.Generator().manual_seed(0)
     h, A, B = (torch.randn(*s, generator=g).to(DEVICE) for s in ((50, 32), (70, rank), (rank, 32)))
     y = targets((torch.arange(50) % 70).masked_fill(torch.arange(50) % 7 == 0, -100).to(DEVICE))
@@ -156,7 +156,7 @@ def test_chunks_stay_under_their_memory_and_are_whole_tiles():
     assert chunk_rows(8192, 1 << 30, 1) == 128  # a tile at least
 
 
-def test_a_target_beyond_the_vocabulary_is_loud_and_reads_nothing():
+def test_a_target_beyond_the_vocabulary_gives_nan_and_reads_nothing():
     for R in (16, FLASH_RANK + 16):
         z, A, y = problem(8, R, 40)
         y[1] = 40
@@ -174,7 +174,7 @@ def test_gradients_are_handed_out_once():
 
 @pytest.mark.parametrize("impl", ["reference", "chunked", "fused"])
 def test_a_bank_accumulates_the_bits_of_each_head_alone(impl):
-    """Losses and gradients over two micro-batches: a head in company has the bits of the head alone."""
+    """Losses and gradients over two micro-batches: a head in a bank has the bits of the head alone."""
     keys = [HeadKey(8, 0.1, 0), HeadKey(8, 0.2, 0), HeadKey(3, 0.1, 0), HeadKey(40, 0.1, 0)]
     g = torch.Generator().manual_seed(0)
     start = {k: (torch.randn(500, k.rank, generator=g), torch.randn(k.rank, 48, generator=g) / 7) for k in keys}

@@ -1,4 +1,4 @@
-"""Curves made up in a moment."""
+"""Made-up curves for tests, without training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders of finished runs for the tests of what is done with heads: made up in a moment, or trained in two seconds."""
+"""Folders of finished runs, for tests of commands that use heads: made up, or trained in two seconds."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""SIGKILL at random moments, to any process of a run, until it is through: nothing may be lost, no step trained twice.
+"""SIGKILL any process of a run at random moments until it finishes: nothing may be lost, no step logged twice.
 
-python tests/kills.py --kills 20 --processes 2 OVERRIDES        prints each kill, exit code 1 where something differs
+python tests/support/kills.py --kills 20 --processes 2 OVERRIDES        prints each kill; exit code 1 if results differ
 """
 
 from __future__ import annotations
@@ -24,10 +24,7 @@ from bottleneck.training.run_folder import LAST, PREVIOUS  # noqa: E402
 
 
 def disturb(overrides: list[str], folder: Path, kills: int, seed: int, say=lambda words: None) -> int:
-    """Run, kill one process at a random moment, run again, and so on; then let it finish.
-
-    Returns how many were killed.
-    """
+    """Run, kill one process at a random moment and repeat; then let the run finish. Returns the number of kills."""
     rng = random.Random(seed)
     done = 0
     while True:
@@ -36,7 +33,7 @@ def disturb(overrides: list[str], folder: Path, kills: int, seed: int, say=lambd
         if done < kills:
             marks = [(p, p.stat().st_mtime_ns if p.exists() else 0) for p in (folder / LAST, folder / PREVIOUS)]
             began = time.monotonic()
-            # not before this try has trained something, so that the run gets on
+            # only after this try has trained a step, so that the run makes progress
             while process.poll() is None and time.monotonic() - began < 120:
                 if any(p.exists() and p.stat().st_mtime_ns != mark for p, mark in marks):
                     break
@@ -52,12 +49,14 @@ def disturb(overrides: list[str], folder: Path, kills: int, seed: int, say=lambd
         error = process.stderr.read()
         if code == 0:
             return done
-        assert code in (2, -signal.SIGKILL), error  # our line, or it was the onlooker itself
+        assert code in (2, -signal.SIGKILL), (
+            error
+        )  # our error line, or the killed process was the one that would print it
         assert "Traceback" not in error, error
 
 
 def differences(whole: Path, cut: Path) -> list[str]:
-    """What the disturbed run has otherwise than the undisturbed one: heads bit for bit, logged steps once each."""
+    """Differences of the disturbed run from the undisturbed one: heads bit for bit, each step logged once."""
     wrong = [
         f"heads/{p.name}"
         for p in (whole / "heads").iterdir()

@@ -1,4 +1,4 @@
-"""A vLLM server in a process of its own, from a venv of its own, and what is asked of it over HTTP on loopback."""
+"""A vLLM server in its own process and venv, and requests to it over HTTP on loopback."""
 
 from __future__ import annotations
 

@@ -13,12 +13,12 @@ import time
 from pathlib import Path
 from typing import Iterator
 
-CPUS = 4  # said to Slurm, whatever there are
+CPUS = 4  # CPUs that Slurm is configured with, whatever the machine has
 DAEMONS = ("munged", "slurmctld", "slurmd")
 
 
 def install() -> None:
-    """Debian's packages, where they are missing and may be installed. Raises RuntimeError where not."""
+    """Install Debian's packages if they are missing. Raises RuntimeError if that is not possible."""
     if all(shutil.which(d) for d in DAEMONS):
         return
     if os.geteuid() or not shutil.which("apt-get"):
@@ -120,7 +120,7 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
         return words.get("JobState", "")
 
     def hurry(self, job: str) -> None:
-        """A requeued job waits two minutes: not here."""
+        """Start a requeued job at once; Slurm would wait for two minutes."""
         self.until(lambda: self.state(job) == "PENDING", 90, f"job {job} is not back in the queue")
         # slurmd refuses a job that begins in the second in which it ended ("already killed, do not launch batch job")
         time.sleep(3)

@@ -44,7 +44,7 @@ def run_study(folder: Path, *overrides: str) -> dict:
 
 
 def shell(*overrides: str, timeout: float = 300) -> subprocess.CompletedProcess:
-    """`python -m bottleneck.study OVERRIDES` in a process of its own."""
+    """Run `python -m bottleneck.study OVERRIDES` in a new process."""
     return subprocess.run(
         [sys.executable, "-m", "bottleneck.study", *map(str, overrides)],
         cwd=ROOT,

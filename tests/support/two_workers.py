@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 
 def wait(cfg: Any, folder: Path) -> None:
-    """Say that this worker is at work, then wait for a signal."""
+    """Print that this worker has started, then wait for a signal."""
     (folder / f"at-{os.environ['RANK']}").touch()
     time.sleep(600)
 

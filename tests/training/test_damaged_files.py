@@ -1,4 +1,4 @@
-"""Files of a run's folder with the right outline and wrong content are refused or left out, in one line."""
+"""Files of a run's folder with the right structure and wrong content are refused or skipped, with one line."""
 
 from __future__ import annotations
 
@@ -145,8 +145,8 @@ DAMAGE = [
 @pytest.mark.parametrize("checksum", ["kept", "none"])
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda f: f.__qualname__)
 def test_a_damaged_checkpoint_is_never_used(whole, toy, tmp_path, damage, checksum):
-    """Each was resumed in silence, or ended in a traceback. With the checksum kept, the content does not match it;
-    without one, as in checkpoints of earlier versions, names, shapes, moments, finiteness and step are compared.
+    """Each once resumed silently or raised a traceback. A kept checksum does not match the content. Without a checksum,
+    as in checkpoints of earlier versions, names, shapes, moments, finiteness and step are compared.
     """
     from bottleneck.config.checks import check_config
     from bottleneck.heads.bank import HeadBank
@@ -174,7 +174,7 @@ def test_a_damaged_checkpoint_is_never_used(whole, toy, tmp_path, damage, checks
     assert found.path == folder / PREVIOUS and found.step == 14
 
 
-def test_a_run_resumes_from_the_previous_checkpoint_and_says_so(whole, run, tmp_path, caplog):
+def test_a_run_resumes_from_the_previous_checkpoint_with_a_warning(whole, run, tmp_path, caplog):
     shutil.copytree(whole, tmp_path / "run")
     for name in ("curve.json", "heads"):
         shutil.rmtree(tmp_path / "run" / name, ignore_errors=True)
@@ -264,8 +264,8 @@ def test_junk_in_the_runs_own_files_is_one_line(whole, tmp_path, name, junk):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_the_run_says_what_it_was(whole, tmp_path):
-    """run.json has the settings that the checkpoint has, and commands read it rather than what a later command left."""
+def test_run_json_describes_the_run(whole, tmp_path):
+    """run.json holds the checkpoint's settings, and commands read it rather than the files of a later command."""
     stored = read_checkpoint(whole / LAST)["bottleneck"]["config"]
     assert json.loads(json.dumps(stored)) == read_run_config(whole)
     shutil.copytree(whole, tmp_path / "run")

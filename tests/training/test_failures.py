@@ -1,4 +1,4 @@
-"""What fails in the middle of something larger: told in one line, and the rest goes on."""
+"""Failures of one part of a larger command: reported in one line, and the other parts run."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from conftest import ROOT
         ("x.BasicLauncher", RunMode.RUN, False),
     ],
 )
-def test_a_defect_in_one_job_leaves_the_others(monkeypatch, capsys, launcher, mode, goes_on):
-    """As a UserError does, with its trace; on a cluster, or alone, it is raised as it was."""
+def test_a_defect_in_one_job_does_not_stop_the_others(monkeypatch, capsys, launcher, mode, goes_on):
+    """Its traceback is printed and the next jobs run, as after a UserError. On a cluster or alone it is raised."""
     run = SimpleNamespace(
         runtime=SimpleNamespace(output_dir="out", cwd="."),
         job=SimpleNamespace(num=1, override_dirname="ranks=8", get=lambda *_: 1),
@@ -58,7 +58,7 @@ def test_a_defect_in_one_job_leaves_the_others(monkeypatch, capsys, launcher, mo
 
 @pytest.mark.slow
 def test_a_refused_run_leaves_no_folder_and_a_stopped_one_names_its_own(tmp_path, toy):
-    """In the folder that Hydra makes up, which nobody could name otherwise; what a user has put into a folder stays."""
+    """In a default folder, whose name the user does not know. A folder with the user's files is not removed."""
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
 
     def started(*overrides, **options):
@@ -147,7 +147,7 @@ def test_all_numbers_of_gpus_failing_is_an_error_and_an_interruption_keeps_rows(
 
 
 def test_a_stopped_run_leaves_no_process_behind():
-    """Not even one in a session of its own, as torch starts its workers."""
+    """Not even one in its own session, as torch's workers are."""
     run = killed.Run.__new__(killed.Run)
     run.process = subprocess.Popen(["bash", "-c", "setsid sleep 300 & wait"], start_new_session=True)
     while len(pids := ours.family(run.process.pid)) < 2:
@@ -164,10 +164,9 @@ def assert_gone(pids):
 
 
 @pytest.mark.parametrize("deaf", [False, True])
-def test_an_interrupted_benchmark_takes_its_run_along(deaf, monkeypatch, tmp_path):
-    """It had its run killed by subprocess.run a quarter of a second after a Ctrl-C, which left torch's workers, in
-    sessions of their own, alone on their GPUs. The run is given time to end itself; one that does not is killed with
-    all that it started.
+def test_an_interrupted_benchmark_ends_its_run(deaf, monkeypatch, tmp_path):
+    """Before, subprocess.run killed the run 0.25 s after Ctrl-C, and torch's workers, in their own sessions, kept their
+    GPUs. Now the run gets time to end itself; otherwise it is killed together with all its descendants.
     """
     monkeypatch.setattr(ours, "PATIENCE", 1.0 if deaf else 60.0)
     said, pids = tmp_path / "said", []

@@ -1,4 +1,4 @@
-"""How a process finds out who started it, and where its run goes: a table of environments, without a cluster."""
+"""Which launcher started a process, and the name of its default folder: a table of environments, without a cluster."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_who_started_a_process(environ, variables, kind, rank):
 
 
 def test_tasks_of_a_step_find_each_other(environ):
-    """Their number is the step's, not the allocation's; other steps of the job use another port."""
+    """The number of tasks is the step's, not the allocation's; other steps of the job use another port."""
     environ(TASK | {"SLURM_NTASKS": "2", "SLURM_NNODES": "2"})
     found = cluster_environment()
     assert (found.world_size(), found.local_rank(), found.node_rank()) == (2, 1, 0)
@@ -106,9 +106,9 @@ def test_the_wrong_number_of_processes_is_refused(environ, variables, devices, n
 
 
 def test_a_leftover_local_rank_does_not_silence_a_run(environ, capsys, caplog):
-    """Lightning reads it when it is imported, and then lets this process write nothing.
+    """Lightning reads it on import, and would then let this process write no files.
 
-    The user is told on the terminal alone: a refused command would change the log of a finished run's folder.
+    The message goes to the terminal only: a refused command must not change the log in a finished run's folder.
     """
     from pytorch_lightning.utilities import rank_zero_only
 
@@ -131,8 +131,8 @@ def test_threads_of_a_process(environ, monkeypatch):
 
 
 def test_the_default_folder_belongs_to_one_run(environ, monkeypatch, tmp_path):
-    """Two runs in one Slurm allocation, in parallel steps or in one second shared a folder: the second overwrote the
-    first.
+    """Once, two runs in one Slurm allocation, in parallel steps or in the same second shared a folder, and the second
+    overwrote the first.
     """
     monkeypatch.chdir(tmp_path)
 

@@ -44,7 +44,7 @@ def ranks(sweep: Path) -> list[int]:
 
 
 def test_an_earlier_multiruns_jobs_are_not_merged(tmp_path, monkeypatch, caplog):
-    """-m again with fewer jobs in the same folder: the old third job was merged, and "wrote" was said."""
+    """-m again with fewer jobs in the same folder: once, the old third job was merged without a warning."""
     sweep = tmp_path / "sweep"
     multirun(sweep, {"0": {8: 2.5}, "1": {16: 2.3}, "2": {32: 2.2}}, monkeypatch)
     assert ranks(sweep) == [8, 16, 32] and not caplog.records
@@ -53,7 +53,7 @@ def test_an_earlier_multiruns_jobs_are_not_merged(tmp_path, monkeypatch, caplog)
 
 
 def test_a_failed_jobs_old_result_is_not_merged(tmp_path, monkeypatch, caplog):
-    """The folder of a job that fails now still holds the curve of the time before."""
+    """The folder of a job that fails this time still holds the curve of the earlier multirun."""
     sweep = tmp_path / "sweep"
     multirun(sweep, {"0": {8: 2.5}, "1": {16: 2.3}, "2": {32: 2.2}}, monkeypatch)
     multirun(sweep, {"0": {8: 2.5}, "1": None, "2": {32: 2.2}}, monkeypatch)
@@ -63,13 +63,13 @@ def test_a_failed_jobs_old_result_is_not_merged(tmp_path, monkeypatch, caplog):
 
 
 def test_jobs_in_folders_of_folders_are_merged(tmp_path, monkeypatch):
-    """hydra.sweep.subdir with a slash lost the merged curve without a word."""
+    """With a slash in hydra.sweep.subdir the merged curve was once silently missing."""
     multirun(tmp_path / "sweep", {"small/8": {8: 2.5}, "small/16": {16: 2.3}, "large/64": {64: 2.1}}, monkeypatch)
     assert ranks(tmp_path / "sweep") == [8, 16, 64]
 
 
 def test_jobs_without_the_environment(tmp_path, monkeypatch):
-    """A cluster may not pass the environment on: then the time tells this multirun's jobs from earlier ones."""
+    """If a cluster does not pass the environment on, file times separate this multirun's jobs from earlier ones."""
     sweep = tmp_path / "sweep"
     monkeypatch.setattr(MergeCurves, "on_job_start", lambda self, config: os.environ.pop(TOKEN, None))
     multirun(sweep, {"0": {8: 2.5}, "1": {16: 2.3}, "2": {32: 2.2}}, monkeypatch)

@@ -1,4 +1,4 @@
-"""Private parts of torch and Lightning that the project reaches into are still there, and do what they did."""
+"""The private parts of torch and Lightning that the project uses still exist and behave as expected."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bottleneck.training.out_of_memory import out_of_memory
 
 
 def test_lightning_leaves_signals_to_us(run):
-    """Its question to all processes before every step, and its handlers, are replaced in the trainer that trains."""
+    """The trainer has neither Lightning's signal handlers nor its query of all processes before each step."""
     from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
     from pytorch_lightning.trainer.connectors.signal_connector import _SignalConnector
 
@@ -68,7 +68,7 @@ def _peer(rank: int, port: int, queue) -> None:
 
 
 def test_a_lost_gloo_peer_is_recognised():
-    """The words are gloo's: what it raises when another process is gone must match."""
+    """The error that gloo raises when another process is gone must match."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]

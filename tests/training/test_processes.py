@@ -1,6 +1,4 @@
-"""Several processes: equal to one, in any job of a multirun; killed, stopped, silent or on a full disk, with one line
-and nothing lost.
-"""
+"""Runs of several processes: equal to one process, in any job of a multirun, also when killed, stopped or silent."""
 
 from __future__ import annotations
 
@@ -56,8 +54,8 @@ def whole(longer, tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_any_number_of_processes_in_any_job_of_a_multirun(toy, tmp_path):
-    """The fault that Lightning and Hydra leave open: each job has its own processes, batches and curve; a bad one harms
-    none.
+    """Each job has its own processes, batches and curve, and a failing job does not affect the others. Lightning and
+    Hydra together do not give that.
     """
     sweep = tmp_path / "sweep"
     done = shell("-m", *toy, "trainer.devices=1,2,3,4,1", f"hydra.sweep.dir={sweep}", "trainer.log_every=1")
@@ -104,7 +102,7 @@ def test_a_killed_process_is_named_and_nothing_is_lost(longer, whole, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number, to_all", [(signal.SIGTERM, False), (signal.SIGINT, True)])
-def test_asked_to_stop_it_saves_the_last_step_and_goes_on(longer, whole, tmp_path, number, to_all):
+def test_a_stopped_run_saves_its_last_step_and_resumes(longer, whole, tmp_path, number, to_all):
     """SIGTERM to the process that was started; Ctrl-C, which a terminal sends to all."""
     run = start(*longer, "trainer.checkpoint_every=1000", f"hydra.run.dir={tmp_path / 'cut'}", start_new_session=True)
     metrics = tmp_path / "cut" / "metrics.csv"
@@ -117,7 +115,7 @@ def test_asked_to_stop_it_saves_the_last_step_and_goes_on(longer, whole, tmp_pat
     assert f"stopped by {number.name}" in error and len(error.strip().splitlines()) == 1
     step = torch.load(tmp_path / "cut" / LAST, weights_only=True)["global_step"]
     logged = {int(r.split(",")[0]) for r in metrics.read_text().splitlines()[1:] if "train/loss" in r}
-    assert 0 < step < 150 and max(logged) == step  # nothing that was trained is trained again
+    assert 0 < step < 150 and max(logged) == step  # no step is trained twice
     assert (
         shell(
             *longer, "trainer.checkpoint_every=1000", "ckpt_path=last", f"hydra.run.dir={tmp_path / 'cut'}"
@@ -127,10 +125,8 @@ def test_asked_to_stop_it_saves_the_last_step_and_goes_on(longer, whole, tmp_pat
     assert differences(whole, tmp_path / "cut") == []
 
 
-def test_a_warning_while_it_still_imports_is_kept(longer, tmp_path):
-    """Slurm's USR1 in the first instant: the run stops after its first step, saved, and asks to be put back into the
-    queue.
-    """
+def test_a_signal_during_imports_is_kept(longer, tmp_path):
+    """Slurm's USR1 right after the start: the run stops after its first step with a checkpoint and requeues its job."""
     (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho $@ > {tmp_path}/asked\nexit 1\n")
     (tmp_path / "scontrol").chmod(0o755)
     env = {"SLURM_JOB_ID": "77", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
@@ -148,7 +144,7 @@ def test_a_warning_while_it_still_imports_is_kept(longer, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kills", [4])  # python tests/kills.py --kills 20 for more
+@pytest.mark.parametrize("kills", [4])  # python tests/support/kills.py --kills 20 for more
 def test_kills_at_random_moments(longer, whole, tmp_path, kills):
     assert disturb(longer, tmp_path / "cut", kills, seed=kills) == kills
     assert differences(whole, tmp_path / "cut") == []
@@ -156,7 +152,7 @@ def test_kills_at_random_moments(longer, whole, tmp_path, kills):
 
 @pytest.mark.slow
 def test_a_silent_process_is_given_up_in_the_stated_time(longer, tmp_path):
-    """6 seconds; torch's agent gives the silent one, which cannot be asked to end, another 30."""
+    """After 6 seconds; torch's agent waits another 30 for the silent process, which does not react to SIGTERM."""
     run = start(*longer, "trainer.timeout_minutes=0.1", f"hydra.run.dir={tmp_path / 'run'}")
     wait_for(tmp_path / "run" / LAST, run)
     workers = [p for p in family(run.pid) if trains(p)][1:]
@@ -172,9 +168,7 @@ def test_a_silent_process_is_given_up_in_the_stated_time(longer, tmp_path):
 
 @pytest.mark.slow
 def test_a_full_disk_during_a_checkpoint(longer, whole, tmp_path):
-    """No file may grow beyond 40 kB, so the first checkpoint cannot be written: one line, no half of a file; then there
-    is room.
-    """
+    """With files limited to 40 kB the first checkpoint fails: one line, no partial file. Then the run succeeds."""
 
     def small() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
@@ -190,8 +184,8 @@ def test_a_full_disk_during_a_checkpoint(longer, whole, tmp_path):
 
 
 @pytest.mark.parametrize("error, code", [(UserError("x"), 2), (RuntimeError("x"), 1), (KeyboardInterrupt(), 130)])
-def test_after_a_failure_nccls_farewell_is_left_out(monkeypatch, error, code):
-    """What is called at exit comes before what was registered earlier."""
+def test_after_a_failure_nccls_shutdown_is_skipped(monkeypatch, error, code):
+    """The exit function is called before those that were registered earlier."""
     called, ended = [], []
     monkeypatch.setattr("atexit.register", called.append)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
@@ -261,15 +255,13 @@ def test_a_flag_is_what_any_process_has():
     assert flag.number == signal.SIGUSR1 and flag.agreed()
     flag.leave()
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
-    flag.send(torch.tensor([0.0]))  # summed over processes: none had one at that step, though this one has by now
+    flag.send(torch.tensor([0.0]))  # the sum at that step, before this process received its signal
     flag.send(torch.tensor([10.0]))
     assert not flag.agreed() and flag.agreed()
 
 
 def test_on_a_gpu_flags_are_read_later_unless_steps_are_long():
-    """Nobody waits for a sum on its way; a long step's is waited for, so that a warning ahead of the end is not slept
-    over.
-    """
+    """Short steps do not wait for the sum of flags. Long steps do, so that the run stops before a time limit."""
     for passes, steps_later in ((1, 4), (2, 2), (4, 1), (5, 0), (16, 0)):
         flag = Flag()
         for step in range(1, 10):
@@ -291,7 +283,7 @@ def test_on_a_gpu_flags_are_read_later_unless_steps_are_long():
         ),
     ],
 )
-def test_the_first_cause_is_told(exits, kind, words):
+def test_the_first_cause_is_reported(exits, kind, words):
     """NCCL's watchdog aborts the processes that wait for one that is gone."""
     failures = {i: SimpleNamespace(exitcode=e, pid=10 + i, message="", timestamp=i) for i, e in enumerate(exits)}
     with pytest.raises(kind) as caught:
@@ -301,9 +293,7 @@ def test_the_first_cause_is_told(exits, kind, words):
 
 @pytest.mark.slow
 def test_gradients_sent_in_bfloat16(toy, tmp_path):
-    """Half the bytes between processes: other last digits, the same training; alike on every process, or DDP's heads
-    would part.
-    """
+    """Half the bytes between processes: losses differ in the last digits, and all processes keep equal heads."""
     done = shell(
         "-m", *toy, "trainer.devices=2", "trainer.reduce_dtype=float32,bfloat16", f"hydra.sweep.dir={tmp_path}"
     )

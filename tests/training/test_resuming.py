@@ -1,4 +1,4 @@
-"""One process goes on: from a damaged checkpoint, between two renames, finished, requeued while it validates."""
+"""Resuming with one process: damaged checkpoint, kill between two renames, finished run, requeue during validation."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from bottleneck.training.run_folder import LAST, LOCK, PREVIOUS
 from conftest import assert_same_heads, heads_of
 
 
-def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(run, tmp_path, caplog):
-    """One flipped byte among the weights is enough; torch itself reads over it."""
+def test_a_damaged_last_checkpoint_is_replaced_by_the_previous_one(run, tmp_path, caplog):
+    """One flipped byte among the weights is enough; torch itself does not notice it."""
     first = run("trainer.checkpoint_every=7", run_dir=tmp_path / "a")
     run("trainer.checkpoint_every=7", run_dir=tmp_path / "b")
     last = tmp_path / "b" / LAST
@@ -28,7 +28,7 @@ def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(run, tmp_path, ca
     assert "damaged" in caplog.text and "resuming from previous.ckpt, step 14" in caplog.text
     assert resumed.curve == first.curve
     assert_same_heads(heads_of(tmp_path / "a"), heads_of(tmp_path / "b"))
-    # the damaged one is set aside, and did not take the good one's place: the same once more
+    # the damaged file was renamed and did not replace the good one, so the same works again
     assert last.with_name("last.ckpt.damaged").read_bytes() == bytes(raw)
     (tmp_path / "b" / "curve.json").unlink()
     last.write_bytes(raw)
@@ -40,7 +40,7 @@ def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(run, tmp_path, ca
         run("trainer.checkpoint_every=7", "ckpt_path=last", run_dir=tmp_path / "b")
 
 
-def test_killed_between_two_renames_the_previous_checkpoint_is_there(run, tmp_path):
+def test_a_run_killed_between_two_renames_resumes_from_the_previous_checkpoint(run, tmp_path):
     whole = run(run_dir=tmp_path / "a")
     run(run_dir=tmp_path / "b")
     (tmp_path / "b" / LAST).unlink()
@@ -56,7 +56,7 @@ def test_a_finished_run_is_left_as_it_is(run, tmp_path):
 
 
 def test_a_finished_run_without_checkpoints_is_not_trained_again(run, tmp_path, monkeypatch):
-    """The same command finds it finished, requeued by Slurm or repeated by hand; run.json says that it is the same."""
+    """The same command, requeued by Slurm or repeated by hand, finds the run finished by comparing run.json."""
     first = run("trainer.checkpoint_every=null")
     for restarts in ("1", "0"):
         monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
@@ -82,7 +82,7 @@ def test_a_finished_run_without_checkpoints_is_not_overwritten(run, tmp_path, ke
     assert files == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
 
 
-def test_a_job_that_began_with_a_file_goes_on_from_its_own_checkpoint(tmp_path):
+def test_a_restarted_job_that_began_from_a_file_resumes_from_its_own_checkpoint(tmp_path):
     file = str(tmp_path / "p.ckpt")
     assert (
         wanted(file, tmp_path, False) == file == wanted(file, tmp_path, True)
@@ -94,7 +94,7 @@ def test_a_job_that_began_with_a_file_goes_on_from_its_own_checkpoint(tmp_path):
     assert wanted(file, tmp_path, True) == "last" and wanted(file, tmp_path, False) == file
 
 
-def test_a_time_limit_in_the_last_validation_puts_the_job_back(run, tmp_path, monkeypatch):
+def test_a_time_limit_in_the_last_validation_requeues_the_job(run, tmp_path, monkeypatch):
     """All steps are done and saved; the curve is made by the next try."""
     (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho $@ >> {tmp_path}/asked\nexit 1\n")
     (tmp_path / "scontrol").chmod(0o755)

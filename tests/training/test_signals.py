@@ -33,7 +33,7 @@ def signal_at(monkeypatch):
 
 @pytest.mark.parametrize("number, step", [(signal.SIGTERM, 20), (signal.SIGHUP, 5)])
 def test_a_signal_ends_the_run_after_its_step(run, tmp_path, signal_at, number, step, monkeypatch):
-    """A signal in the last step was forgotten, and a closed terminal ended the run where it was."""
+    """Once, a signal in the last step was lost, and a closed terminal killed the run without a checkpoint."""
     whole = run(run_dir=tmp_path / "whole")
     with monkeypatch.context():
         signal_at(number, step)
@@ -58,7 +58,7 @@ def test_slurms_warning_in_the_last_step_requeues_the_job(run, tmp_path, monkeyp
 
 
 def test_sums_of_the_last_step_are_all_read():
-    """On a GPU flags are read some steps later, but after the last step nothing would read them any more."""
+    """On a GPU flags are read some steps later, so the last step must read all that remain."""
     flag = Flag()
     for value in (0.0, 15.0, 0.0):
         flag.send(torch.tensor([value]))
@@ -68,7 +68,7 @@ def test_sums_of_the_last_step_are_all_read():
 
 
 def test_a_hangup_that_is_ignored_stays_ignored(monkeypatch):
-    """nohup starts a process so."""
+    """nohup starts processes with SIGHUP ignored."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         flag = Flag()
@@ -79,7 +79,7 @@ def test_a_hangup_that_is_ignored_stays_ignored(monkeypatch):
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_run_outside_the_main_thread_trains_and_says_so(run, caplog):
+def test_a_run_outside_the_main_thread_trains_and_logs_the_limitation(run, caplog):
     """Python allows signal handlers in the main thread only: it was a ValueError."""
     found = []
     with caplog.at_level("INFO"):
@@ -91,7 +91,7 @@ def test_a_run_outside_the_main_thread_trains_and_says_so(run, caplog):
 
 
 def test_the_hint_after_a_stopped_multirun_names_the_sweep(monkeypatch, capsys):
-    """With -m, hydra.run.dir=SWEEP/1 is not read: the hint's command started everything anew in another folder."""
+    """With -m, hydra.run.dir=SWEEP/1 is not read: the command in the old hint started a new multirun elsewhere."""
 
     def main():
         raise Stopped(signal.SIGTERM, 7)

@@ -1,6 +1,4 @@
-"""A real Slurm, started here: warned ahead of a time limit, preempted or killed, a job goes on and ends at the same
-heads.
-"""
+"""A real Slurm, started by the tests: a job that is warned, preempted or killed resumes and ends with equal heads."""
 
 from __future__ import annotations
 
@@ -68,7 +66,7 @@ def submit(slurm, folder: Path, *options: str) -> str:
 
 
 def under_way(slurm, folder: Path, steps: int = 7) -> None:
-    """Wait until a run has gone beyond some steps, and so has something to lose."""
+    """Wait until a run has done some steps."""
 
     def there() -> bool:
         path = folder / "metrics.csv"
@@ -80,7 +78,7 @@ def under_way(slurm, folder: Path, steps: int = 7) -> None:
 
     log = Path(f"{folder}.log")
     output = log.read_text()[-2000:] if log.exists() else ""
-    slurm.until(there, 200, f"{folder} does not get under way: {output}")
+    slurm.until(there, 200, f"{folder} does not start training: {output}")
 
 
 def finished(slurm, job: str, folder: Path, whole: Path) -> str:
@@ -97,7 +95,7 @@ def finished(slurm, job: str, folder: Path, whole: Path) -> str:
 
 
 @pytest.mark.parametrize("how", ["USR1", "requeue", "killed"])
-def test_a_job_goes_on_by_itself(slurm, whole, tmp_path, how):
+def test_a_job_resumes_by_itself(slurm, whole, tmp_path, how):
     folder = tmp_path / "run"
     job = submit(slurm, folder)
     under_way(slurm, folder)
@@ -140,7 +138,7 @@ def test_a_finished_job_that_is_requeued_does_nothing(slurm, whole, tmp_path):
 
 
 def test_a_sweep_is_an_array_job(slurm, whole, tmp_path):
-    """hydra/launcher=slurm: two jobs of two tasks each; one gets submitit's signal, USR2, and goes on."""
+    """hydra/launcher=slurm: two jobs of two tasks each; one receives submitit's signal, USR2, and resumes."""
     overrides = [o for o in RUN if not o.startswith("ranks")]
     command = [
         sys.executable,

@@ -1,6 +1,4 @@
-"""head.teacher=FOLDER: the head of an earlier run teaches, whoever it is, wherever its folder lies; what does not fit
-is refused.
-"""
+"""head.teacher=FOLDER: a head of an earlier run is the teacher, wherever its folder is; unfit ones are refused."""
 
 from __future__ import annotations
 
@@ -28,10 +26,8 @@ def earlier(run, tmp_path):
     return tmp_path / "earlier"
 
 
-def test_the_full_head_in_a_folder_teaches_what_the_full_head_teaches(run, earlier, tmp_path):
-    """Softmaxes ignore the shift, so two routes to one teacher must give the same heads; a teacher that has learned
-    gives others.
-    """
+def test_a_saved_copy_of_the_original_head_teaches_the_same(run, earlier, tmp_path):
+    """A softmax ignores the shift of all logits, so both teachers must give equal heads; a trained teacher must not."""
     objective = ("ranks=[2,8]", "objective=mixed", "head.mix=0.9", "optim.lr=1e-2")
     own = run(*objective, run_dir=tmp_path / "own")
     told = run(*objective, f"head.teacher={earlier}", run_dir=tmp_path / "told")
@@ -49,9 +45,9 @@ def test_the_full_head_in_a_folder_teaches_what_the_full_head_teaches(run, earli
 
 
 @pytest.mark.parametrize("init", ["fisher", "refined", "svd"])
-def test_closed_forms_are_of_the_head_that_teaches(run, tmp_path, init):
-    """At rank D a closed form is its head itself, so its loss before any training is that with which the teacher ended,
-    and its KL is none.
+def test_closed_forms_approximate_the_teacher(run, tmp_path, init):
+    """At rank D the closed form equals the teacher: its loss before training is the teacher's final loss, and its KL
+    is zero.
     """
     learned = run("ranks=[4,32]", "optim.lr=1e-1", run_dir=tmp_path / "learned").curve
     taught = run(
@@ -63,10 +59,10 @@ def test_closed_forms_are_of_the_head_that_teaches(run, tmp_path, init):
         run_dir=tmp_path / "taught",
     ).curve
     assert taught["heads"][1]["initial_loss"] == pytest.approx(learned["heads"][1]["loss"], abs=1e-5)
-    assert abs(learned["heads"][1]["loss"] - learned["reference"]["loss"]) > 1e-2  # the own head would be told from it
+    assert abs(learned["heads"][1]["loss"] - learned["reference"]["loss"]) > 1e-2  # the original head would fail
 
 
-def test_a_run_goes_on_with_the_same_teacher_wherever_it_lies(run, earlier, tmp_path):
+def test_a_run_resumes_with_the_same_teacher_in_another_folder(run, earlier, tmp_path):
     objective = ("ranks=[2,8]", "objective=distill", "ckpt_path=last")
     first = run(*objective, f"head.teacher={earlier}")
     shutil.move(earlier, tmp_path / "moved")
@@ -76,7 +72,7 @@ def test_a_run_goes_on_with_the_same_teacher_wherever_it_lies(run, earlier, tmp_
         run(*objective, f"head.teacher={tmp_path / 'another'}")
 
 
-def test_what_does_not_fit_is_refused(run, earlier, toy_backbone, tmp_path):
+def test_an_unfit_teacher_is_refused(run, earlier, toy_backbone, tmp_path):
     distill = ("ranks=[2]", "objective=distill")
     for value, words in (("nowhere", "must be own, trained, or the folder"), (tmp_path, "no curve.json there")):
         with pytest.raises(UserError, match=words):

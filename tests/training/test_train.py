@@ -42,8 +42,8 @@ def test_a_run_learns_and_leaves_its_files(run, tmp_path):
         assert about["rank"] == 8 and about["backbone_hash"] == c["backbone_hash"]
 
 
-def test_full_rank_fisher_starts_at_the_own_head(run):
-    """Before training, the closed form at r = d is the backbone's own head: same loss, same bits per byte."""
+def test_full_rank_fisher_starts_as_the_original_head(run):
+    """Before training, the closed form at r = d is the original head: same loss, same bits per byte."""
     c = run("ranks=[32]").curve
     assert math.isclose(c["heads"][0]["initial_loss"], c["reference"]["loss"], rel_tol=1e-5)
 
@@ -70,8 +70,8 @@ def test_reference_is_the_models_own_loss(run, toy_backbone):
 
 
 @pytest.mark.parametrize("init, seeds", [("fisher", [0]), ("scaled", [0, 1])])
-def test_in_company_equals_alone(run, tmp_path, init, seeds):
-    """The bet: every head of a bank of ranks x rates x seeds is bit for bit the head trained by itself."""
+def test_a_head_in_a_bank_equals_the_head_alone(run, tmp_path, init, seeds):
+    """The main claim: every head of a bank of ranks x rates x seeds is bit for bit the head trained alone."""
     run(f"head.init={init}", "ranks=[2,8]", "optim.lr=[1e-2,3e-2]", f"seed={seeds}", run_dir=tmp_path / "bank")
     together = heads_of(tmp_path / "bank")
     assert len(together) == 4 * len(seeds)
@@ -96,7 +96,7 @@ def test_micro_batches_change_nothing_but_rounding(run, tmp_path):
         assert math.isclose(x["loss"], y["loss"], rel_tol=1e-5)
 
 
-def test_a_diverged_head_harms_nobody(run, tmp_path):
+def test_a_diverged_head_does_not_affect_others(run, tmp_path):
     """A rate that overflows: that head is marked and frozen, the others equal a run without it, bit for bit."""
     result = run("ranks=[2,8]", "optim.lr=[1e-2,1e38]", "optim.clip=null", run_dir=tmp_path / "bank")
     status = {(h["rank"], h["lr"]): h for h in result.curve["heads"]}
@@ -114,7 +114,7 @@ def test_order_of_the_data_depends_on_data_seed_alone(run, tmp_path, caplog):
     b = run("seed=1", run_dir=tmp_path / "b")
     assert "nothing random" not in caplog.text
     run("seed=[1,2]", "tokens=1024", run_dir=tmp_path / "both")
-    assert "nothing random" in caplog.text  # allowed, and said
+    assert "nothing random" in caplog.text  # allowed, with a warning
     c = run("data.seed=1", run_dir=tmp_path / "c")
     assert_same_heads(
         *[{n[:-1]: t for n, t in heads_of(tmp_path / d).items()} for d in "ab"]
@@ -183,7 +183,7 @@ def test_without_checkpoints_there_are_none(run, tmp_path):
     assert list((tmp_path / "run").glob("heads/*.safetensors")) and not list((tmp_path / "run").glob("**/*.ckpt"))
 
 
-def test_validation_on_the_way_changes_nothing(run, tmp_path):
+def test_validation_during_training_changes_nothing(run, tmp_path):
     a, b = run(run_dir=tmp_path / "a"), run("trainer.val_every=7", run_dir=tmp_path / "b")
     assert a.curve == b.curve
     steps = [
@@ -240,7 +240,7 @@ def test_two_processes_equal_one(run, toy, tmp_path):
     many = [*toy, "trainer.devices=2", "trainer.micro_batch_size=3", f"hydra.run.dir={tmp_path / 'two'}"]
     done = shell(*many)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("starting heads") == 1  # only one process speaks
+    assert done.stdout.count("starting heads") == 1  # only one process logs
     two = json.loads((tmp_path / "two" / "curve.json").read_text())
     for a, b in zip(one["heads"], two["heads"]):
         assert abs(a["loss"] - b["loss"]) < 1e-5 and abs(a["initial_loss"] - b["initial_loss"]) < 1e-5
@@ -260,7 +260,7 @@ def test_two_processes_equal_one(run, toy, tmp_path):
 
 
 def test_multirun_merged_equals_side_by_side(run, toy, tmp_path):
-    """ranks=[2,8,32] in one run, and -m ranks=2,8,32 merged: equal heads, equal values; a bad job harms no other."""
+    """ranks=[2,8,32] in one run equals -m ranks=2,8,32 merged: heads and values; a failing job affects no other."""
     one = run(run_dir=tmp_path / "one").curve
     sweep = [o for o in toy if not o.startswith("ranks")]
     done = shell("-m", *sweep, "ranks=2,0,8,32", f"hydra.sweep.dir={tmp_path / 'many'}")
@@ -314,9 +314,7 @@ def test_killed_and_resumed_is_bit_identical(toy, run, tmp_path, kills):
 
 @pytest.mark.slow
 def test_the_default_sweep_is_a_curve(tmp_path):
-    """The embedded default: perplexity falls with rank by far more than noise, the best head is within 5 % of the own
-    head.
-    """
+    """The default run: perplexity falls with rank, by more than noise; the best head is within 5 % of the original."""
     done = shell("trainer=cpu", f"hydra.run.dir={tmp_path / 'run'}", timeout=580)
     assert done.returncode == 0, done.stderr[-2000:]
     c = json.loads((tmp_path / "run" / "curve.json").read_text())
@@ -332,7 +330,7 @@ def test_the_default_sweep_is_a_curve(tmp_path):
 
 @pytest.mark.slow
 def test_embedded_side_by_side_equals_multirun(tmp_path):
-    """As on the toys, with a vocabulary of many chunks and threads as they come."""
+    """As for the toys, with a vocabulary of many chunks and the default number of threads."""
     short = ["trainer=cpu", "tokens=24576", "data.validation_tokens=4000"]
     assert shell(*short, "ranks=[8,32,128]", f"hydra.run.dir={tmp_path / 'one'}", timeout=580).returncode == 0
     assert shell("-m", *short, "ranks=8,32,128", f"hydra.sweep.dir={tmp_path / 'many'}", timeout=580).returncode == 0

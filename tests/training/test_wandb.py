@@ -1,6 +1,4 @@
-"""W&B's offline files, read back by its own command: a run a head, alike from one process and from a multirun; resumed
-runs go on.
-"""
+"""W&B's offline files, read back by W&B itself: one run per head, equal for one run and a multirun; resumed runs."""
 
 from __future__ import annotations
 
@@ -145,7 +143,7 @@ def test_a_multirun_gives_the_same_runs(toy, quiet, together, tmp_path):
     assert curve["group"] == "many" and curve["summary"]["heads"] == 3
 
 
-def test_a_resumed_run_goes_on_in_the_same_runs(toy, quiet, together, tmp_path):
+def test_a_resumed_run_continues_the_same_wandb_runs(toy, quiet, together, tmp_path):
     from bottleneck.training.progress import TokenProgress
     from train import train
 
@@ -171,7 +169,7 @@ def test_a_resumed_run_goes_on_in_the_same_runs(toy, quiet, together, tmp_path):
 
 
 def test_the_best_loss_is_of_all_tries(toy, quiet, tmp_path):
-    """A rate that spoils the head: the best is that of step 0, which the second try never saw."""
+    """With a rate that makes the head worse, the best loss is that of step 0, which the resumed try did not see."""
     from train import train
 
     overrides = [*toy, *OFFLINE, "ranks=[8]", "optim.lr=3", "tokens=2048", "trainer.checkpoint_every=1"]
@@ -209,7 +207,7 @@ def test_the_sweep_file_is_the_default_sweep():
 
 
 def test_a_server_that_cannot_be_reached_stops_nothing(toy, quiet, tmp_path, monkeypatch, caplog):
-    """An account is there, the server is not: a warning, and the run goes on offline."""
+    """With an account but no reachable server, the run warns and continues offline."""
     from train import train
 
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
@@ -223,9 +221,7 @@ def test_a_server_that_cannot_be_reached_stops_nothing(toy, quiet, tmp_path, mon
 
 
 def test_settings_are_an_explicit_key_then_the_environment_then_the_default():
-    """WANDB_MODE and the others were ignored, and `online` was passed against them: text could be uploaded that should
-    not be.
-    """
+    """Once, WANDB_MODE and the others were ignored in favour of `online`, which could upload private text."""
     default = wandb_settings(LoggerConfig(), {})
     assert (default.project, default.mode, default.entity, default.group, default.tags, default.folder) == (
         "bottleneck",
@@ -310,10 +306,7 @@ def test_what_the_environment_forbids_is_not_uploaded(toy, quiet, tmp_path, monk
 
 @pytest.mark.slow
 def test_several_heads_of_one_agents_trial(toy, quiet, tmp_path):
-    """It ended in a traceback: all heads got the agent's run id.
-
-    The agent's run has their curve and the lowest loss.
-    """
+    """The agent's run shows their curve and the lowest loss. Once, all heads got the agent's run id: a traceback."""
     env = {"WANDB_SWEEP_ID": "s1", "WANDB_RUN_ID": "agentsrun", "WANDB_SILENT": "true"}
     done = shell(*toy, *OFFLINE, "ranks=[2,8]", "tokens=1024", f"hydra.run.dir={tmp_path / 'run'}", **env)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -354,7 +347,7 @@ BAD_ACCOUNTS = [
 @pytest.mark.slow
 @pytest.mark.parametrize("variables, words", BAD_ACCOUNTS)
 def test_a_refused_account_is_one_line_and_no_offline_run(toy, tmp_path, variables, words):
-    """An invalid key was called "server cannot be reached": the run went offline with exit code 0."""
+    """Once, an invalid key was reported as "server cannot be reached", and the run went offline with exit code 0."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     env = {"WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}", "WANDB_SILENT": "true"} | variables

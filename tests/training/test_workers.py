@@ -59,8 +59,8 @@ def assert_nothing_left(folder: Path, processes: list[psutil.Process]) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_does_not_wait_for_torchs_timeout(tmp_path, number):
-    """Workers waited for an agent that never collects their results, 60 s by default: SIGTERM took 61 s, with the
-    checkpoint written 0.01 s after the signal. Preemption gives 30.
+    """Once, workers waited 60 s for an agent that never collects their results: SIGTERM took 61 s, although the
+    checkpoint was written after 0.01 s. Preemption allows 30 s.
     """
     run = start(tmp_path)
     until(lambda: at_work(tmp_path))
@@ -77,7 +77,7 @@ def test_a_stopped_run_does_not_wait_for_torchs_timeout(tmp_path, number):
 
 
 def test_ctrl_c_while_workers_start_is_one_line(tmp_path):
-    """Each worker printed a traceback of its imports, 20 to 176 lines."""
+    """Once, each worker printed a traceback of its imports, 20 to 176 lines."""
     run = start(tmp_path)
     until(lambda: len(spawned(run)) == 2)
     workers = spawned(run)
@@ -90,7 +90,7 @@ def test_ctrl_c_while_workers_start_is_one_line(tmp_path):
 
 @pytest.mark.parametrize("moment", ["starting", pytest.param("at work", marks=pytest.mark.slow)])
 def test_workers_of_a_killed_agent_end(tmp_path, moment):
-    """They stayed in init_process_group for more than 18 minutes, with the folder's lock and nine semaphores."""
+    """Once, they stayed in init_process_group for over 18 minutes and held the folder's lock and nine semaphores."""
     before = semaphores()
     run = start(tmp_path)
     until(lambda: len(spawned(run)) == 2)
