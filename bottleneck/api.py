@@ -12,9 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from bottleneck.cli.hydra_messages import explain
 from bottleneck.cli.one_line_errors import composed
+from bottleneck.cli.quoting import in_quotes
 from bottleneck.core.default_folder import default_folder
-from bottleneck.core.errors import check
+from bottleneck.core.errors import UserError, check
 from bottleneck.core.paths import CONF
 
 if TYPE_CHECKING:
@@ -119,7 +124,10 @@ def sweep(
     given = {"ranks": ranks, **({} if tokens is None else {"tokens": tokens}), "trainer.progress": False}
     words += [f"{key}={_literal(value)}" for key, value in (given | _dotted(overrides)).items()]
     run_dir = Path(folder) if folder is not None else Path("outputs") / default_folder()
-    cfg = composed([*words, *(["ckpt_path=last"] if run_dir.exists() and "ckpt_path" not in overrides else [])])
+    try:
+        cfg = composed([*words, *(["ckpt_path=last"] if run_dir.exists() and "ckpt_path" not in overrides else [])])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error)) from error
     alone = "sweep trains in this process; for several, start the command python -m bottleneck train"
     check(cfg.trainer.devices * cfg.trainer.num_nodes == 1, f"trainer.devices={cfg.trainer.devices}: {alone}")
     from bottleneck.train import train
@@ -147,6 +155,8 @@ def _dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _literal(value: Any) -> str:
     """A Python value as Hydra reads it on the command line."""
+    if hasattr(value, "tolist"):  # of NumPy or PyTorch
+        value = value.tolist()
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, Mapping):
@@ -156,7 +166,7 @@ def _literal(value: Any) -> str:
     if isinstance(value, (int, float)):
         return repr(value)
     text = str(value)
-    return text if text.isidentifier() and text.isascii() else '"' + text.replace('"', '\\"') + '"'
+    return text if text.isidentifier() and text.isascii() else in_quotes(text)
 
 
 def _escaped(text: str) -> str:

@@ -8,10 +8,13 @@ import subprocess
 import sys
 import threading
 
+import numpy
 import pytest
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 import bottleneck
+from bottleneck.api import _literal
 from bottleneck.core.errors import UserError
 from conftest import ROOT
 
@@ -56,6 +59,8 @@ def test_sweep_is_the_command_s_run(run, toy, tmp_path, monkeypatch):
     [
         ({"ranks": [8, 300]}, "300 is above the hidden size"),
         ({"optim": {"lr": -1}}, "optim.lr=-1"),
+        ({"foo": 3}, "foo: unknown key"),
+        ({"optim": "foo"}, "optim=foo: no such choice"),
         ({"trainer": {"devices": 2}}, "sweep trains in this process"),
         ({"data": "no/such (é) folder"}, "no/such (é) folder"),
         ({"optim.lr_rule": "magic"}, "power, table, grid"),
@@ -91,3 +96,19 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
         shown = eval(compile(ast.Expression(last.value), "notebook", "eval"), namespace) if last else None
         assert shown is None or (getattr(shown, "_repr_html_", None) or shown.__repr__)()
     assert set(namespace["curve"].heads) == {8, 64}
+
+
+@pytest.mark.parametrize(
+    "value, wanted",
+    [
+        (numpy.array([2, 8]), [2, 8]),
+        ([numpy.int64(2)], [2]),
+        (torch.tensor(0.5), 0.5),
+        ({"rows": numpy.int32(4)}, {"rows": 4}),
+        ('a\\"b', 'a\\"b'),
+        ("it's\\", "it's\\"),
+        ("é=(1)", "é=(1)"),
+    ],
+)
+def test_python_values_arrive_as_they_are(value, wanted):
+    assert OverridesParser.create().parse_override(f"key={_literal(value)}").value() == wanted
