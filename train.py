@@ -76,7 +76,7 @@ def run_everywhere(cfg: DictConfig, run_dir: Path) -> float:
     c = checks.check_config(cfg)  # before other processes start, so that a bad value is reported once
     from bottleneck.training import cluster, processes, run_results
 
-    processes.spread(train, cfg, run_dir)
+    processes.run_in_all(train, cfg, run_dir)
     return run_results.optimized_value(run_dir, c.optimized_metric) if cluster.global_rank() == 0 else 0.0
 
 

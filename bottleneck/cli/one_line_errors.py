@@ -38,7 +38,7 @@ failures: list[str] = []  # one line for each job of this process that failed
 
 
 def job(work: Callable[[], Any]) -> Any:
-    """Run one Hydra job. Returns the result of `work`, or NaN if the job failed; a multirun goes on with its next job.
+    """Run one Hydra job. Returns the result of `work`, or NaN if the job failed; a multirun then continues.
 
     A UserError is printed here as one line and kept in `failures`, because Hydra would add a second line. On a cluster
     the error is raised, so that the job counts as failed there.

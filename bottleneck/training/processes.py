@@ -25,7 +25,7 @@ from bottleneck.training.cluster import check_world, cluster_environment, forget
 from bottleneck.training.elastic import start_workers
 
 
-def spread(work: Callable[[DictConfig, Path], Any], cfg: DictConfig, run_dir: Path) -> Any:
+def run_in_all(work: Callable[[DictConfig, Path], Any], cfg: DictConfig, run_dir: Path) -> Any:
     """Call `work(cfg, run_dir)` in every process of the run. Returns its result if it ran in this process, else None.
 
     Args: work: importable by its name.
