@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -44,19 +41,3 @@ def test_an_interrupt_while_modules_are_imported_is_one_line(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 130 and done.stdout == "" and done.stderr == 5 * LINE
-
-
-@pytest.mark.slow
-def test_a_real_signal_in_the_first_seconds(tmp_path):
-    """SIGINT to the process at six moments, from the first import on."""
-    for delay in (0.3, 0.6, 1.0, 1.5, 2.2, 3.0):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "bottleneck.curve", str(tmp_path), "--out", str(tmp_path / "out")],
-            cwd=ROOT,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        time.sleep(delay)
-        os.kill(process.pid, signal.SIGINT)
-        error = process.communicate(timeout=60)[1]
-        assert process.returncode in (130, 2) and error.count("\n") == 1, (delay, error)
