@@ -55,11 +55,11 @@ class Corpus:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder that `verify` finds whole."""
+    """The manifest of a folder that `find_fault` finds whole."""
     return json.loads((folder / "manifest.json").read_text())
 
 
-def verify(folder: Path) -> Optional[str]:
+def find_fault(folder: Path) -> Optional[str]:
     """What is wrong with a folder of prepared tokens, or None."""
     try:
         manifest = read_manifest(folder)
@@ -120,7 +120,7 @@ def open_prepared(cfg: DataConfig, tokenizer: Any) -> Corpus:
         f"{where}: not a folder of prepared tokens (no manifest.json);"
         " give the folder that python -m data.prepare printed, or a copy",
     )
-    fault = verify(folder)
+    fault = find_fault(folder)
     check(fault is None, f"{where}: damaged ({fault}); copy it again")
     manifest = read_manifest(folder)
     made, own = manifest.get("tokenizer"), tokenizer_hash(tokenizer)

@@ -27,7 +27,7 @@ from bottleneck.cli import one_line_errors as cli
 from bottleneck.config.checks import check_config
 from bottleneck.config.schema import DataConfig
 from bottleneck.core.errors import Parser, UserError, check
-from bottleneck.data.cache import FORMAT, PARTS, Corpus, open_prepared, read_manifest, tokenizer_hash, verify
+from bottleneck.data.cache import FORMAT, PARTS, Corpus, find_fault, open_prepared, read_manifest, tokenizer_hash
 from bottleneck.data.encode import Writer, background, encoder
 from bottleneck.data.held_out import HashSplit, document_hash
 from bottleneck.data.readers import local_path, readable
@@ -58,7 +58,7 @@ def prepare(cfg: DataConfig, tokenizer: Any) -> Corpus:
     folder = root / f"{label}-{key}"
     seconds = None
     try:
-        if verify(folder) is not None:
+        if find_fault(folder) is not None:
             root.mkdir(parents=True, exist_ok=True)
             with FileLock(root / f"{key}.lock"):  # several processes may start at once
                 seconds = _build_missing(cfg, source, tokenizer, folder)
@@ -74,7 +74,7 @@ def prepare(cfg: DataConfig, tokenizer: Any) -> Corpus:
 
 def _build_missing(cfg: DataConfig, source: Source, tokenizer: Any, folder: Path) -> Optional[float]:
     """Build the cache unless another process has. Returns the seconds it took."""
-    fault = verify(folder)
+    fault = find_fault(folder)
     if fault is None:
         return None
     if folder.exists():

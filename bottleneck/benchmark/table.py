@@ -80,7 +80,7 @@ def hardware(device: str = "cpu") -> str:
     return f"{model}, {cores()} cores"
 
 
-def environment() -> dict[str, str]:
+def measured_with() -> dict[str, str]:
     """Versions, commit (with + if files were changed since) and date: the same for all rows of a run."""
     return versions(PACKAGES) | {
         "python": platform.python_version(),
@@ -90,13 +90,13 @@ def environment() -> dict[str, str]:
 
 
 def _records(rows: list[Row]) -> list[dict[str, Any]]:
-    about = environment()
+    about = measured_with()
     return [asdict(r) | {"hardware": hardware(r.device)} | about for r in rows]
 
 
 def write_csv(rows: list[Row], path: Path) -> None:
     """Write every row with hardware, versions, commit and date. Raises OSError, and leaves no file in that case."""
-    columns = [f.name for f in fields(Row)] + ["hardware", *environment()]
+    columns = [f.name for f in fields(Row)] + ["hardware", *measured_with()]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
@@ -106,7 +106,7 @@ def write_csv(rows: list[Row], path: Path) -> None:
 
 def show(rows: list[Row], console: Console) -> None:
     """The rows as a table, hardware and versions below it."""
-    about = {k: v for k, v in environment().items() if v}
+    about = {k: v for k, v in measured_with().items() if v}
     places = "; ".join(sorted({hardware(r.device) for r in rows}))
     table = Table(
         title=", ".join(dict.fromkeys(r.benchmark for r in rows)),

@@ -44,7 +44,7 @@ QUACK_WIDTH = 192  # entries of a tile of QuACK's
 log = logging.getLogger("bottleneck")
 
 
-class Tile(NamedTuple):
+class ProductTile(NamedTuple):
     """How the first product is cut: a tile's rows and columns, columns of a step of the sum, warps, stages.
 
     resident: programs that a multiprocessor holds; halves: the epilogue goes in two halves, see the kernel.
@@ -60,9 +60,9 @@ class Tile(NamedTuple):
 
 
 # Measured on an H100 with bfloat16 (docs/log.md): ranks up to 256, and above.
-HOPPER_NARROW = Tile(128, 128, 64, 4, 3, resident=2, halves=True)
-HOPPER = Tile(128, 256, 64, 8, 4, halves=True)
-PLAIN = Tile(64, 64, 32, 4, 3)
+HOPPER_NARROW = ProductTile(128, 128, 64, 4, 3, resident=2, halves=True)
+HOPPER = ProductTile(128, 256, 64, 8, 4, halves=True)
+PLAIN = ProductTile(64, 64, 32, 4, 3)
 
 
 def row_bytes(V: int, R: int) -> int:
@@ -143,7 +143,7 @@ def exponentials(z: Tensor, A: Tensor, E: Tensor, offset: Tensor, tma: bool) -> 
     return sums
 
 
-def _by_pointers(z: Tensor, A: Tensor, E: Tensor, offset: Tensor, sums: Tensor, t: Tile) -> None:
+def _by_pointers(z: Tensor, A: Tensor, E: Tensor, offset: Tensor, sums: Tensor, t: ProductTile) -> None:
     (M, R), V = z.shape, len(A)
     kernels.exponentiate[(triton.cdiv(M, t.tokens) * sums.shape[1],)](
         z,
@@ -165,7 +165,7 @@ def _by_pointers(z: Tensor, A: Tensor, E: Tensor, offset: Tensor, sums: Tensor, 
     )
 
 
-def _by_tma(z: Tensor, A: Tensor, E: Tensor, offset: Tensor, sums: Tensor, t: Tile) -> None:
+def _by_tma(z: Tensor, A: Tensor, E: Tensor, offset: Tensor, sums: Tensor, t: ProductTile) -> None:
     (M, R), V, T = z.shape, len(A), sums.shape[1]
     programs = min(triton.cdiv(M, t.tokens) * T, multiprocessors(z.device) * t.resident)
     kernels.exponentiate_tma[(programs,)](

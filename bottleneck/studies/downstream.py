@@ -26,7 +26,7 @@ from bottleneck.studies.shared.harness_results import (
     is_perplexity,
     lower_is_better,
     pick_metric,
-    read_results,
+    read_harness_results,
 )
 from bottleneck.studies.shared.output import write
 from bottleneck.studies.shared.pictures import canvas, save
@@ -78,7 +78,9 @@ def check_keys(keys: Any) -> None:
         check(unique, f"study.tasks={keys.tasks}: give each task once, and at least one")
 
 
-def compare(steps: list[int], scores: list[Score], metric: str, level: float, skip: float = 0.0) -> dict[str, Any]:
+def compare_checkpoints(
+    steps: list[int], scores: list[Score], metric: str, level: float, skip: float = 0.0
+) -> dict[str, Any]:
     """Compare the best score of one task with the last one.
 
     The best is taken among checkpoints after the first `skip` of the training: a model that has learned nothing yet
@@ -154,7 +156,7 @@ def one_model(
         scores = [entry.tasks[task][metric] for entry in along]
         steps = [entry.step for entry in along]
         points = [{"step": s, "value": x.value, "stderr": x.error} for s, x in zip(steps, scores)]
-        out[item] = {"task": task, **compare(steps, scores, metric, level, skip), "checkpoints": points}
+        out[item] = {"task": task, **compare_checkpoints(steps, scores, metric, level, skip), "checkpoints": points}
     return {"model": model, "steps": [entry.step for entry in along], "tasks": out}
 
 
@@ -218,7 +220,7 @@ def _answer(t: dict[str, Any]) -> str:
 def run(c: StudyConfig, folder: Path) -> dict[str, Any]:
     """Run the study. Returns: the content of downstream.json: `model`, `steps`, `tasks`, or a list `models` of them."""
     s: Downstream = c.study
-    found = read_results(Path(s.results).expanduser())
+    found = read_harness_results(Path(s.results).expanduser())
     models = [one_model(name, along, tasks=s.tasks, level=s.level, skip=s.skip) for name, along in found.items()]
     about = {"results": s.results, "level": s.level, "skip": s.skip}
     content = {**about, **models[0]} if len(models) == 1 else {**about, "models": models}

@@ -164,7 +164,10 @@ def metrics_of(points: dict[Point, dict[str, float]]) -> list[str]:
 
 def relate(points: dict[Point, dict[str, float]], s: Geometry, progress: StudyProgress) -> list[dict[str, Any]]:
     """For each metric ρ with the loss and ρ of the changes, each with its interval."""
-    from bottleneck.studies.formulas.spearman import interval, spearman  # here, since scipy takes seconds to load
+    from bottleneck.studies.formulas.spearman import (  # here, since scipy takes seconds to load
+        bootstrap_interval,
+        spearman,
+    )
 
     out: list[dict[str, Any]] = []
     for metric in metrics_of(points):
@@ -172,7 +175,7 @@ def relate(points: dict[Point, dict[str, float]], s: Geometry, progress: StudyPr
         pairs = [(m[metric], m["loss"]) for m in points.values() if metric in m]
         x, y = (np.array(v) for v in zip(*pairs))
         dx, dy = changes(points, metric)
-        ends, ends_of_changes = interval(x, y, s.level, s.draws), interval(dx, dy, s.level, s.draws)
+        ends, ends_of_changes = bootstrap_interval(x, y, s.level, s.draws), bootstrap_interval(dx, dy, s.level, s.draws)
         out.append(
             {
                 "metric": metric,

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from bottleneck.core.errors import UserError
-from bottleneck.studies.downstream import compare
-from bottleneck.studies.shared.harness_results import Score, is_bias, lower_is_better, read_results, scores
+from bottleneck.studies.downstream import compare_checkpoints
+from bottleneck.studies.shared.harness_results import Score, is_bias, lower_is_better, read_harness_results, scores
 from bottleneck.studies.shared.steps import step_number
 from support.study_runs import run_study
 
@@ -88,7 +88,7 @@ def test_both_formats_give_the_same_scores():
 
 def test_comparison_of_best_and_final_scores():
     def one(values, errors, metric="acc", **kw):
-        return compare(
+        return compare_checkpoints(
             list(range(1, len(values) + 1)), [Score(v, e) for v, e in zip(values, errors)], metric, 0.05, **kw
         )
 
@@ -114,8 +114,11 @@ def test_comparison_of_best_and_final_scores():
     assert one([0.5, 0.47], [0.01] * 2)["saturates"] is True and one(lucky, [0.01] * 30)["saturates"] is False
     # an untrained model may win by always giving one answer, so the warm-up does not count
     early = [0.63, 0.37, 0.38, 0.37]
-    assert compare([1, 500, 900, 1000], [Score(v, 0.04) for v in early], "acc", 0.05, skip=0.02)["saturates"] is False
-    assert compare([1, 500, 900, 1000], [Score(v, 0.04) for v in early], "acc", 0.05)["saturates"] is True
+    assert (
+        compare_checkpoints([1, 500, 900, 1000], [Score(v, 0.04) for v in early], "acc", 0.05, skip=0.02)["saturates"]
+        is False
+    )
+    assert compare_checkpoints([1, 500, 900, 1000], [Score(v, 0.04) for v in early], "acc", 0.05)["saturates"] is True
 
 
 def test_measures_of_bias_get_no_verdict(tmp_path):
@@ -137,7 +140,7 @@ def test_scores_without_errors_drop_as_often_as_asked(points):
     rng = np.random.default_rng(points)
     series = (0.6 + 0.01 * rng.standard_normal((2000, points))).tolist()
     steps = list(range(1, points + 1))
-    alarms = sum(compare(steps, [Score(x, None) for x in row], "acc", 0.05)["saturates"] for row in series)
+    alarms = sum(compare_checkpoints(steps, [Score(x, None) for x in row], "acc", 0.05)["saturates"] for row in series)
     assert 0 < alarms / 2000 <= 0.065
 
 
@@ -179,11 +182,11 @@ def test_folder_layouts_in_use(tmp_path):
     ):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(json.dumps(table))
-    got = read_results(tmp_path)
+    got = read_harness_results(tmp_path)
     assert {m: [r.step for r in along] for m, along in got.items()} == {"a/EleutherAI__x": [9, 10], "b": [7]}
     # tasks of one step may be spread over files
     (tmp_path / "b" / "step7-more.json").write_text(json.dumps({"results": {"piqa": {"acc": 0.6}}}))
-    assert set(read_results(tmp_path)["b"][0].tasks) == {"sciq", "piqa"}
+    assert set(read_harness_results(tmp_path)["b"][0].tasks) == {"sciq", "piqa"}
 
 
 @pytest.mark.parametrize(
@@ -246,11 +249,11 @@ def test_models_in_a_flat_folder_are_kept_apart(tmp_path, monkeypatch):
         "me/adapter": [5],
         tmp_path.name: [2500],
     }
-    assert {m: [r.step for r in along] for m, along in read_results(tmp_path).items()} == want
+    assert {m: [r.step for r in along] for m, along in read_harness_results(tmp_path).items()} == want
     monkeypatch.chdir(tmp_path)
-    assert {m: [r.step for r in along] for m, along in read_results(Path(".")).items()} == want
+    assert {m: [r.step for r in along] for m, along in read_harness_results(Path(".")).items()} == want
     (tmp_path / "results_h_step2500.json").write_text(json.dumps(table | {"model_name": "me/named"}))
-    assert "me/named" in read_results(tmp_path) and tmp_path.name not in read_results(tmp_path)
+    assert "me/named" in read_harness_results(tmp_path) and tmp_path.name not in read_harness_results(tmp_path)
 
 
 def test_text_before_the_step_names_a_model_if_needed(tmp_path):
@@ -264,7 +267,7 @@ def test_text_before_the_step_names_a_model_if_needed(tmp_path):
                 file = tmp_path / root / path.format(m=m, s=step)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(json.dumps(table | {"m": m}))
-        assert {m: [r.step for r in along] for m, along in read_results(tmp_path / root).items()} == {
+        assert {m: [r.step for r in along] for m, along in read_harness_results(tmp_path / root).items()} == {
             "pythia-70m": [1000, 2000],
             "pythia-160m": [1000, 2000],
         }
@@ -272,7 +275,7 @@ def test_text_before_the_step_names_a_model_if_needed(tmp_path):
         (tmp_path / "tasks").mkdir(exist_ok=True)
         for step in (1, 2):
             (tmp_path / "tasks" / f"{task}_step{step}.json").write_text(json.dumps({"results": {task: {"acc": 0.5}}}))
-    (along,) = read_results(tmp_path / "tasks").values()
+    (along,) = read_harness_results(tmp_path / "tasks").values()
     assert [set(r.tasks) for r in along] == [{"sciq", "piqa"}] * 2
 
 
@@ -287,7 +290,7 @@ def test_steps_in_unusual_places(tmp_path):
     ):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(json.dumps(table | {"config": {"model_args": told}}))
-    assert {m: [r.step for r in along] for m, along in read_results(tmp_path).items()} == {
+    assert {m: [r.step for r in along] for m, along in read_harness_results(tmp_path).items()} == {
         "shots/5": [2000],
         "k": [1000, 143_000],
         "mid": [1000, 2000],
@@ -336,13 +339,13 @@ def test_old_and_new_names_of_a_metric_are_one_series(tmp_path):
 def test_a_folder_with_files_of_two_models_is_reported(tmp_path, caplog):
     caplog.set_level("WARNING")
     current(tmp_path / "zero-shot", "step1", "01", sciq={"acc": 0.4})
-    assert list(read_results(tmp_path)) == ["zero-shot"] and not caplog.records
+    assert list(read_harness_results(tmp_path)) == ["zero-shot"] and not caplog.records
     other = json.loads(
         next((tmp_path / "zero-shot").iterdir()).read_text().replace("160m", "70m").replace("step1", "step2")
     )
     (tmp_path / "zero-shot" / "other.json").write_text(json.dumps(other))
     assert (
-        list(read_results(tmp_path)) == ["zero-shot"]
+        list(read_harness_results(tmp_path)) == ["zero-shot"]
         and "zero-shot: its files are of EleutherAI/pythia-160m, EleutherAI/pythia-70m" in caplog.text
     )
 
@@ -369,7 +372,7 @@ def test_task_groups_without_numbers_are_skipped(tmp_path):
         run_study(tmp_path / "out", *words, "study.tasks=old")
     # a file that has a group's mean beside one that has only its name
     (tmp_path / "step1-more.json").write_text(json.dumps({"results": {"bare": {"acc,none": 0.7}}}))
-    assert read_results(tmp_path)[tmp_path.name][0].tasks["bare"] == {"acc": Score(0.7, None)}
+    assert read_harness_results(tmp_path)[tmp_path.name][0].tasks["bare"] == {"acc": Score(0.7, None)}
 
 
 def test_other_json_files_are_skipped(tmp_path, caplog):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from bottleneck.core.errors import UserError
-from bottleneck.studies.formulas.spearman import interval, spearman
+from bottleneck.studies.formulas.spearman import bootstrap_interval, spearman
 from bottleneck.studies.geometry import changes, collect
 from conftest import ROOT
 from support.study_runs import QUICK, run_study, toy_series
@@ -34,11 +34,11 @@ def test_bootstrap_intervals_have_their_coverage():
     rng = np.random.default_rng(0)
     hits = 0
     for i in range(100):
-        low, high = interval(rng.normal(size=40), rng.normal(size=40), 0.95, 200, seed=i)
+        low, high = bootstrap_interval(rng.normal(size=40), rng.normal(size=40), 0.95, 200, seed=i)
         hits += low <= 0 <= high
     assert 88 <= hits <= 99
     x = rng.normal(size=40)
-    low, high = interval(x, x + 0.3 * rng.normal(size=40), 0.95, 200)
+    low, high = bootstrap_interval(x, x + 0.3 * rng.normal(size=40), 0.95, 200)
     assert low > 0.7 and high <= 1
 
 

@@ -18,7 +18,7 @@ def spearman(x: np.ndarray, y: np.ndarray) -> Optional[float]:
     return float(np.clip(a @ b / size, -1, 1)) if size > 0 else None
 
 
-def interval(
+def bootstrap_interval(
     x: np.ndarray, y: np.ndarray, level: float, draws: int, seed: int = 0
 ) -> tuple[Optional[float], Optional[float]]:
     """Percentile bootstrap interval of ρ over pairs, at confidence `level`; (None, None) where ρ has no value.

@@ -79,7 +79,7 @@ def on_device(heads: Sequence[Factors], device: torch.device) -> list[Factors]:
     return [(A[:, : b.shape[0]], B[: b.shape[0]]) for _, b in heads]
 
 
-def evaluate(
+def evaluate_starts(
     heads: list[Factors], backbone: Backbone, text: StudyText, micro_batch: int, progress: StudyProgress
 ) -> Agreement:
     """Evaluate all heads on the text with one pass of the backbone."""
@@ -154,7 +154,7 @@ def _one(init: str, ranks: list[int], calibrated: Calibrated, progress: StudyPro
     began = time.monotonic()
     c, backbone = calibrated.c, calibrated.backbone
     started = start_heads(init, ranks, calibrated, seed=c.study.seed, passes=c.study.passes)
-    result = evaluate(started, backbone, calibrated.text, c.trainer.micro_batch_size, progress)
+    result = evaluate_starts(started, backbone, calibrated.text, c.trainer.micro_batch_size, progress)
     size = backbone.vocab_size + backbone.hidden_size
     rows = [{"init": init, "rank": r, "parameters": r * size, **m} for r, m in zip(ranks, result.means)]
     return {"heads": rows, "full_loss": result.full_loss, "seconds": time.monotonic() - began}

@@ -29,7 +29,7 @@ from bottleneck.studies.shared.text import StudyText, study_text
 log = logging.getLogger(__name__)
 
 
-def sweep(
+def measure_heads(
     heads: list[Factors], backbone: Backbone, text: StudyText, micro_batch: int, progress: StudyProgress
 ) -> tuple[list[Reach], list[int]]:
     """Measure the original head and low-rank ones with one pass of the backbone.
@@ -80,7 +80,7 @@ def measure(c: StudyConfig, folder: Path) -> dict[str, Any]:
 
         def compute() -> dict[str, Any]:
             heads = start_heads(s.init, ranks, Calibrated(c, cp, backbone, text))
-            reached, goals = sweep(heads, backbone, text, c.trainer.micro_batch_size, progress)
+            reached, goals = measure_heads(heads, backbone, text, c.trainer.micro_batch_size, progress)
             full, *low = (r.result for r in reached)
             return {"targets": goals, "full": full, "heads": [{"rank_of_head": r, **m} for r, m in zip(ranks, low)]}
 

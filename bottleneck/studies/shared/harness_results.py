@@ -238,7 +238,7 @@ def _read(root: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
         log.info("skipped, without results of lm-evaluation-harness: %s", _some(map(str, others)))
 
 
-def read_results(root: Path) -> dict[str, list[Results]]:
+def read_harness_results(root: Path) -> dict[str, list[Results]]:
     """All result files below a folder: model -> results by rising step.
 
     Raises: UserError naming the file if one cannot be read, has no step, or contradicts a second file of the same step;
