@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, Callable, Iterator, NoReturn, Optional
 
@@ -144,6 +145,7 @@ def _agent_signals(folder: Path) -> Iterator[None]:
             signal.signal(number, end)
     for number in WARNINGS:  # the workers receive them as well
         signal.signal(number, lambda *_: None)
+    resource_tracker.ensure_running()  # started later, it would unblock SIGINT and SIGTERM for the workers
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {*ENDING, *WARNINGS})
     try:
         yield
