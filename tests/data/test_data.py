@@ -17,7 +17,8 @@ from bottleneck.backbone.model import load_tokenizer
 from bottleneck.config.schema import BackboneConfig, DataConfig
 from bottleneck.core.errors import UserError
 from bottleneck.data.module import IGNORE, StepBatches, TextData, ValidationBlocks, leading_bos
-from bottleneck.data.prepare import prepare, verify
+from bottleneck.data.cache import find_fault
+from bottleneck.data.prepare import prepare
 from bottleneck.data.sources import Source, join_rows
 from conftest import sentences
 
@@ -148,8 +149,8 @@ def test_cache_is_reused_and_damage_is_repaired(tmp_path, tokenizer):
     ]
     for damage in damages:
         damage()
-        assert verify(first.folder) is not None
-        assert prepare(cfg, tokenizer).fingerprint == wanted and verify(first.folder) is None
+        assert find_fault(first.folder) is not None
+        assert prepare(cfg, tokenizer).fingerprint == wanted and find_fault(first.folder) is None
     half = first.folder.with_name(first.folder.name + ".part")  # a killed process leaves this behind
     half.mkdir()
     (half / "train.bin").write_bytes(b"x")
