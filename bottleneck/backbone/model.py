@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from typing import Any, Optional, Union
+from typing import Any, Optional, Sequence, Union
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +57,8 @@ class Backbone(nn.Module):
         weights_hash: the identity, if no process holds all weights.
         block_size: tokens in a sequence of the run, the length at which causality is checked.
     Raises: UserError if the family has no linear head, does something unknown between it and the logits, cannot run
-        on token ids alone, looks at later tokens, or has a weight that is not a usable number.
+        on token ids alone, looks at later tokens or at other sequences, is not deterministic, or has a weight that
+            is not a usable number.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Backbone(nn.Module):
             f"backbone {name}: family {self.family} is not supported: its logits are not its hidden states times its "
             f"head ({wrong}); it does something between the two that bottleneck does not know",
         )
-        self._check_causal(block_size)
+        self._check_dependence(block_size, _marks(model.config))
         self.rewrites_weights = versions != [p._version for p in model.parameters()]
         self.hash = weights_hash or hash_weights(self)
 
@@ -124,10 +125,10 @@ class Backbone(nn.Module):
             self.register_buffer("added_V", parts.map.added_V, persistent=False)
         return parts
 
-    def _check_causal(self, block_size: Optional[int]) -> None:
+    def _check_dependence(self, block_size: Optional[int], marks: Sequence[int]) -> None:
         block, device = block_size or SHORT, self.lm_head.weight.device
         try:
-            moved = proof.leak(self, self._tokens, block, device)
+            found = proof.dependence(self, self._tokens, block, device, marks)
         except (IndexError, RuntimeError, ValueError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -136,11 +137,17 @@ class Backbone(nn.Module):
                 f"data.block_size={block}: backbone {self.name} (family {self.family}) cannot read so many tokens: "
                 f"{type(error).__name__}: {str(error)[:200]}",
             )
-            moved = proof.leak(self, self._tokens, proof.PROBE[1], device)
+            found = proof.dependence(self, self._tokens, proof.PROBE[1], device, marks)
         check(
-            moved is None,
+            found.others is None,
+            f"backbone {self.name}: family {self.family} as configured gives the same tokens other hidden states in "
+            f"another pass or beside other sequences, by {found.others or 0:.2g} of their length: is dropout, a cache "
+            "or normalisation over the batch left on?",
+        )
+        check(
+            found.later is None,
             f"backbone {self.name}: family {self.family} as configured is not causal: changing later tokens moves "
-            f"earlier hidden states by {moved or 0:.2g} of their length, so heads would see what they predict",
+            f"earlier hidden states by {found.later or 0:.2g} of their length, so heads would see what they predict",
         )
 
     @property
@@ -195,3 +202,11 @@ class Backbone(nn.Module):
             layer.compile(dynamic=False)
         self._compiled_for = shape if layers else None
         return bool(layers)
+
+
+def _marks(config: Any) -> list[int]:
+    """End of text and padding, as a config names them: ids that a family may treat in a way of their own."""
+    text = config.get_text_config()
+    found = [getattr(c, name, None) for c in (config, text) for name in ("eos_token_id", "pad_token_id")]
+    flat = [i for value in found for i in (value if isinstance(value, list) else [value])]
+    return [i for i in flat if isinstance(i, int)]

@@ -1,4 +1,4 @@
-"""Check, when a backbone is loaded, that its hidden states and head give its logits and that it is causal.
+"""Check, when a backbone is loaded, that its hidden states and head give its logits, and what they depend on.
 
 Both checks run the model as training does: in its dtype, on its device, without a cache or a mask.
 Dims: N sequences, T sequence length, D hidden size, V vocabulary of the head.
@@ -7,7 +7,7 @@ Dims: N sequences, T sequence length, D hidden size, V vocabulary of the head.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -121,49 +121,66 @@ def parity(head: FullHead, hidden: Tensor, logits: Tensor) -> Optional[str]:
     return None if error < LOGIT_TOLERANCE.get(head.W_VD.dtype, LOGIT_TOLERANCE_16) else f"relative error {error:.2g}"
 
 
-@torch.no_grad()
-def leak(run: Callable[[Tensor], Tensor], tokens: int, block: int, device: torch.device) -> Optional[float]:
-    """How far earlier hidden states move when later tokens change; None if they do not, up to rounding.
+@dataclass
+class Dependence:
+    """How far hidden states move, relative to their length, for reasons that must not move them; None: not at all.
 
-    Two sequences of `block` tokens are read, and read again with later tokens replaced by other random tokens and by
-    one repeated token, like the end of a run's padded last block. First the second halves are replaced; then all but
-    the first token, and the last token only, which reveals a model that looks ahead within a prefix or within chunks.
-    If earlier states move at all (a mixture of experts sums another batch in another order), the movement is
-    compared with that of a sequence whose neighbour in the batch changes, which is due to rounding only.
+    Attributes:
+        later: of earlier tokens when later tokens of their sequence change.
+        others: of a sequence that stays as it is, in another pass or beside other sequences.
+    """
+
+    later: Optional[float] = None
+    others: Optional[float] = None
+
+
+@torch.no_grad()
+def dependence(
+    run: Callable[[Tensor], Tensor], tokens: int, block: int, device: torch.device, marks: Sequence[int] = ()
+) -> Dependence:
+    """What hidden states depend on besides the tokens before them.
+
+    Three sequences of `block` tokens are read, and read twice more with later tokens of the first two replaced: in the
+    middle of the block and at an odd position beyond it; then all but the first token, and the last token only, which
+    reveals a model that looks ahead within a prefix or within chunks. The new tokens are random ones, random ones with
+    marks at the end, and one repeated token, like the end of a run's padded last block. The third sequence stays as it
+    is. If it moves a little (a mixture of experts sums another batch in another order), that is rounding, with which
+    the other movements are compared; if most of it moves far, the model is random, keeps state, or mixes sequences.
 
     Args:
-        run: ids [2, block] to hidden states [2, block, D].
+        run: ids [3, block] to hidden states [3, block, D]. It is called equally often whatever it returns, because
+            sharded models must run in step.
         tokens: ids are below this.
+        marks: ids that a family may treat in a way of their own: end of text and padding.
     """
     if block < 2 or tokens < 2:
-        return None
-    first = probe_ids(tokens, (2, block), device)
+        return Dependence()
+    first = probe_ids(tokens, (3, block), device)
     before = run(first)
-    noise: Optional[Tensor] = None
-    for cuts in dict.fromkeys(((block // 2, block // 2), (1, block - 1))):
-        changed = _changed(first, cuts, tokens)
-        after = run(changed)
+    tolerance = MOVE_TOLERANCE.get(before.dtype, MOVE_TOLERANCE_16)
+    inside = [m for m in dict.fromkeys(marks) if 0 <= m < tokens] or [None]
+    found = Dependence()
+    for number, cuts in enumerate(((block // 2, min(block - 1, 5 * block // 8 | 1)), (1, block - 1))):
+        after = run(_changed(first, cuts, tokens, inside[number % len(inside)]))
         moved = torch.cat([_movement(after[i, :cut], before[i, :cut]) for i, cut in enumerate(cuts)])
-        if not bool(moved.any()):
-            continue
-        if noise is None:
-            beside = first.clone()
-            beside[1] = changed[0]
-            noise = _movement(run(beside)[0], before[0])
-        found = _beyond_rounding(moved, noise, MOVE_TOLERANCE.get(before.dtype, MOVE_TOLERANCE_16))
-        if found is not None:
-            return found
-    return None
+        noise = _movement(after[2], before[2])
+        if float(noise.median()) > tolerance:
+            found.others = max(found.others or 0, float(noise.max()))
+        elif bool(moved.any()):
+            found.later = found.later or _beyond_rounding(moved, noise, tolerance)
+    return found
 
 
-def _changed(first: Tensor, cuts: tuple[int, int], tokens: int) -> Tensor:
-    """Ids [2, block] with the tokens from `cuts` on changed: to other random tokens, and to one repeated.
+def _changed(first: Tensor, cuts: tuple[int, int], tokens: int, mark: Optional[int]) -> Tensor:
+    """Ids [3, block] with the tokens of the first two sequences from `cuts` on changed.
 
-    Padded last blocks of a run end in one token repeated.
+    They become other random tokens that end in `mark`, and one token repeated.
     """
     out = first.clone()
     tail = out[0, cuts[0] :]
     out[0, cuts[0] :] = (tail + 1 + probe_ids(tokens - 1, (1, len(tail)), first.device)[0]) % tokens
+    if mark is not None:
+        out[0, cuts[0] + (len(tail) + 1) // 2 :] = mark
     other = out[1, 0]
     out[1, cuts[1] :] = (other + 1) % tokens if bool((out[1, cuts[1] :] == other).all()) else other
     return out
