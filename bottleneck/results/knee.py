@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from statistics import mean
-from typing import Any, Optional
+from typing import Any, Optional, Sequence
 
 from bottleneck.results.schema import series
 
 PERCENT = (1, 5, 10)
 
 
-def crossing(points: list[tuple[int, float]], target: float) -> Optional[float]:
+def crossing(points: Sequence[tuple[float, float]], target: float) -> Optional[float]:
     """The smallest rank from which losses are at most `target`, interpolated; None if there is none.
 
     Args: points: (rank, loss) of the best head of each rank, by rank.

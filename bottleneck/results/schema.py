@@ -115,7 +115,7 @@ MEASURED = (
 DETAILS = (
     Field("bands", BANDS, "loss by frequency of the target token: a list of {band, tokens, loss}", False),
     Field("group_losses", LOSSES, "mean losses of consecutive stretches of the validation text, to 7 decimals", False),
-    Field("loss_interval", INTERVAL, "95 % confidence interval of the loss: block bootstrap over the stretches", False),
+    Field("loss_interval", INTERVAL, "95 % confidence interval of the loss over validation text", False),
     Field("perplexity_interval", INTERVAL, "95 % confidence interval of the perplexity", False),
 )
 REFERENCE = (*MEASURED, *DETAILS, Field("group_tokens", COUNTS, "tokens of each stretch in group_losses", False))

@@ -16,8 +16,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from bottleneck.backbone.model import load_tokenizer
 from bottleneck.config.schema import BackboneConfig, DataConfig
 from bottleneck.core.errors import UserError
-from bottleneck.data.module import IGNORE, StepBatches, TextData, ValidationBlocks, leading_bos
 from bottleneck.data.cache import find_fault
+from bottleneck.data.module import IGNORE, StepBatches, TextData, ValidationBlocks, leading_bos
 from bottleneck.data.prepare import prepare
 from bottleneck.data.sources import Source, join_rows
 from conftest import sentences
