@@ -158,7 +158,7 @@ def dependence(
     first = probe_ids(tokens, (3, block), device)
     before = run(first)
     tolerance = MOVE_TOLERANCE.get(before.dtype, MOVE_TOLERANCE_16)
-    inside = [m for m in dict.fromkeys(marks) if 0 <= m < tokens] or [None]
+    inside: list[Optional[int]] = [m for m in dict.fromkeys(marks) if 0 <= m < tokens] or [None]
     found = Dependence()
     for number, cuts in enumerate(((block // 2, min(block - 1, 5 * block // 8 | 1)), (1, block - 1))):
         after = run(_changed(first, cuts, tokens, inside[number % len(inside)]))
