@@ -26,6 +26,7 @@ BENCHMARKS = {
     "killed": "one process of a run killed under torchrun: time lost, heads compared",
     "data": "preparing tokens against datasets.map, and loading prepared tokens",
     "starts": "structured solves for a start beside fisher and refined: KL and time",
+    "startup": "seconds until the first optimizer step, part by part, and of --help",
     "forward": "hidden states per second of the frozen backbone, eager and compiled",
 }
 

@@ -157,7 +157,7 @@ def stop(process: subprocess.Popen, patience: float = 0.0) -> None:
         process.wait()
 
 
-def _call(command: list[str]) -> int:
+def call(command: list[str]) -> int:
     """Return the exit code of a command; its processes end with it, also if this process is interrupted."""
     process = subprocess.Popen(command, cwd=ROOT, stdout=sys.stderr)
     try:
@@ -170,7 +170,7 @@ def measure(c: Case, backbone: Path, tokens: Path) -> Logged:
     """Run a case. Raises UserError if it fails; its output goes to stderr."""
     with tempfile.TemporaryDirectory() as run:
         command = [sys.executable, str(ROOT / "train.py"), *overrides(c, backbone, tokens), f"hydra.run.dir={run}"]
-        code = _call(command)
+        code = call(command)
         if code:
             raise UserError(f"benchmark: train.py ended with {code}, see above")
         found: dict[str, list[float]] = {}

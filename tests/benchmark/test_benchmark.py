@@ -12,7 +12,8 @@ import transformers
 from rich.console import Console
 
 from bottleneck.benchmark import __main__ as benchmark
-from bottleneck.benchmark import hidden, shapes, stock, table
+from bottleneck.benchmark import hidden, ours, shapes, startup, stock, table
+from bottleneck.benchmark.moments import STORY
 from bottleneck.core.environment import cores
 from conftest import sentences
 
@@ -221,3 +222,22 @@ def test_bad_input_is_one_line(capsys, argv, words):
     assert benchmark.main(argv) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and words in lines[0], lines
+
+
+def test_parts_of_a_start_add_up_to_its_end():
+    runs = [
+        {"interpreter": 0.5, "imports": 3.5, "first step": 4.0},
+        {"interpreter": 1.0, "imports": 3.0, "first step": 5.0},
+    ]
+    *parts, whole = startup._parts("case", runs, "cpu")
+    assert [(r.implementation, r.p50) for r in parts] == [("interpreter", 0.75), ("imports", 2.5), ("first step", 1.25)]
+    assert whole.p50 == 4.5 == sum(r.p50 for r in parts)
+
+
+@pytest.mark.slow
+def test_the_parts_of_a_run_s_start_are_timed_in_order(capfd):
+    case = ours.Case("tiny", [8], 1, 2, 2, 2, 64, "cpu", ["backbone.weights=random"])
+    with ours.inputs("tiny", 2 * case.tokens) as (backbone, tokens):
+        moments = startup._moments(case, backbone, tokens)
+    assert list(moments)[:2] == ["interpreter", "imports"] and list(moments)[-1] == "first step"
+    assert list(moments.values()) == sorted(moments.values()) and len(moments) == 4 + len(STORY)
