@@ -75,6 +75,7 @@ def build_module(
         log_every=c.trainer.log_every,
         flag=flag,
         build=zero2.Zero2AdamW if c.trainer.shard == "zero2" else build_optimizer,
+        cuda_graphs=c.trainer.cuda_graphs,
         resume_step=resume_step,
     )
 

@@ -18,6 +18,7 @@ from bottleneck.core.extensions import metrics
 from bottleneck.evaluation.agreement import compare
 from bottleneck.evaluation.sums import derived, validate
 from bottleneck.heads.bank import HeadBank
+from bottleneck.heads.micro_steps import MicroSteps
 from bottleneck.losses import memory
 from bottleneck.training.optim import build_optimizer, clip_per_head, schedule
 from bottleneck.training.signals import Flag
@@ -50,6 +51,7 @@ class HeadSweep(pl.LightningModule):
         text_bytes: size of the validation text.
         flag: carries a signal to the other processes.
         build: makes the optimizer.
+        cuda_graphs: record micro-steps where possible, see `heads.micro_steps`.
         resume_step: step of the checkpoint that this process resumes from.
 
     Attributes:
@@ -75,12 +77,14 @@ class HeadSweep(pl.LightningModule):
         log_every: int = 10,
         flag: Optional[Flag] = None,
         build: Callable[[HeadBank, OptimConfig], Any] = build_optimizer,
+        cuda_graphs: bool = True,
         resume_step: Optional[int] = None,
     ):
         super().__init__()
         self.automatic_optimization = False  # a step is several forward passes and one reduction of gradients
         self.strict_loading = False  # checkpoints hold the heads only
         self.backbone, self.bank = backbone, bank
+        self.micro_steps = MicroSteps(bank, recorded=cuda_graphs)
         # DDP must not broadcast or bucket tensors that never change
         frozen = [*backbone.named_parameters(prefix="backbone"), *backbone.named_buffers(prefix="backbone")]
         self._ddp_params_and_buffers_to_ignore = [*(name for name, _ in frozen), "bank.whiten_DD"]
@@ -156,13 +160,13 @@ class HeadSweep(pl.LightningModule):
         self.timer.begin(
             (self.global_step + 1) % self.log_every == 0 or self.global_step + 1 == self.steps, batch.device
         )
-        cast = self.bank.cast(self.backbone.dtype)
         self.bank.zero_gradients()
+        self.micro_steps.begin(self.backbone.dtype)
         self.timer("optimizer")
         for ids in batch.split(self.micro_batch):
             h_ND = self.backbone(ids[:, :-1]).flatten(0, 1)
             self.timer("forward")
-            losses += self.bank.accumulate(h_ND, ids[:, 1:].flatten(), cast, 1 / tokens)
+            losses += self.micro_steps(h_ND, ids[:, 1:].flatten(), 1 / tokens)
             self.timer("heads")
         self.bank.finish_gradients()
         losses /= tokens

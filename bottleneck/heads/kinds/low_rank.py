@@ -23,6 +23,8 @@ from bottleneck.losses.objective import BoundObjective
 class LowRankHead(Head):
     """Parameters A [V, R] and B [R, D] in float32; logits = A B h."""
 
+    recordable = True
+
     def __init__(self, vocab_size: int, rank: int, hidden_size: int):
         super().__init__(vocab_size, start_rank=rank)
         self.A = nn.Parameter(torch.zeros(vocab_size, rank))
