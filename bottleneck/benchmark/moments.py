@@ -61,9 +61,8 @@ def trace(file: Path, arguments: list[str]) -> None:
 
     for where, name, part in STORY:
         setattr(modules[where], name, mark(getattr(modules[where], name), part))
-    sweep = module.HeadSweep
-    sweep.on_train_start = mark(sweep.on_train_start, "calibration, starts, first validation")  # type: ignore[method-assign]
-    sweep.training_step = mark(sweep.training_step, "first step")  # type: ignore[method-assign]
+    for name, part in (("on_train_start", "calibration, starts, first validation"), ("training_step", "first step")):
+        setattr(module.HeadSweep, name, mark(getattr(module.HeadSweep, name), part))
     sys.argv = [str(ROOT / "train.py"), *arguments]
     sys.exit(train.command())
 
