@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import zlib
 from itertools import islice
 from typing import Iterable, Iterator
 
 from bottleneck.core.errors import check
 
+BEFORE_BREAK = re.compile(r"[ \t]+\n")
 FIRST_DOCUMENTS = 200  # at least one of these documents is held out, however small the text is
 
 
 def document_hash(text: str, seed: int) -> int:
-    """64 bits of a document and a seed. Copies of a document have one hash, so they land on one side of the split."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, salt=seed.to_bytes(8, "little"))
+    """64 bits of a document and a seed. Copies of a document have one hash, so they land on one side of the split.
+
+    Copies may differ in a byte order mark, in line breaks, and in white space at the ends of the text or of its lines.
+    """
+    digest = hashlib.blake2b(
+        _plain(text).encode("utf-8", "surrogatepass"), digest_size=8, salt=seed.to_bytes(8, "little")
+    )
     return int.from_bytes(digest.digest(), "big")
+
+
+def _plain(text: str) -> str:
+    text = text.removeprefix("\ufeff")
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if BEFORE_BREAK.search(text):
+        text = BEFORE_BREAK.sub("\n", text)
+    return text.strip()
 
 
 class HashSplit:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import glob
+import json
 import logging
 import os
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Any, Iterable, Optional
+from typing import Any, Iterable, Iterator, Optional
 
 from bottleneck.config.checks import as_list
-from bottleneck.core.errors import check
+from bottleneck.core.errors import UserError, check
+from bottleneck.data.declared_splits import declared_splits
 from bottleneck.data.readers import READERS, is_text_file, local_path, readable
 
 log = logging.getLogger(__name__)
@@ -69,36 +71,84 @@ def files_of(key: str, pattern: str) -> list[str]:
 
 
 def _is_hidden(name: str) -> bool:
-    return name.startswith((".", "__")) and name.strip(".") != ""
+    return name.startswith((".", "__", "~$")) and name.strip(".") != ""
 
 
 def _hidden_parts(path: str) -> int:
     return sum(map(_is_hidden, PurePath(path).parts))
 
 
-def _inside(folder: Path) -> list[str]:
-    """Paths of the text files in a folder, relative to it, sorted. Says which hidden folders with text are left out."""
-    found: list[str] = []
-    seen: set[tuple[int, int]] = set()  # folders by device and inode: a link back up must not loop
-    left_out: dict[str, int] = defaultdict(int)
-    for here, folders, files in os.walk(folder, followlinks=True):
+def walk_once(folder: Path, hidden: Optional[list[Path]] = None) -> Iterator[tuple[PurePath, list[str]]]:
+    """(path relative to `folder`, names of its files) of every folder below and of `folder` itself, sorted.
+
+    Links are followed, but no folder is visited twice, and a folder rather than a link to it: a link may lead back up,
+    and a link from the training text to the validation text must not make one of the other.
+
+    Args: hidden: receives the hidden folders, which are not visited.
+    """
+
+    def shown(here: str, folders: list[str]) -> list[str]:
+        if hidden is not None and not _is_link_inside(here, folder):
+            hidden.extend(Path(here) / name for name in folders if _is_hidden(name))
+        return sorted(name for name in folders if not _is_hidden(name))
+
+    def identity(here: str) -> tuple[int, int]:
         about = os.stat(here)
-        if (about.st_dev, about.st_ino) in seen:
+        return about.st_dev, about.st_ino
+
+    real = set()
+    for here, folders, _ in os.walk(folder):
+        folders[:] = [name for name in folders if not _is_hidden(name)]
+        real.add(identity(here))
+    seen: set[tuple[int, int]] = set()
+    for here, folders, files in os.walk(folder, followlinks=True):
+        this = identity(here)
+        if this in seen or (this in real and _is_link_inside(here, folder)):
             folders.clear()
             continue
-        seen.add((about.st_dev, about.st_ino))
-        folders.sort()
-        relative = PurePath(here).relative_to(folder)
-        hidden = next((part for part in relative.parts if _is_hidden(part)), None)
-        texts = [name for name in files if is_text_file(Path(name)) and name.lower() not in ABOUT]
-        texts = [name for name in texts if (Path(here) / name).is_file()]  # a link may lead nowhere
-        if hidden is None:
-            found += [str(relative / name) for name in texts if not _is_hidden(name)]
-        elif texts:
-            left_out[hidden] += len(texts)
+        seen.add(this)
+        folders[:] = shown(here, folders)
+        yield PurePath(here).relative_to(folder), sorted(files)
+
+
+def _is_link_inside(here: str, folder: Path) -> bool:
+    """Whether the path of a folder below `folder` goes through a link."""
+    return os.path.realpath(here) != os.path.normpath(
+        os.path.join(os.path.realpath(folder), os.path.relpath(here, folder))
+    )
+
+
+def _inside(folder: Path) -> list[str]:
+    """Paths of the text files in a folder, relative to it, sorted. Says which hidden text is left out."""
+    found: list[str] = []
+    hidden: list[Path] = []
+    left_out: dict[str, int] = defaultdict(int)
+    for relative, files in walk_once(folder, hidden):
+        texts = [name for name in _texts(folder / relative, files) if (folder / relative / name).is_file()]
+        found += [str(relative / name) for name in texts if not _is_hidden(name)]
+        left_out[""] += sum(map(_is_hidden, texts))
+    for root in hidden:
+        left_out[root.name] += sum(len(_texts(Path(here), files)) for here, _, files in os.walk(root))
     for name, count in sorted(left_out.items()):
-        log.info("%s: %d files in hidden folders %s are left out", readable(folder), count, readable(name))
+        if count:
+            where = f"in hidden folders {readable(name)}" if name else "with hidden names"
+            log.info("%s: %d files %s are left out", readable(folder), count, where)
     return sorted(found)
+
+
+def _texts(folder: Path, files: list[str]) -> list[str]:
+    """The files of one folder that hold text by their names; of a `datasets.save_to_disk` folder those it lists."""
+    if "state.json" in files and "dataset_info.json" in files:
+        return [name for name in listed_files(folder / "state.json") if name in files]
+    return [name for name in files if is_text_file(Path(name)) and name.lower() not in ABOUT]
+
+
+def listed_files(state: Path) -> list[str]:
+    """The .arrow files that the state.json of a `datasets` folder lists; others there are caches."""
+    try:
+        return [str(f["filename"]) for f in json.loads(state.read_text())["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{readable(state)}: not the state.json of datasets.save_to_disk, or truncated") from error
 
 
 def distinct(paths: Iterable[str]) -> list[str]:
@@ -113,24 +163,29 @@ class Split:
     train: list[str]
     validation: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
-    by: Optional[str] = None  # what decided: names of folders, names of files, or None
+    by: Optional[str] = None  # what decided: its README.md, or the names of its shards, folders or files; None: nothing
 
 
-def split_of_folder(names: list[str]) -> Split:
+def split_of_folder(names: list[str], folder: Optional[Path] = None) -> Split:
     """Split the files of a folder as `datasets` does.
 
-    The first of these conventions that matches any name decides: shards data/SPLIT-00000-of-00010.*, folders named
+    If the folder's README.md declares splits, they hold. Otherwise the first of these conventions that matches any name
+    decides: shards data/SPLIT-00000-of-00010.*, folders named
     train, validation or test, files with such names. If it finds no training or no validation text, files without a
     split are split by their own names, and the rest is for training. Without validation text, the test text is used
     for validation. If no name matches, all files are for training.
 
     Args:
         names: paths relative to the folder.
+        folder: the folder, to read its README.md.
     """
+    declared = declared_splits(folder, names) if folder else {}
+    if declared:
+        return _by_declaration(names, declared)
     sharded = {n: _splits([m[1]]) or [m[1]] for n in names if (m := SHARD.fullmatch(PurePath(n).as_posix()))}
     by_folder = {n: _splits(PurePath(n).parts[:-1]) for n in names}
     by_file = {n: _splits(PurePath(n).parts[-1:]) for n in names}
-    levels = (("shards", sharded), ("folders", by_folder), ("files", by_file))
+    levels = (("names of its shards", sharded), ("names of its folders", by_folder), ("names of its files", by_file))
     by, level = next(((by, level) for by, level in levels if any(level.values())), (None, by_file))
     if by is None:
         return Split(names)
@@ -144,6 +199,15 @@ def split_of_folder(names: list[str]) -> Split:
     train = [n for n in names if found[n] == {"train"}] or [n for n in names if not found[n]]
     used = {*train, *validation}
     return Split(train, validation, [n for n in names if n not in used], by)
+
+
+def _by_declaration(names: list[str], declared: dict[str, list[str]]) -> Split:
+    roles = {n: {r for split in declared.get(n, ()) for r in _splits([split])} for n in names}
+    held = next((s for s in ("validation", "test") if any(s in r for r in roles.values())), None)
+    validation = [n for n in names if held in roles[n]]
+    train = [n for n in names if "train" in roles[n] and n not in validation]
+    used = {*train, *validation}
+    return Split(train, validation, [n for n in names if n not in used], "README.md")
 
 
 def _splits(parts: Iterable[str]) -> list[str]:

@@ -23,7 +23,8 @@ import zstandard
 
 from bottleneck.core.errors import UserError, check
 
-READERS = {".txt": "text", ".text": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+READERS = {".txt": "text", ".text": "text", ".md": "text", ".json": "json", ".jsonl": "json"}
+READERS |= {".parquet": "parquet", ".arrow": "arrow"}
 COMPRESSED = (".zst", ".gz", ".xz", ".bz2")
 CHUNK = 1 << 20  # bytes or characters read at once
 PARQUET_ROWS = 32  # rows read at once: few, because a row may be a whole book
@@ -31,6 +32,7 @@ ROWS_WITHOUT_FIELD = 1000  # rows without the text column after which a file is 
 ZSTD_WINDOW = 1 << 31  # largest window of `zstd --long=31`
 DAMAGE = (zstandard.ZstdError, lzma.LZMAError, zlib.error, gzip.BadGzipFile)  # bz2 raises OSError
 SHOWN = 60  # characters of a bad value that a message shows
+ARROW_MARK = b"ARROW1"
 UTF8_MARK = b"\xef\xbb\xbf"
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
@@ -64,13 +66,18 @@ class RowReader:
 
         Args:
             path: of a local file, or a URL that fsspec can open.
-            kind: text, json or parquet; default: by the file's ending.
+            kind: text, json, parquet or arrow; default: by the file's ending.
 
         Raises: UserError for a file that is unreadable, truncated, not of its format, or without the column; and for a
             value that is not a string, unless `skip_bad`.
         """
         kind = kind or reader_of(path)
-        rows = {"text": self._text_rows, "json": self._json_rows, "parquet": self._parquet_rows}[kind]
+        rows = {
+            "text": self._text_rows,
+            "json": self._json_rows,
+            "parquet": self._parquet_rows,
+            "arrow": self._arrow_rows,
+        }[kind]
         for text in _explained(path, rows(path), kind):
             self.counts.rows += 1
             if text is None:
@@ -189,12 +196,37 @@ class RowReader:
                 raise ValueError(str(error)) from error
 
     def _column_rows(self, path: str, file: Any) -> Iterator[Optional[str]]:
-        check(self.column in file.schema_arrow.names, self._no_column(path, file.schema_arrow.names))
-        kind = file.schema_arrow.field(self.column).type
-        name = f"data.text_field={self.column}"
-        check(is_text_type(kind), f"{name}: holds {kind}, not text, in {readable(path)}; no row of it can be used")
+        self._check_column(path, file.schema_arrow)
         for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[self.column]):
             yield from (text or "" for text in batch.column(0).to_pylist())
+
+    def _check_column(self, path: str, schema: Any) -> None:
+        check(self.column in schema.names, self._no_column(path, schema.names))
+        kind = schema.field(self.column).type
+        name = f"data.text_field={self.column}"
+        check(is_text_type(kind), f"{name}: holds {kind}, not text, in {readable(path)}; no row of it can be used")
+
+    def _arrow_rows(self, path: str) -> Iterator[Optional[str]]:
+        """Rows of a stream, as `datasets.save_to_disk` writes it, or of an Arrow file."""
+        import pyarrow as pa
+
+        with open_bytes(path) as raw:
+            seekable: Any = io.BytesIO(raw.read()) if path.lower().endswith(COMPRESSED) else raw
+            try:
+                if seekable.read(len(ARROW_MARK)) == ARROW_MARK:
+                    file = pa.ipc.open_file(seekable)
+                    schema, batches = file.schema, (file.get_batch(i) for i in range(file.num_record_batches))
+                else:
+                    seekable.seek(0)
+                    stream = pa.ipc.open_stream(seekable)
+                    schema, batches = stream.schema, iter(stream)
+                self._check_column(path, schema)
+                for batch in batches:
+                    column = batch.column(schema.names.index(self.column))
+                    for start in range(0, len(column), PARQUET_ROWS):
+                        yield from (text or "" for text in column.slice(start, PARQUET_ROWS).to_pylist())
+            except pa.ArrowException as error:
+                raise ValueError(str(error)) from error
 
 
 def is_text_type(kind: Any) -> bool:
@@ -208,7 +240,7 @@ def is_text_type(kind: Any) -> bool:
 
 
 def reader_of(path: str) -> str:
-    """text, json or parquet, by the ending of a file's name. Raises UserError for an unknown ending."""
+    """text, json, parquet or arrow, by the ending of a file's name. Raises UserError for an unknown ending."""
     known = ", ".join(READERS)
     ending = _ending(Path(path))
     endings = f"known are {known} (also with {', '.join(COMPRESSED)})"

@@ -15,7 +15,7 @@ from bottleneck.data.local_files import Split, distinct, files_of, patterns_of, 
 from bottleneck.data.readers import RowCounts, RowReader, is_text_type, local_path, readable, reader_of
 
 log = logging.getLogger(__name__)
-READING = 2  # version of how local files become documents; part of the cache key, so older caches are not reused
+READING = 3  # version of how local files become documents; part of the cache key, so older caches are not reused
 HUB_ROWS = 32  # rows of a Hub dataset read at once: few, because a row may be a whole book
 SAMPLE_BY = {"file": "document", "paragraph": "paragraph", "line": "line"}  # data.text_unit in the words of `datasets`
 
@@ -58,7 +58,7 @@ class Source:
         files = files_of("data.files", pattern)
         if not folder.is_dir():
             return files
-        split = split_of_folder([os.path.relpath(f, folder) for f in files])
+        split = split_of_folder([os.path.relpath(f, folder) for f in files], folder)
         own = self.cfg.validation_files is None
         if split.by is None or not (own or split.train):
             return files
@@ -71,9 +71,7 @@ class Source:
             for words, names in (("training:", split.train), ("validation:", held), ("not used:", others))
             if names
         )
-        log.info(
-            "data.files=%s is split by the names of its %s: %s (a glob overrides)", readable(pattern), split.by, said
-        )
+        log.info("data.files=%s is split by the %s: %s (a glob overrides)", readable(pattern), split.by, said)
         return [str(folder / name) for name in split.train]
 
     def _held_out_of(self, patterns: Any) -> list[str]:
@@ -81,7 +79,8 @@ class Source:
         found = []
         for pattern in patterns_of("data.validation_files", patterns):
             folder, files = local_path(pattern), files_of("data.validation_files", pattern)
-            split = split_of_folder([os.path.relpath(f, folder) for f in files]) if folder.is_dir() else Split([])
+            names = [os.path.relpath(f, folder) for f in files] if folder.is_dir() else []
+            split = split_of_folder(names, folder) if names else Split([])
             if split.validation:
                 log.info("data.validation_files=%s: %s of it are taken", readable(pattern), shown(split.validation))
             found += [str(folder / name) for name in split.validation] or files
@@ -118,8 +117,7 @@ class Source:
             "split": None if self.has_validation else [c.seed, c.validation_fraction],
             "limits": [c.max_tokens, c.validation_tokens],
         }
-        if self.files or not self.has_validation:
-            about["reading"] = READING
+        about["reading"] = READING
         if c.bad_rows != "error":
             about["bad_rows"] = c.bad_rows
         return about
@@ -149,8 +147,8 @@ class Source:
             yield reader, paths, {"sample_by": SAMPLE_BY[unit]} if reader == "text" else {}
 
     def _by_reader(self, files: list[str]) -> Iterator[tuple[str, list[str], str]]:
-        """(reader, its files, unit of a text file): first plain text, then JSON, then Parquet."""
-        for reader in ("text", "json", "parquet"):
+        """(reader, its files, unit of a text file): first plain text, then JSON, Parquet and Arrow."""
+        for reader in ("text", "json", "parquet", "arrow"):
             paths = [f for f in files if reader_of(f) == reader]
             unit = self.cfg.text_unit
             if unit == "auto":  # one file alone is a corpus; of several, each is a document

@@ -438,7 +438,8 @@ def _files(cfg: DataConfig) -> tuple[list[str], list[str]]:
     validation: list[str] = []
     for pattern in patterns_of("data.tokens", cfg.tokens):
         folder, files = local_path(pattern), _matching("data.tokens", pattern)
-        split = split_of_folder([str(Path(f).relative_to(folder)) for f in files]) if folder.is_dir() else None
+        names = [str(Path(f).relative_to(folder)) for f in files] if folder.is_dir() else []
+        split = split_of_folder(names, folder) if names else None
         if split is None or split.by is None or (cfg.validation_files is not None and not split.train):
             train += files
             continue
@@ -446,7 +447,7 @@ def _files(cfg: DataConfig) -> tuple[list[str], list[str]]:
         if cfg.validation_files is None:
             validation += [str(folder / name) for name in split.validation]
         said = f"training: {shown(split.train)}" + (f"; validation: {shown(validation)}" if validation else "")
-        log.info("data.tokens=%s is split by the names of its %s: %s", readable(pattern), split.by, said)
+        log.info("data.tokens=%s is split by the %s: %s", readable(pattern), split.by, said)
     if cfg.validation_files is not None:
         for pattern in patterns_of("data.validation_files", cfg.validation_files):
             validation += _matching("data.validation_files", pattern)

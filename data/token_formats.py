@@ -26,6 +26,7 @@ from typing import Any, Callable, Iterable, Optional
 import numpy as np
 
 from bottleneck.core.errors import UserError, check
+from bottleneck.data.local_files import listed_files, walk_once
 from bottleneck.data.readers import readable
 
 FORMATS = ("megatron", "llmc", "nanogpt", "npy", "safetensors", "arrow", "parquet")
@@ -200,26 +201,17 @@ def index_of(path: Path) -> Optional[Path]:
 def files_in(folder: Path) -> list[str]:
     """Names of the token files in a folder, relative to it, sorted; of a `datasets` folder those that it lists."""
     found: list[str] = []
-    for here, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(f for f in folders if not f.startswith((".", "__")))
-        relative = Path(here).relative_to(folder)
+    for relative, files in walk_once(folder):
+        here = folder / relative
         if "index.json" in files:
-            kind = "litdata" if "chunks" in (Path(here) / "index.json").read_text()[:4096] else "MosaicML MDS"
+            kind = "litdata" if "chunks" in (here / "index.json").read_text()[:4096] else "MosaicML MDS"
             raise UserError(
                 f"{readable(here)}: {kind} data cannot be read; write it with datasets.save_to_disk, or as .npy or .bin"
             )
-        if "state.json" in files:  # other .arrow files there are caches
-            files = _listed_files(Path(here) / "state.json")
+        if "state.json" in files:
+            files = listed_files(here / "state.json")
         found += [str(relative / f) for f in files if Path(f).suffix.lower() in ENDINGS and not f.startswith(".")]
     return sorted(found)
-
-
-def _listed_files(state: Path) -> list[str]:
-    """The .arrow files that the state.json of a `datasets` folder lists."""
-    try:
-        return [str(f["filename"]) for f in json.loads(state.read_text())["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{readable(state)}: not the state.json of datasets.save_to_disk, or truncated") from error
 
 
 def open_shards(paths: list[Path], kind: str, ids_field: str) -> list[Shard]:

@@ -53,7 +53,7 @@ class DataConfig:
     """The text: where it is, and how it becomes blocks of tokens."""
 
     files: str | list[str] | None = key(
-        None, "Local text: a file, a folder, a glob, or a list of them (txt, md, jsonl, parquet; also .zst, .gz)."
+        None, "Local text: a file, folder or glob, or a list of them (txt, md, jsonl, parquet, arrow; also .zst, .gz)."
     )
     validation_files: str | list[str] | None = key(
         None, "The same for validation. Default: documents held out from files."

@@ -9,6 +9,7 @@ import logging
 import lzma
 import os
 import resource
+import shutil
 import struct
 from pathlib import Path
 
@@ -128,15 +129,95 @@ def test_a_split_of_a_folder_in_a_list_and_beside_validation_files(tmp_path):
         Source(config(tmp_path, files=str(tmp_path / "c")))
 
 
+README = """---
+license: mit
+configs:
+{}
+---
+# Text
+"""
+DECLARED = [
+    "- config_name: default\n  data_files:\n  - split: train\n    path: a.jsonl\n  - split: test\n    path: b*.jsonl",
+    "- config_name: x\n  data_files: {train: [a.jsonl], validation: b.jsonl, extra: c.jsonl}",
+    "- config_name: sft\n  data_files:\n  - {split: train_sft, path: ./a.jsonl}\n  - {split: test_sft, path: b.jsonl}",
+    "- config_name: other\n  data_files: c.jsonl\n"
+    "- config_name: chosen\n  default: true\n  data_files: {train: a.jsonl, test: b.jsonl}",
+]
+
+
+@pytest.mark.parametrize("configs", DECLARED)
+def test_splits_that_a_readme_declares(tmp_path, caplog, configs):
+    """Regression: files whose names say nothing were mixed, whatever the README.md declares, as on the Hub."""
+    for name, part in (("a", DOCS[:20]), ("b", DOCS[20:30]), ("c", DOCS[30:])):
+        jsonl(tmp_path / f"t/{name}.jsonl", part)
+    (tmp_path / "t/README.md").write_text(README.format(configs))
+    with caplog.at_level(logging.INFO):
+        source = Source(config(tmp_path, files=str(tmp_path / "t")))
+    assert list(source.train()) == DOCS[:20] and list(source.validation()) == DOCS[20:30]
+    assert "is split by the README.md: training: a.jsonl (1 file); validation: b.jsonl (1 file)" in caplog.text
+    assert list(Source(config(tmp_path, files=str(tmp_path / "t/*.jsonl"))).train()) == DOCS
+
+
+@pytest.mark.parametrize("header", ["configs: 7", "configs:\n- 3\n- data_files: [1, {split: train}]", "a: [", "x"])
+def test_a_readme_that_declares_nothing(tmp_path, header):
+    jsonl(tmp_path / "t/train.jsonl", DOCS[:20])
+    jsonl(tmp_path / "t/dev.jsonl", DOCS[20:])
+    (tmp_path / "t/README.md").write_text(f"---\n{header}\n---\n")
+    source = Source(config(tmp_path, files=str(tmp_path / "t")))
+    assert list(source.train()) == DOCS[:20] and list(source.validation()) == DOCS[20:]
+
+
+def test_a_folder_of_save_to_disk(tmp_path):
+    """A DatasetDict in Arrow files; other .arrow files in its folders are caches of `datasets`."""
+    import datasets
+
+    parts = {"train": DOCS[:20], "test": DOCS[20:]}
+    datasets.DatasetDict({k: datasets.Dataset.from_dict({"text": v}) for k, v in parts.items()}).save_to_disk(
+        tmp_path / "t"
+    )
+    (file,) = (tmp_path / "t/train").glob("*.arrow")
+    shutil.copy(file, file.with_name("cache-0.arrow"))
+    source = Source(config(tmp_path, files=str(tmp_path / "t")))
+    assert list(source.train()) == DOCS[:20] and list(source.validation()) == DOCS[20:]
+    assert list(Source(config(tmp_path, files=str(file))).train()) == DOCS[:20]
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(UserError, match="train/data-00000-of-00001.arrow: cannot be read as arrow"):
+        list(Source(config(tmp_path, files=str(tmp_path / "t"))).train())
+
+
 # ---------------------------------------------------------------- stale copies
+def test_a_link_to_the_validation_text_is_not_training_text(tmp_path):
+    """Regression: of a folder and a link to it, the first in alphabetical order counted."""
+    jsonl(tmp_path / "t/train/0.jsonl", DOCS[:20])
+    jsonl(tmp_path / "t/validation/0.jsonl", DOCS[20:])
+    (tmp_path / "t/latest").symlink_to("validation")
+    (tmp_path / "t/train/all").symlink_to(tmp_path / "t")
+    (tmp_path / "t/train/more").symlink_to("../validation")
+    source = Source(config(tmp_path, files=str(tmp_path / "t")))
+    assert list(source.train()) == DOCS[:20] and list(source.validation()) == DOCS[20:]
+    (tmp_path / "t/.store").mkdir()  # the folder itself is hidden, a link to it is not
+    shutil.move(tmp_path / "t/train/0.jsonl", tmp_path / "t/.store/0.jsonl")
+    (tmp_path / "t/train/stored").symlink_to("../.store")
+    source = Source(config(tmp_path, files=str(tmp_path / "t")))
+    assert list(source.train()) == DOCS[:20] and list(source.validation()) == DOCS[20:]
+
+
 def test_hidden_files_and_folders_are_no_text(tmp_path, caplog):
     kept = jsonl(tmp_path / "t/a.jsonl", DOCS[:20])
-    for stale in (".ipynb_checkpoints/a-checkpoint.jsonl", ".git/x.txt", "__pycache__/b.jsonl", "in/.hidden/c.jsonl"):
+    for stale in (
+        ".ipynb_checkpoints/a-checkpoint.jsonl",
+        ".git/x.txt",
+        "__pycache__/b.jsonl",
+        "in/.hidden/c.jsonl",
+        "__MACOSX/._a.jsonl",
+    ):
         jsonl(tmp_path / "t" / stale, DOCS[20:])
-    jsonl(tmp_path / "t/.hidden.jsonl", DOCS)
+    for stale in (".hidden.jsonl", "~$a.jsonl", "a.jsonl~", "#a.jsonl#", ".a.jsonl.swp", "a.jsonl.bak", "in/._a.jsonl"):
+        jsonl(tmp_path / "t" / stale, DOCS)
     with caplog.at_level(logging.INFO):
         assert expand("data.files", str(tmp_path / "t")) == [kept]
     assert "1 files in hidden folders .ipynb_checkpoints are left out" in caplog.text
+    assert "3 files with hidden names are left out" in caplog.text
     assert expand("data.files", str(tmp_path / "t/**/*.jsonl")) == [kept]
     assert len(expand("data.files", str(tmp_path / "t/.ipynb_checkpoints/*"))) == 1  # named, so wanted
 
@@ -157,6 +238,27 @@ def test_copies_of_validation_documents_are_counted(tmp_path, tokenizer, caplog)
         corpus = prepare(config(tmp_path, files=str(tmp_path / "t")), tokenizer)
     assert documents(corpus.train, tokenizer) == DOCS[:30] and corpus.manifest["read"]["copies"] == 10
     assert "10 copies of validation documents" in caplog.text
+
+
+@pytest.mark.parametrize("own_split", [True, False])
+def test_copies_that_differ_in_white_space_only(tmp_path, tokenizer, own_split):
+    """The same documents saved by another editor: with a mark, Windows' line breaks, blanks at ends of lines."""
+    kept = [d.replace(" ", "\n", 1) for d in DOCS]
+    others = ["\ufeff{}", "{}\n", "{}  \n\n", " {}"]
+    copies = [d.replace("\n", end, 1) for d, end in zip(kept[50:], ["\r\n", " \n", "\t \n", "\r"] * 3)]
+    copies += [other.format(d) for d, other in zip(kept[50:], others)]
+    if own_split:
+        jsonl(tmp_path / "t/train.jsonl", kept[:30] + copies)
+        jsonl(tmp_path / "t/validation.jsonl", kept[50:])
+    else:
+        jsonl(tmp_path / "t/a.jsonl", kept + copies)
+    corpus = prepare(config(tmp_path, files=str(tmp_path / "t"), validation_fraction=0.3), tokenizer)
+    train, held = (
+        {d.split()[0:9].__str__() for d in documents(p, tokenizer)} for p in (corpus.train, corpus.validation)
+    )
+    assert train and held and not train & held
+    if own_split:
+        assert corpus.manifest["read"]["copies"] == len(copies)
 
 
 # ---------------------------------------------------------------- columns and values
@@ -415,9 +517,9 @@ def test_the_cache_key_follows_how_text_is_read(tmp_path):
     """Caches of folders that are split differently now, or lost a document, must not be reused."""
     cfg = config(tmp_path, files=jsonl(tmp_path / "a.jsonl", DOCS))
     about = Source(cfg).describe()
-    assert about["reading"] == 2 and "bad_rows" not in about
+    assert about["reading"] == 3 and "bad_rows" not in about
     assert Source(config(tmp_path, files=cfg.files, bad_rows="skip")).describe()["bad_rows"] == "skip"
-    assert "reading" not in Source(DataConfig(dataset="a/b", validation_split="test")).describe()
+    assert Source(DataConfig(dataset="a/b", validation_split="test")).describe()["reading"] == 3
 
 
 # ---------------------------------------------------------------- fuzz
