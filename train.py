@@ -41,7 +41,9 @@ def _train(cfg: DictConfig, run_dir: Path, *, session: Session) -> Result:
     from bottleneck.training import build, cluster, fit, inputs, multirun, resume, run_results, teacher, tracking
 
     # check
-    c, earlier_head = teacher.resolve(checks.check_config(cfg))
+    c = checks.check_config(cfg)
+    kind = fit.device_type(c)
+    c, taught_by = teacher.resolve(c, run_dir, kind)
     cluster.check_world(c.trainer.devices, c.trainer.num_nodes)
 
     # resume or start
@@ -53,7 +55,8 @@ def _train(cfg: DictConfig, run_dir: Path, *, session: Session) -> Result:
     # inputs
     session.listen_to_slurm()
     fit.check_device(c)
-    given = inputs.load_inputs(c, earlier_head)
+    given = inputs.load_inputs(c, taught_by)
+    c = teacher.identified(c, taught_by, kind)
     begun = resume.verify(begun, c, run_dir=run_dir, bank=build.outline(c, given))
     sweep = multirun.sweep_of(run_dir)
     group = (sweep or run_dir).name

@@ -22,6 +22,7 @@ RANK_LADDER = (8, 16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 
 # keys that only data.tokens reads
 TOKEN_KEYS = ("format", "ids_field", "packing", "order", "skip")
 SHARDED = ("fsdp", "zero3")  # values of trainer.shard that shard the backbone
+MODEL = "model:"  # head.teacher=model:PATH
 YEAR = 366 * 24 * 60  # minutes
 
 
@@ -171,8 +172,9 @@ def _check_head(h: Any) -> None:
     for key, impls in ((f"head.objective={h.objective}", objective.impls), (f"head.kind={h.kind}", kind.impls)):
         allowed = f"does not go with {key}; allowed are {', '.join(impls or ())}"
         check(impls is None or h.loss_impl in impls, f"head.loss_impl={h.loss_impl}: {allowed}")
-    known = h.teacher in ("own", "trained") or Path(h.teacher).expanduser().is_dir()
-    check(known, f"head.teacher={h.teacher}: must be own, trained, or the folder of a finished run")
+    known = h.teacher in ("own", "trained") or h.teacher.startswith(MODEL) or Path(h.teacher).expanduser().is_dir()
+    allowed = "must be own, trained, model:PATH of another model, or the folder of a finished run"
+    check(known and h.teacher != MODEL, f"head.teacher={h.teacher}: {allowed}")
     unused = f"head.objective={h.objective} does not use it"
     check(objective.teacher or h.teacher == "own", f"head.teacher={h.teacher}: {unused}")
     check(kind.coordinates or not h.whiten, f"head.whiten: does not go with head.kind={h.kind}, which has no A B")
@@ -249,6 +251,8 @@ def _check_trainer(c: TrainConfig) -> None:
         check(ready, f"trainer.shard={t.shard}: DeepSpeed is not installed: pip install -e '.[deepspeed]'")
     reduced = "does not go with trainer.shard=zero2, whose gradients DeepSpeed reduces; leave it out"
     check(t.shard != "zero2" or t.reduce_dtype == "float32", f"trainer.reduce_dtype=bfloat16: {reduced}")
+    whole = f"does not go with head.teacher={MODEL}…, which every process holds whole"
+    check(t.shard not in SHARDED or not c.head.teacher.startswith(MODEL), f"trainer.shard={t.shard}: {whole}")
     sharded = t.shard in SHARDED and c.backbone.compile is True
     swapped = f"does not go with trainer.shard={t.shard}, which swaps the layers' weights; leave it out"
     check(not sharded, f"backbone.compile=true: {swapped}")

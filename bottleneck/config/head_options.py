@@ -60,9 +60,9 @@ def check_options(h: HeadConfig) -> None:
         for name, default in item.options.items():
             if name in h.options:
                 _check_type(name, h.options[name], default)
-    kind = HEAD_KINDS[h.kind]
-    reason = kind.refuses(**head_options(h, kind.options)) if kind.refuses else None
-    check(reason is None, f"head.options.{reason}")
+    for item in (HEAD_KINDS[h.kind], OBJECTIVES[h.objective]):
+        reason = item.refuses(**head_options(h, item.options)) if item.refuses else None
+        check(reason is None, f"head.options.{reason}")
 
 
 def _check_type(name: str, value: Any, default: Any) -> None:

@@ -138,7 +138,7 @@ class HeadConfig:
     objective: str = key(
         "ce",
         "Loss: ce (cross-entropy on the text), distill (T^2 * KL from the teacher), mixed (mix * T^2 * KL + (1 - mix) "
-        "* cross-entropy).",
+        "* cross-entropy), lk (acceptance rate of a draft; options form, eta).",
         registry="OBJECTIVES",
     )
     temperature: float = key(
@@ -149,8 +149,9 @@ class HeadConfig:
     mix: float = key(0.5, "Objective mixed: share of the KL.")
     teacher: str = key(
         "own",
-        "Objectives distill and mixed: own (the original head), trained (the run's rank-d head, which learns from the "
-        "text), or the folder of a finished run: then its best head of the highest rank, also for closed-form starts.",
+        "Objectives distill, mixed and lk: own (the original head), trained (the run's rank-d head, which learns from "
+        "the text), model:PATH (another model over the same vocabulary: Hub name, folder or .gguf file), or the folder "
+        "of a finished run: then its best head of the highest rank, also for closed-form starts.",
     )
     loss_impl: str = key(
         "auto",

@@ -83,6 +83,7 @@ class Objective:
         options: the `head.*` keys it reads besides `teacher`, with their defaults.
         impls: values of `head.loss_impl` that can compute it; None: any.
         fast: (options) -> m, the share of the KL, with which `losses.distill.steps` computes the same loss faster.
+        refuses: (**options) -> why these values are impossible, or None; see `HeadKind`.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Objective:
     options: Mapping[str, Any] = field(default_factory=dict)
     impls: Optional[tuple[str, ...]] = ("auto", "chunked", "fused")
     fast: Optional[Callable[[Mapping[str, Any]], float]] = None
+    refuses: Optional[Callable[..., Optional[str]]] = None
 
 
 @dataclass(frozen=True)
@@ -136,12 +138,17 @@ class Predictions:
 class Metric:
     """A number of every head in curve.json: a mean over validation tokens of what `measure` gives.
 
+    Heads are compared with the original head, or with the target where there is one (`head.teacher=model:PATH`).
+
     The table, curve.csv, details.png, report.html, W&B and docs/curve_format.md read this declaration.
 
     Attributes:
         name: key in curve.json and column of curve.csv.
         summary: one line that says what it is.
-        measure: (original head's Predictions, head's Predictions) -> value of each token [n], float32.
+        measure: (original head's or target's Predictions, head's Predictions) -> value of each token [n], float32.
+        along: (values [N, T] of N blocks of T tokens, whether each is a validation token [N, T]) -> sum and number of
+            what the mean is taken over, as 0-dimensional float64 tensors, for metrics of consecutive tokens. None: the
+            mean over tokens.
         title: short name, for columns and legends.
         unit: of the axis. Metrics of the same unit and scale share a panel of the pictures.
         better: which direction is better.
@@ -164,6 +171,7 @@ class Metric:
     table: bool = True
     picture: bool = True
     order: int = 100
+    along: Optional[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = None
 
 
 def _accept(keys: Any) -> None:

@@ -1,7 +1,7 @@
 """Details beyond perplexity: the registered metrics, and the loss by frequency of the target and by place in the text.
 
-Every metric (`bottleneck.core.extensions.METRICS`) is a mean over all validation tokens, computed a chunk of logits at
-a time.
+Every metric (`bottleneck.core.extensions.METRICS`) is a mean over all validation tokens, or over windows of them,
+computed a chunk of logits at a time.
 
 Precision: logits and their log-softmax are float32, so each token's value carries their rounding. Sums over tokens are
 float64 and add no error that matters. Against float64 throughout, losses come out 8e-7 nats low at V = 8,192 and 8.4e-6
@@ -14,7 +14,7 @@ blocks.
 from __future__ import annotations
 
 import math
-from typing import Any, Iterable, Sequence
+from typing import Any, Iterable, Optional, Sequence
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bottleneck.backbone.model import Backbone
+from bottleneck.backbone.target import Target
 from bottleneck.core.extensions import Metric, Predictions, metrics
 from bottleneck.heads.bank import HeadBank
 from bottleneck.losses.chunked import chunk_rows
@@ -30,7 +31,7 @@ from bottleneck.losses.chunked import chunk_rows
 BANDS = ((1, 10), (11, 100), (101, 1_000), (1_001, 10_000), (10_001, None))
 COUNTED = 200_000_000  # training tokens whose frequencies are counted, at most
 GROUPS = 100  # stretches of validation text whose losses curve.json keeps, at most
-SUMMED = 4  # metrics summed in one reduction: the built-in four have the same bits whatever plugins add
+SUMMED = 4  # metrics summed in one reduction: the built-in twelve have the same bits whatever plugins add
 
 
 def bands_of(tokens: np.ndarray, vocab_size: int) -> Tensor:
@@ -50,7 +51,12 @@ def band_names() -> list[str]:
 
 def metric_sums(original: Predictions, head: Predictions, wanted: Sequence[Metric]) -> Tensor:
     """Each metric summed over the tokens of a chunk: [K], float64."""
-    values = [m.measure(original, head) for m in wanted]
+    measured = {m.measure: m.measure(original, head) for m in wanted}  # once for metrics of the same values
+    return _summed([measured[m.measure] for m in wanted])
+
+
+def _summed(values: list[Tensor]) -> Tensor:
+    """Sums [K] of K metrics' values [n] of a chunk, float64."""
     parts = [torch.stack(values[i : i + SUMMED], -1).sum(0, dtype=torch.float64) for i in range(0, len(values), SUMMED)]
     return torch.cat(parts)
 
@@ -60,12 +66,38 @@ class _Sums:
 
     def __init__(self, heads: int, wanted: Sequence[Metric], device: torch.device):
         self.wanted = wanted
-        self.metrics_HK = torch.zeros(heads, len(wanted), dtype=torch.float64, device=device)
+        # H heads, then the original head, which is compared with the target if there is one
+        self.metrics_HK = torch.zeros(heads + 1, len(wanted), dtype=torch.float64, device=device)
+        self.numbers_HK = torch.zeros_like(self.metrics_HK)  # of tokens or windows in these sums
+        self.by_token_K = torch.tensor([m.along is None for m in wanted], device=device)
+        self.target = torch.zeros((), dtype=torch.float64, device=device)
+        self.parts: dict[tuple[int, Any], list[Tensor]] = {}  # values of the batch in hand, for metrics along blocks
         # H heads, then the original head
         self.bands = torch.zeros(heads + 1, len(BANDS), dtype=torch.float64, device=device)
         self.counts = torch.zeros(len(BANDS), dtype=torch.float64, device=device)
         self.blocks: list[Tensor] = []  # [H + 1, N] of each batch
         self.block_tokens: list[Tensor] = []  # [N] of each batch
+
+    def compare(self, i: int, original: Predictions, head: Predictions) -> None:
+        """Add a chunk of tokens to the metrics of head i."""
+        measured = {m.measure: m.measure(original, head) for m in self.wanted}
+        sums = _summed([measured[m.measure] for m in self.wanted])
+        self.metrics_HK[i] += torch.where(self.by_token_K, sums, 0.0)
+        self.numbers_HK[i] += self.by_token_K * len(head.targets_n)
+        for measure in {m.measure for m in self.wanted if m.along is not None}:
+            self.parts.setdefault((i, measure), []).append(measured[measure])
+
+    def finish_batch(self, keep_NT: Tensor) -> None:
+        """Add the metrics along the blocks of a batch, whose validation tokens have all been compared."""
+        for (i, measure), values in self.parts.items():
+            whole_NT = torch.zeros(keep_NT.shape, dtype=torch.float64, device=keep_NT.device)
+            whole_NT[keep_NT] = torch.cat(values).double()
+            for k, m in enumerate(self.wanted):
+                if m.along is not None and m.measure is measure:
+                    total, number = m.along(whole_NT, keep_NT)
+                    self.metrics_HK[i, k] += total
+                    self.numbers_HK[i, k] += number
+        self.parts = {}
 
     def add_losses(self, i: int, q: Predictions, member_nB: Tensor) -> Tensor:
         """Add a head's losses to its bands. Returns the losses [n], float64."""
@@ -84,7 +116,7 @@ class _Sums:
     def reduce(self) -> None:
         """Add the sums of all processes."""
         if dist.is_available() and dist.is_initialized():
-            for t in (self.metrics_HK, self.bands, self.counts):
+            for t in (self.metrics_HK, self.numbers_HK, self.target, self.bands, self.counts):
                 dist.all_reduce(t)
 
     def gathered_blocks(self) -> tuple[np.ndarray, np.ndarray]:
@@ -107,6 +139,7 @@ def compare(
     bank: HeadBank,
     batches: Iterable[tuple[Tensor, Tensor]],
     band_V: Tensor,
+    target: Optional[Target] = None,
     ignore_index: int = -100,
 ) -> dict[str, Any]:
     """The registered metrics, losses by band and losses by group of blocks of every head, over all tokens of all
@@ -117,8 +150,10 @@ def compare(
         the
             processes hold every block once.
         band_V: from `bands_of`.
+        target: metrics then compare the heads, and the original head, with it.
     Returns: heads: {name: {METRIC: value or None, bands: [{band, tokens, loss}], group_losses: [G]}};
-        reference: {bands, group_tokens: [G], group_losses: [G]} of the original head.
+        reference: {bands, group_tokens: [G], group_losses: [G]} of the original head; with a target also target:
+        {name, hash, loss, original: {METRIC: value or None}}.
     """
     device = backbone.lm_head.weight.device
     band_V = band_V.to(device)
@@ -126,32 +161,39 @@ def compare(
     H, rows = len(bank), chunk_rows(len(band_V), device.type)
     sums = _Sums(H, metrics(), device)
     for inputs, goals in batches:
-        h = backbone(inputs.to(device, non_blocking=True)).flatten(0, 1)
+        ids = inputs.to(device, non_blocking=True)
+        h = backbone(ids).flatten(0, 1)
         y = goals.to(device, non_blocking=True).flatten()
         keep = y != ignore_index
-        h, y = h[keep], y[keep]
+        t = h if target is None else target(ids).flatten(0, 1)
+        h, t, y = h[keep], t[keep], y[keep]
         losses: list[Tensor] = []
-        for h_nD, y_n in zip(h.split(rows), y.split(rows)):
+        for h_nD, t_nD, y_n in zip(h.split(rows), t.split(rows), y.split(rows)):
             member_nB = torch.nn.functional.one_hot(band_V[y_n], len(BANDS)).double()
             sums.counts += member_nB.sum(0)
             original = Predictions(torch.log_softmax(backbone.head.float_logits(h_nD), -1), y_n)
-            chunk = []
+            judge, chunk = original, []
+            if target is not None:
+                judge = Predictions(torch.log_softmax(target.float_logits(t_nD), -1), y_n)
+                sums.target -= judge.log_p_nV.gather(1, y_n[:, None]).sum(dtype=torch.float64)
+                sums.compare(H, judge, original)
             for i, (head, read) in enumerate(heads):
                 found = Predictions(torch.log_softmax(head.float_logits(h_nD, read), -1), y_n)
-                sums.metrics_HK[i] += metric_sums(original, found, sums.wanted)
+                sums.compare(i, judge, found)
                 chunk.append(sums.add_losses(i, found, member_nB))
             chunk.append(sums.add_losses(H, original, member_nB))
             losses.append(torch.stack(chunk))
         if losses:
             sums.add_blocks(torch.cat(losses, 1), keep, goals.shape)
+            sums.finish_batch(keep.view(goals.shape))
     sums.reduce()
-    return _described(sums, [key.name for key in bank.keys])
+    return _described(sums, [key.name for key in bank.keys], target)
 
 
-def _described(sums: _Sums, names: list[str]) -> dict[str, Any]:
+def _described(sums: _Sums, names: list[str], target: Optional[Target]) -> dict[str, Any]:
     """What `compare` returns."""
     tokens = [int(c) for c in sums.counts.tolist()]
-    means, bands = (sums.metrics_HK / sums.counts.sum()).tolist(), (sums.bands / sums.counts).tolist()
+    means, bands = (sums.metrics_HK / sums.numbers_HK).tolist(), (sums.bands / sums.counts).tolist()
     group_tokens, group_losses = grouped(*sums.gathered_blocks())
 
     def described(i: int) -> dict[str, Any]:
@@ -159,11 +201,15 @@ def _described(sums: _Sums, names: list[str]) -> dict[str, Any]:
         table = [{"band": name, "tokens": t, "loss": x if math.isfinite(x) else None} for name, t, x in rows]
         return {"bands": table, "group_losses": group_losses[i]}
 
-    heads = {
-        name: {m.name: x if x == x else None for m, x in zip(sums.wanted, means[i])} | described(i)
-        for i, name in enumerate(names)
-    }
-    return {"heads": heads, "reference": described(len(names)) | {"group_tokens": group_tokens}}
+    def metrics_of(i: int) -> dict[str, Any]:
+        return {m.name: x if x == x else None for m, x in zip(sums.wanted, means[i])}
+
+    heads = {name: metrics_of(i) | described(i) for i, name in enumerate(names)}
+    found = {"heads": heads, "reference": described(len(names)) | {"group_tokens": group_tokens}}
+    if target is not None:
+        loss = sums.target.item() / sum(tokens)
+        found["target"] = {"name": target.name, "hash": target.hash, "loss": loss, "original": metrics_of(len(names))}
+    return found
 
 
 def grouped(sums: np.ndarray, tokens: np.ndarray) -> tuple[list[int], list[list[float | None]]]:

@@ -146,14 +146,19 @@ class HeadBank(nn.Module):
         torch._foreach_zero_(gradients)
 
     @torch.no_grad()
-    def accumulate(self, h_ND: Tensor, y_N: Tensor, cast: list[Any], scale: float) -> Tensor:
+    def accumulate(
+        self, h_ND: Tensor, y_N: Tensor, cast: list[Any], scale: float, teacher_ND: Optional[Tensor] = None
+    ) -> Tensor:
         """Add scale · gradient of every head's summed loss to its .grad.
 
+        Args: teacher_ND: see `BoundObjective.states_ND`.
         Returns: summed losses of the heads, [H], nats, float64.
         """
         t, heads, o = targets(y_N), self._heads(), self.objective
         teacher = self.teacher_index if self._teaches_itself else None
         taught = [i for i in range(len(heads)) if i != teacher] if o is not None else []
+        if o is not None and teacher_ND is not None:
+            o = dataclasses.replace(o, states_ND=teacher_ND)
         found = {i: heads[i].step(h_ND, t, cast[i], scale) for i in range(len(heads)) if i not in taught}
         if o is not None and teacher is not None:
             o = dataclasses.replace(o, teacher_logits=lambda h_nD: heads[teacher].float_logits(h_nD, cast[teacher]))

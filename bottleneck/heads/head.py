@@ -24,7 +24,8 @@ from bottleneck.losses.chunked import chunk_rows
 from bottleneck.losses.objective import BoundObjective
 from bottleneck.losses.products import add_product, matmul_f32
 
-TokenLoss = Callable[[Tensor, Tensor, Tensor], Tensor]  # (logits [n, V], targets [n], hidden [n, D]) -> loss [n]
+# (logits [n, V], targets [n], hidden states that the teacher reads [n, D']) -> loss [n]
+TokenLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Head(nn.Module):
@@ -115,7 +116,7 @@ class Head(nn.Module):
 
     def step(self, h_ND: Tensor, y_N: Tensor, read: Any, scale: float) -> Tensor:
         """Cross-entropy [N] of every token; scale · the gradient of its sum is added to every parameter's .grad."""
-        return self._autograd_step(h_ND, y_N, scale, lambda logits, y, h: cross_entropy(logits, y))
+        return self._autograd_step(h_ND, y_N, scale, lambda logits, y, t: cross_entropy(logits, y), h_ND)
 
     @classmethod
     def taught_steps(
@@ -123,20 +124,20 @@ class Head(nn.Module):
     ) -> list[Tensor]:
         """`step` of several heads of this kind for an objective other than cross-entropy."""
 
-        def loss(logits: Tensor, y: Tensor, h: Tensor) -> Tensor:
-            return o.loss(logits, y, o.log_teacher(h))
+        def loss(logits: Tensor, y: Tensor, t: Tensor) -> Tensor:
+            return o.loss(logits, y, o.log_teacher(t))
 
-        return [head._autograd_step(h_ND, y_N, scale, loss) for head in heads]
+        return [head._autograd_step(h_ND, y_N, scale, loss, o.read_by_teacher(h_ND)) for head in heads]
 
     def _chunks(self, h_ND: Tensor, y_N: Tensor) -> list[tuple[Tensor, Tensor]]:
         rows = max(1, chunk_rows(self.vocab_size, h_ND.device.type) // max(1, self.wide // 2))
         return list(zip(h_ND.split(rows), y_N.split(rows)))
 
-    def _autograd_step(self, h_ND: Tensor, y_N: Tensor, scale: float, loss: TokenLoss) -> Tensor:
+    def _autograd_step(self, h_ND: Tensor, y_N: Tensor, scale: float, loss: TokenLoss, teacher_ND: Tensor) -> Tensor:
         parameters, parts = list(self.parameters()), []
-        for h, y in self._chunks(h_ND.detach(), y_N):
+        for (h, y), (t, _) in zip(self._chunks(h_ND.detach(), y_N), self._chunks(teacher_ND.detach(), y_N)):
             with torch.enable_grad():
-                found = loss(self.logits(h), y.clamp(min=0).long(), h).masked_fill(y < 0, 0.0)
+                found = loss(self.logits(h), y.clamp(min=0).long(), t).masked_fill(y < 0, 0.0)
                 gradients = torch.autograd.grad(found.sum(), parameters)
             for p, gradient in zip(parameters, gradients):
                 assert p.grad is not None  # never None after `HeadBank.zero_gradients`

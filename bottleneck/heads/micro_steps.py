@@ -82,15 +82,16 @@ class MicroSteps:
             replay, self.cast = self._cast
             replay()
 
-    def __call__(self, h_ND: Tensor, y_N: Tensor, scale: float) -> Tensor:
+    def __call__(self, h_ND: Tensor, y_N: Tensor, scale: float, teacher_ND: Optional[Tensor] = None) -> Tensor:
         """Add scale · gradient of every head's summed loss, as `HeadBank.accumulate` does.
 
+        Args: teacher_ND: see `HeadBank.accumulate`; never recorded, since a bank with a teacher is not.
         Returns: summed losses of the heads [H], nats, float64; overwritten by the next call.
         """
         key = (h_ND.shape, h_ND.dtype, y_N.dtype, scale)
         if self._cast is None or key not in self._seen:
             self._seen.add(key)
-            return self.bank.accumulate(h_ND, y_N, self.cast, scale)
+            return self.bank.accumulate(h_ND, y_N, self.cast, scale, teacher_ND)
         recording = self._recordings.get(key) or self._record(key, h_ND, y_N, scale)
         if recording is None:
             return self.bank.accumulate(h_ND, y_N, self.cast, scale)

@@ -31,7 +31,7 @@ class Distillation(NamedTuple):
     """The loss above.
 
     Attributes:
-        teacher_logits: hidden states [n, D] -> the teacher's logits [n, V], float32.
+        teacher_logits: hidden states that the teacher reads [n, D'] -> its logits [n, V], float32.
         temperature: T.
         mix: m, the share of the KL; 0: cross-entropy alone, 1: KL alone.
     """
@@ -58,13 +58,13 @@ def head_logits(h_nD: Tensor, w: Weights) -> Tensor:
     return matmul_f32(h_nD @ w.B.T, w.A.T)
 
 
-def _goals(o: Distillation, h_nD: Tensor, y_n1: Tensor) -> Iterator[Goal]:
+def _goals(o: Distillation, t_nD: Tensor, y_n1: Tensor) -> Iterator[Goal]:
     """The terms of the loss of some tokens, the same for every head.
 
     At T = 1 they are one, with one softmax for both.
     """
     T, m = o.temperature, o.mix
-    log_p = torch.log_softmax(o.teacher_logits(h_nD) if T == 1 else o.teacher_logits(h_nD) / T, -1)
+    log_p = torch.log_softmax(o.teacher_logits(t_nD) if T == 1 else o.teacher_logits(t_nD) / T, -1)
     p = log_p.exp()
     entropy = log_p.mul_(p).sum(-1)
     if T == 1:
@@ -83,11 +83,15 @@ def steps(
     gradients: list[tuple[Tensor, Tensor]],
     scale: float,
     o: Distillation,
+    teacher_ND: Optional[Tensor] = None,
 ) -> Tensor:
     """Losses [H, N] of heads on the same tokens; adds scale · the gradient of each sum to its (dA [V, R], dB [R, D]).
 
-    Args: y_N: from `linear.targets`; tokens with -1 contribute neither cross-entropy nor KL.
+    Args:
+        y_N: from `linear.targets`; tokens with -1 contribute neither cross-entropy nor KL.
+        teacher_ND: the hidden states that the teacher reads; default: h.
     """
+    teacher_ND = h_ND if teacher_ND is None else teacher_ND
     N, V = len(h_ND), len(heads[0].A)
     losses = torch.zeros(len(heads), N, dtype=torch.float32, device=h_ND.device)
     kernels = fused() if all(w.impl == "fused" for w in heads) else None
@@ -96,7 +100,7 @@ def steps(
     work: Callable[..., None] = functools.partial(_fast, kernels) if kernels else _plain
     for start in range(0, N, rows):
         part = slice(start, start + rows)
-        work(h_ND[part], heads, y_N[part], gradients, scale, o, losses[:, part])
+        work(h_ND[part], heads, y_N[part], gradients, scale, o, losses[:, part], teacher_ND[part])
     return losses
 
 
@@ -109,9 +113,10 @@ def _fast(
     scale: float,
     o: Distillation,
     losses_Hn: Tensor,
+    teacher_nD: Tensor,
 ) -> None:
     """One chunk of tokens in few kernel launches. Ignored tokens are zero in G, and so in all gradients."""
-    p, entropy = kernels.teach(o.teacher_logits(h_nD), o.temperature, h_nD.element_size())
+    p, entropy = kernels.teach(o.teacher_logits(teacher_nD), o.temperature, h_nD.element_size())
     for w, (dA, dB), loss in zip(heads, gradients, losses_Hn):
         z = h_nD @ w.B.T
         G = z @ w.A.T
@@ -129,10 +134,11 @@ def _plain(
     scale: float,
     o: Distillation,
     losses_Hn: Tensor,
+    teacher_nD: Tensor,
 ) -> None:
     """One chunk of tokens on any device."""
     keep = (y_n >= 0)[:, None]
-    goals = list(_goals(o, h_nD, y_n.clamp(min=0).long()[:, None]))
+    goals = list(_goals(o, teacher_nD, y_n.clamp(min=0).long()[:, None]))
     for w, (dA, dB), loss in zip(heads, gradients, losses_Hn):
         z = h_nD @ w.B.T
         found, G = _loss_and_gradient(matmul_f32(z, w.A.T), goals)

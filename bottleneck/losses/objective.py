@@ -35,15 +35,25 @@ class BoundObjective:
         teacher_logits: the teacher's logits; None if the objective has no teacher, or if the teacher is the bank's head
             of rank D, which learns from the data at the same time: see `heads.HeadBank`.
         whose: description of the teacher, for messages.
+        states_ND: of a teacher that is another model: its hidden states of the tokens in hand, which `teacher_logits`
+            then reads; their width is its own. None: the teacher reads the heads' hidden states.
     """
 
     declared: Objective
     options: Mapping[str, Any]
     teacher_logits: Optional[Logits] = None
     whose: str = "the original head"
+    states_ND: Optional[Tensor] = None
+
+    def read_by_teacher(self, h_ND: Tensor) -> Tensor:
+        """What the teacher reads where the heads read h, row by row."""
+        return h_ND if self.states_ND is None else self.states_ND
 
     def log_teacher(self, h_nD: Tensor) -> Optional[Tensor]:
-        """Log-probabilities [n, V] of the teacher at the objective's temperature, float32; None without a teacher."""
+        """Log-probabilities [n, V] of the teacher at the objective's temperature, float32; None without a teacher.
+
+        Args: h_nD: rows of `read_by_teacher`.
+        """
         if not self.declared.teacher:
             return None
         assert self.teacher_logits is not None
@@ -73,14 +83,15 @@ def steps(
     if o.declared.fast is not None:
         assert o.teacher_logits is not None
         T, share = o.options.get("temperature", 1.0), o.declared.fast(o.options)
-        return distill.steps(h_ND, heads, y_N, gradients, scale, distill.Distillation(o.teacher_logits, T, share))
+        goal = distill.Distillation(o.teacher_logits, T, share)
+        return distill.steps(h_ND, heads, y_N, gradients, scale, goal, o.read_by_teacher(h_ND))
     N, V = len(h_ND), len(heads[0].A)
     losses = torch.zeros(len(heads), N, dtype=torch.float32, device=h_ND.device)
     rows = max(1, chunk_rows(V, h_ND.device.type) // 2)
     for start in range(0, N, rows):
         part = slice(start, start + rows)
         h, y = h_ND[part], y_N[part]
-        log_teacher, keep = o.log_teacher(h), (y >= 0)[:, None]
+        log_teacher, keep = o.log_teacher(o.read_by_teacher(h_ND)[part]), (y >= 0)[:, None]
         for w, (dA, dB), loss in zip(heads, gradients, losses[:, part]):
             z = h @ w.B.T
             found, G = logit_gradient(o, matmul_f32(z, w.A.T), y.clamp(min=0).long(), log_teacher)

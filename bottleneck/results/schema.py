@@ -101,6 +101,7 @@ CURVE = (
     Field("validation_tokens", COUNT, "number of tokens in the mean of every loss", False),
     Field("recipe", OBJECT, "settings that results depend on; some are left out if they have their default"),
     Field("reference", OBJECT, "the original head, see below"),
+    Field("target", OBJECT, "the target of head.teacher=model:PATH, with which metrics compare, see below", False),
     Field("heads", HEADS, "one object for each trained head, see below"),
     Field("trained_reference", TRAINED, "numbers of the best trained head of full rank r = d; null without one", False),
     Field("knee", OBJECTS, "smallest ranks that are good enough, see below", False),
@@ -135,6 +136,12 @@ HEAD = (
     Field("flops_per_token", COUNT, "FLOPs per decoded token; if absent: 2 · parameters", False),
     *DETAILS,
     Field("excess_interval", INTERVAL, "95 % interval of loss minus the original head's loss, paired by token", False),
+)
+TARGET = (
+    Field("name", TEXT, "name of the target"),
+    Field("hash", TEXT, "identity of the target's weights"),
+    Field("loss", LOSS, "cross-entropy of the target in nats a token"),
+    Field("original", OBJECT, "metrics of the backbone's original head, compared with the target"),
 )
 KNEE = (
     Field("init", TEXT, "start of the heads"),
@@ -196,6 +203,11 @@ def _faults(c: dict[str, Any]) -> Iterator[str]:
         yield "its reference lacks numbers"
     yield from _wrong_kinds(reference, REFERENCE, "its reference's")
     yield from _wrong_numbers(reference, reference, "its reference")
+    if "target" in c:
+        missing = [f.name for f in TARGET if f.name not in c["target"]]
+        if missing:
+            yield f"its target lacks {', '.join(missing)}"
+        yield from _wrong_kinds(c["target"], TARGET, "its target's")
     known = (*HEAD, *metric_fields())
     seen: set[tuple] = set()
     for h in c["heads"]:
@@ -311,6 +323,7 @@ def markdown() -> str:
     tables = (
         ("A curve", CURVE),
         ("`reference`: the original head", REFERENCE),
+        ("`target`: the model that heads draft for", TARGET),
         ("A head", (*HEAD, *metric_fields())),
         ("A row of `knee`", KNEE),
     )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 
 from bottleneck.backbone import sharding
 from bottleneck.backbone.model import Backbone, FullHead
+from bottleneck.backbone.target import Target
 from bottleneck.config import checks
 from bottleneck.config.head_options import head_options
 from bottleneck.config.schema import TrainConfig
@@ -24,6 +25,7 @@ from bottleneck.training.module import HeadSweep
 from bottleneck.training.optim import build_optimizer
 from bottleneck.training.progress import report_progress
 from bottleneck.training.signals import Flag
+from bottleneck.training.teacher import EarlierHead, TargetModel
 
 log = logging.getLogger(__name__)
 
@@ -58,11 +60,12 @@ def build_module(
         resume_step: step of the checkpoint that the run resumes from.
     """
     teacher, data = inputs.teacher, inputs.data
-    head = teacher.head(backbone) if teacher is not None else backbone.head
+    head = teacher.head(backbone) if isinstance(teacher, EarlierHead) else backbone.head
+    target = teacher.loaded if isinstance(teacher, TargetModel) else None
     sharded = c.trainer.shard in checks.SHARDED
     return HeadSweep(
         backbone,
-        build_bank(c, inputs, objective=_objective(c, inputs, head)),
+        build_bank(c, inputs, objective=_objective(c, inputs, head if target is None else target)),
         optim=c.optim,
         steps=checks.total_steps(c),
         micro_batch=c.trainer.micro_batch_size,
@@ -77,20 +80,28 @@ def build_module(
         build=zero2.Zero2AdamW if c.trainer.shard == "zero2" else build_optimizer,
         cuda_graphs=c.trainer.cuda_graphs,
         resume_step=resume_step,
+        target=target,
     )
 
 
-def _objective(c: TrainConfig, inputs: Inputs, head: FullHead) -> Optional[BoundObjective]:
-    """The run's objective with its options and teacher; None for plain cross-entropy."""
+def _objective(c: TrainConfig, inputs: Inputs, head: Union[FullHead, Target]) -> Optional[BoundObjective]:
+    """The run's objective with its options and teacher; None for plain cross-entropy.
+
+    Args: head: the teacher, unless it is trained in this run.
+    """
     if c.head.objective == "ce":
         return None
     declared = OBJECTIVES[c.head.objective]
-    folder = inputs.teacher.run.folder if inputs.teacher is not None else None
+    whose = "the original head"
+    if isinstance(inputs.teacher, EarlierHead):
+        whose = f"{c.head.teacher} of {inputs.teacher.run.folder}"
+    elif isinstance(head, Target):
+        whose = f"the model {head.name}"
     return BoundObjective(
         declared,
         head_options(c.head, declared.options),
         teacher_logits=head.float_logits if c.head.teacher != "trained" else None,
-        whose=f"{c.head.teacher} of {folder}" if folder is not None else "the original head",
+        whose=whose,
     )
 
 

@@ -32,6 +32,7 @@ def build_curve(c: TrainConfig, module: HeadSweep, corpus: Corpus) -> dict[str, 
             "validation_tokens": tokens,
             "recipe": recipe(c, str(backbone.lm_head.weight.dtype).removeprefix("torch.")),
             "reference": derived(module.reference, tokens, corpus.validation_bytes) | module.details["reference"],
+            **({"target": module.details["target"]} if "target" in module.details else {}),
             "heads": _heads(c, module, corpus),
             "versions": environment(module.trainer.strategy.root_device),
         }

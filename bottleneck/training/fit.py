@@ -23,9 +23,14 @@ from bottleneck.training.progress import TokenProgress
 from bottleneck.training.signals import Flag, StopOnSignal
 
 
+def device_type(c: TrainConfig) -> str:
+    """`cuda` or `cpu`: where the run computes."""
+    return "cuda" if _accelerator(c.trainer) == "gpu" else "cpu"
+
+
 def check_device(c: TrainConfig) -> None:
     """Raises UserError if the run's device is missing on this machine or does not support the run's settings."""
-    checks.check_device(c, "cuda" if _accelerator(c.trainer) == "gpu" else "cpu", gpus=torch.cuda.device_count())
+    checks.check_device(c, device_type(c), gpus=torch.cuda.device_count())
 
 
 def build_trainer(c: TrainConfig, run_dir: Path, *, flag: Flag, loggers: list[Any]) -> pl.Trainer:

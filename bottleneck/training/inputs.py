@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -22,7 +22,7 @@ from bottleneck.data.prepare import prepare
 from bottleneck.heads.key import HeadKey, full_rank_index
 from bottleneck.training import recipe
 from bottleneck.training.optim import bank_keys
-from bottleneck.training.teacher import EarlierHead
+from bottleneck.training.teacher import EarlierHead, TargetModel, Teacher
 
 log = logging.getLogger(__name__)
 FEW = 4096  # fewer validation tokens than this give uncertain perplexities
@@ -34,7 +34,7 @@ class Inputs:
 
     Attributes:
         keys: of the run's heads: ranks x rates x seeds.
-        teacher: the earlier run's head of head.teacher=FOLDER.
+        teacher: of head.teacher=FOLDER or model:PATH.
     """
 
     hidden_size: int
@@ -42,7 +42,7 @@ class Inputs:
     keys: list[HeadKey]
     corpus: Corpus
     data: TextData
-    teacher: Optional[EarlierHead]
+    teacher: Teacher
 
     def facts(self, c: TrainConfig) -> dict[str, dict[str, Any]]:
         """Identifying facts of each head, by head name, for trackers."""
@@ -51,17 +51,19 @@ class Inputs:
         return {key.name: recipe.head_facts(c, key, **shape, **names) for key in self.keys}
 
 
-def load_inputs(c: TrainConfig, teacher: Optional[EarlierHead]) -> Inputs:
+def load_inputs(c: TrainConfig, teacher: Teacher) -> Inputs:
     """Read the backbone's config and prepare the text. Raises UserError if they do not fit the run or each other."""
     hidden_size, context, vocab_size = load_shape(c.backbone)
     ranks = checks.check_shapes(c, hidden_size, context)
     options = head_options(c.head, HEAD_KINDS[c.head.kind].options)
     keys = bank_keys(c.optim, c.head.init, ranks, c.seed, hidden_size, vocab_size, kind=c.head.kind, options=options)
-    if teacher is not None:
+    if isinstance(teacher, EarlierHead):
         teacher.check_shape(hidden_size, vocab_size)
     if c.head.teacher == "trained":
         full_rank_index(keys, hidden_size)
     tokenizer = load_tokenizer(c.backbone)
+    if isinstance(teacher, TargetModel):
+        teacher.check_fits(tokenizer, vocab_size, c.data.block_size)
     corpus = prepare(c.data, tokenizer)
     top = max(int(corpus.train.max()), int(corpus.validation.max()))
     check(top < vocab_size, f"backbone.tokenizer: makes id {top}, the backbone's vocabulary ends at {vocab_size - 1}")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bottleneck.backbone.model import Backbone
+from bottleneck.backbone.target import Target
 from bottleneck.config.schema import OptimConfig
 from bottleneck.core.errors import check
 from bottleneck.core.extensions import metrics
@@ -53,6 +54,7 @@ class HeadSweep(pl.LightningModule):
         build: makes the optimizer.
         cuda_graphs: record micro-steps where possible, see `heads.micro_steps`.
         resume_step: step of the checkpoint that this process resumes from.
+        target: the model of head.teacher=model:PATH, run on the same tokens as the backbone.
 
     Attributes:
         details: comparison of the final heads with the original head, from `agreement.compare`.
@@ -79,14 +81,16 @@ class HeadSweep(pl.LightningModule):
         build: Callable[[HeadBank, OptimConfig], Any] = build_optimizer,
         cuda_graphs: bool = True,
         resume_step: Optional[int] = None,
+        target: Optional[Target] = None,
     ):
         super().__init__()
         self.automatic_optimization = False  # a step is several forward passes and one reduction of gradients
         self.strict_loading = False  # checkpoints hold the heads only
-        self.backbone, self.bank = backbone, bank
+        self.backbone, self.bank, self.target = backbone, bank, target
         self.micro_steps = MicroSteps(bank, recorded=cuda_graphs)
         # DDP must not broadcast or bucket tensors that never change
-        frozen = [*backbone.named_parameters(prefix="backbone"), *backbone.named_buffers(prefix="backbone")]
+        still = {"backbone": backbone, **({"target": target} if target is not None else {})}
+        frozen = [x for name, m in still.items() for x in (*m.named_parameters(name), *m.named_buffers(name))]
         self._ddp_params_and_buffers_to_ignore = [*(name for name, _ in frozen), "bank.whiten_DD"]
         self.optim, self.steps, self.micro_batch = optim, steps, micro_batch
         self.start, self.validation, self.config = start, validation, config
@@ -165,8 +169,9 @@ class HeadSweep(pl.LightningModule):
         self.timer("optimizer")
         for ids in batch.split(self.micro_batch):
             h_ND = self.backbone(ids[:, :-1]).flatten(0, 1)
+            t_ND = None if self.target is None else self.target(ids[:, :-1]).flatten(0, 1)
             self.timer("forward")
-            losses += self.micro_steps(h_ND, ids[:, 1:].flatten(), 1 / tokens)
+            losses += self.micro_steps(h_ND, ids[:, 1:].flatten(), 1 / tokens, t_ND)
             self.timer("heads")
         self.bank.finish_gradients()
         losses /= tokens
@@ -209,7 +214,11 @@ class HeadSweep(pl.LightningModule):
         self.final = self.validate()
         trainer = self.trainer
         self.details = compare(
-            self.backbone, self.bank, self.validation(trainer.global_rank, trainer.world_size), self.bands
+            self.backbone,
+            self.bank,
+            self.validation(trainer.global_rank, trainer.world_size),
+            self.bands,
+            self.target,
         )
         rows = {
             f"val/{m.name}/{name}": found[m.name]
@@ -263,7 +272,7 @@ class HeadSweep(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["state_dict"]
-        for name in [n for n in state if n.startswith("backbone.")]:
+        for name in [n for n in state if n.startswith(("backbone.", "target."))]:
             del state[name]
         checkpoint["bottleneck"] = {
             "config": self.config,

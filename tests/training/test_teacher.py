@@ -74,7 +74,10 @@ def test_a_run_resumes_with_the_same_teacher_in_another_folder(run, earlier, tmp
 
 def test_an_unfit_teacher_is_refused(run, earlier, toy_backbone, tmp_path):
     distill = ("ranks=[2]", "objective=distill")
-    for value, words in (("nowhere", "must be own, trained, or the folder"), (tmp_path, "no curve.json there")):
+    for value, words in (
+        ("nowhere", "must be own, trained, model:PATH of another model, or the folder"),
+        (tmp_path, "no curve.json there"),
+    ):
         with pytest.raises(UserError, match=words):
             run(*distill, f"head.teacher={value}", run_dir=tmp_path / "refused")
     with pytest.raises(UserError, match="objective=ce does not use it"):

@@ -1,5 +1,7 @@
 """Agreement of a head with the original head. p is the original head's distribution at a token, q the head's.
 
+In a run with a target (`head.teacher=model:PATH`) p is the target's distribution.
+
 Dims: n tokens of a chunk, V vocabulary, K most likely tokens.
 """
 
@@ -37,7 +39,7 @@ METRICS.register(
         summary="KL divergence of the head's distribution from the original head's, nats a token",
         measure=kl,
         title="KL",
-        unit="KL from the original head, nats",
+        unit="KL from the original head or target, nats",
         better="lower",
         scale="log",
         order=0,
