@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any, Callable, NamedTuple, Optional
 
-LINEAR = ("low_rank", "full")  # kinds whose weights each take part in one product
+LINEAR = ("low_rank", "full", "truncated", "low_rank_truncated")  # kinds whose weights each take part in one product
 
 
 class Axis(NamedTuple):

@@ -26,6 +26,8 @@ from torch import Tensor
 from bottleneck.backbone.model import DTYPES, Backbone, label, load_model, load_tokenizer
 from bottleneck.cli import one_line_errors as cli
 from bottleneck.core.errors import Parser, check
+from bottleneck.heads.key import HeadKey
+from bottleneck.serve import truncated
 from bottleneck.serve.folder import check_same, new_folder, probe, read_back, save_model, write_json
 from bottleneck.serve.served import check_served, note_tokenizer, write_served
 from bottleneck.serve.swap import prove, replace_head, set_head
@@ -171,6 +173,20 @@ def _factored(
         tokenizer.save_pretrained(part)
 
 
+def _truncated(run: FinishedRun, row: dict[str, Any], *, dtype: str, tokenizer: Any, to: Path) -> None:
+    tensors = {n: t if n == "tokens_K" else t.to(DTYPES[dtype]) for n, t in run.tensors(row).items()}
+    check(
+        all(bool(t.isfinite().all()) for t in tensors.values()),
+        f"--dtype {dtype}: cannot hold all values of the head; use a wider one",
+    )
+    family = run.model(_dtype_to_load(run, "bfloat16"))[1].family
+    about = facts(run, row, form="factored", dtype=dtype, family=family)
+    with new_folder(to) as part:
+        truncated.write_truncated(tensors, run.curve["vocab_size"], about, part)
+        write_json(part / FACTS, about)
+        tokenizer.save_pretrained(part)
+
+
 def export(run: FinishedRun, row: dict[str, Any], to: Path, *, form: str = "dense", dtype: str = "float32") -> Path:
     """Write one head of a run, with the tokenizer, as a folder.
 
@@ -182,8 +198,11 @@ def export(run: FinishedRun, row: dict[str, Any], to: Path, *, form: str = "dens
     to = to.expanduser().resolve()
     free = not to.exists() or (to.is_dir() and not any(to.iterdir()))
     check(free, f"--to {to}: exists and is not empty; give another folder")
-    factors = run.factors(row) if form != "dense" else None  # only low-rank heads have some
     tokenizer = load_tokenizer(run.backbone)
+    if form == "factored" and HeadKey.of(row).kind in truncated.KINDS:
+        _truncated(run, row, dtype=dtype, tokenizer=tokenizer, to=to)
+        return to
+    factors = run.factors(row) if form != "dense" else None  # only low-rank heads have some
     if factors is None:
         _dense(run, row, run.dense(row), dtype=dtype, tokenizer=tokenizer, to=to)
     elif form == "serve":

@@ -17,6 +17,7 @@ from bottleneck.heads.calibration import calibrate
 from bottleneck.heads.head import build_head, count_parameters, product
 from bottleneck.heads.key import HeadKey
 from bottleneck.heads.starting import make_start
+from bottleneck.heads.vocabulary import REST, draft_to_target
 from bottleneck.losses import targets, weights
 from bottleneck.losses.objective import BoundObjective, steps
 from bottleneck.training.finished_run import open_run
@@ -31,8 +32,10 @@ V, D, N = 70, 12, 150
 SMALL = {
     "block": (("bands", (20, 45)), ("shrink", 2)),
     "low_rank_sparse": (("rows", 9),),
+    "low_rank_truncated": (("rows", 9),),
     "mos": (("components", 3),),
     "plif": (("limit", 1.5), ("pieces", 7)),
+    "truncated": (("rows", 9),),
 }
 
 
@@ -178,6 +181,25 @@ def test_how_the_other_kinds_begin():
         assert 0 < (plain.exp() * (plain - own)).sum(-1).mean() < limit
 
 
+@pytest.mark.parametrize("kind", ["truncated", "low_rank_truncated"])
+def test_truncated_heads_keep_the_tokens_that_are_expected_most(kind):
+    """Among its tokens a head is the start's softmax; the others share one part in a million, and no gradient."""
+    rank = D if kind == "truncated" else 5
+    own, plain = from_start(kind, rank)
+    g = torch.Generator().manual_seed(0)
+    h, W = torch.randn(400, D, generator=g), torch.randn(V, D, generator=g)
+    kept = torch.softmax(h @ W.T, -1).mean(0).topk(9).indices.sort().values
+    torch.testing.assert_close(own[:, kept].log_softmax(-1), plain[:, kept].log_softmax(-1), rtol=1e-4, atol=1e-4)
+    others = own.exp().sum(-1) - own[:, kept].exp().sum(-1)
+    torch.testing.assert_close(others, torch.full((400,), REST), rtol=0.2, atol=5e-7)
+    head = randomised(key_of(kind))
+    head.tokens_K.copy_(kept)
+    (other,) = torch.tensor([v for v in range(V) if v not in kept])[:1]
+    loss = torch.nn.functional.cross_entropy(head.logits(h.double()), other.expand(400))
+    assert loss.isfinite() and all(g.abs().max() < 1e-12 for g in torch.autograd.grad(loss, list(head.parameters())))
+    assert (torch.arange(9) + draft_to_target(head.tokens_K) == kept).all()
+
+
 def test_formulas_of_the_kinds(setting):
     """Probabilities from the definitions of the papers, in float64."""
     h = setting[0]
@@ -221,7 +243,8 @@ def test_runs_of_every_kind_resume(kind, run, tmp_path):
     options = ",".join(
         f"{n}:{str(list(v) if isinstance(v, tuple) else v).replace(' ', '')}" for n, v in SMALL.get(kind, ())
     )
-    words = ["ranks=[8]", f"head.kind={kind}", f"head.options={{{options}}}"]
+    ranks = "auto" if HEAD_KINDS[kind].full_rank else "[8]"
+    words = [f"ranks={ranks}", f"head.kind={kind}", f"head.options={{{options}}}"]
     whole = run(*words, run_dir=tmp_path / "whole")
     run(*words, run_dir=tmp_path / "cut")
     (tmp_path / "cut" / LAST).unlink()
