@@ -15,6 +15,7 @@ COMMANDS = {
     "report": ("bottleneck.report", "main", "one HTML page of curves"),
     "export": ("bottleneck.export", "main", "a trained head as a model for Transformers or vLLM"),
     "evaluate": ("bottleneck.evaluate", "main", "score heads on tasks of lm-evaluation-harness"),
+    "rank": ("bottleneck.rank", "main", "which rank to ship as a draft for a target model"),
     "race": ("bottleneck.race", "main", "tokens until a run is as good as another one"),
     "prepare": ("bottleneck.data.prepare", "main", "prepare the tokens of a run, without weights or training"),
     "benchmark": ("bottleneck.benchmark.__main__", "main", "speed beside other implementations"),

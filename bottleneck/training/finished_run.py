@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bottleneck.backbone.model import Backbone, load_model
-from bottleneck.config.schema import BackboneConfig, register
+from bottleneck.config.schema import BackboneConfig, DataConfig, register
 from bottleneck.core.errors import UserError, check
 from bottleneck.core.run_file import HYDRA_CONFIG, RUN_FILE, read_run_config, read_run_file
 from bottleneck.heads.head import Head, build_head
@@ -165,6 +165,15 @@ def open_run(folder: Path, backbone: Optional[str] = None) -> FinishedRun:
     # code from a model's repository is not run: the folder may be somebody else's
     cfg = BackboneConfig(**known | {"trust_remote_code": False})
     return FinishedRun(folder, curves[0], dataclasses.replace(cfg, path=backbone, revision=None) if backbone else cfg)
+
+
+def stored_data(folder: Path) -> DataConfig:
+    """The text that the run in a folder was given. Raises UserError where its config does not say so."""
+    where, config = _stored_config(folder)
+    tree = config.get("data")
+    if not isinstance(tree, dict):
+        raise UserError(f"{where}: does not say what the text was")
+    return DataConfig(**{f.name: tree[f.name] for f in dataclasses.fields(DataConfig) if f.name in tree})
 
 
 def _stored_config(folder: Path) -> tuple[Path, dict[str, Any]]:
