@@ -31,7 +31,7 @@ def trace(file: Path, arguments: list[str]) -> None:
     moments = {"interpreter": time.time()}
     prepare_process()
     import train
-    from bottleneck.training import (  # noqa: F401  # noqa: F401
+    from bottleneck.training import (  # noqa: F401
         build,
         cluster,
         fit,
