@@ -18,6 +18,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from bottleneck.core.errors import check
 from bottleneck.data.cache import Corpus
+from bottleneck.data.order import Plan
 from bottleneck.data.token_corpus import TokenCorpus
 
 IGNORE = -100  # a target that does not count
@@ -60,9 +61,7 @@ class StepBatches(Dataset):
             f" blocks of {block}; give fewer, a smaller data.block_size, more text,"
             " or read it again with a larger data.epochs",
         )
-        first = self.order[:needed]
-        again = (np.random.default_rng([seed, epoch]).permutation(first) for epoch in range(1, epochs))
-        self.plan = np.concatenate([first, *again])
+        self.plan = Plan(self.order, needed, epochs, seed)
 
     def __len__(self) -> int:
         return self.steps

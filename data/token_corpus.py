@@ -13,9 +13,10 @@ import glob
 import hashlib
 import logging
 import zlib
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterator, Optional
+from typing import Any, Iterator
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from bottleneck.config.schema import DataConfig
 from bottleneck.core.errors import UserError, check
 from bottleneck.data.cache import Corpus
 from bottleneck.data.local_files import patterns_of, shown, split_of_folder
+from bottleneck.data.order import CHUNK, MIXED, SMALL, Order, shuffled
 from bottleneck.data.readers import local_path, readable
 from bottleneck.data.token_formats import Shard, files_in, open_shards
 
@@ -33,7 +35,8 @@ SAMPLES = 4096  # places sampled of a larger source
 SAMPLED = 64  # ids at each of them
 SCANNED = 1 << 24  # ids scanned at once
 REACH = 1 << 22  # ids searched for the end of a document
-SMALL = 1 << 24  # blocks up to which an order is a permutation in memory, as for prepared text
+COSTLY = 16  # places sampled of a larger source that has to be decoded
+JUDGED = 64  # shards whose documents are looked at for end-of-text, at most
 TRIES = 1000  # least number of places at which documents to hold out are searched
 PYTHIA_ROWS = 1024  # rows of one training step of Pythia: data.skip=stepN
 
@@ -104,17 +107,19 @@ class JoinedStream:
 
 
 def _lack_end_of_text(shards: list[Shard], eos: int) -> bool:
-    """Whether the documents are stored without end-of-text between them, judged by up to 1,000 documents of each shard.
+    """Whether the documents are stored without end-of-text between them, judged by up to 1,000 documents.
 
     In files without boundaries only end-of-text separates documents, so they are left as they are.
     """
+    if any(shard.documents is None for shard in shards):
+        return False
     seen = having = 0
-    for shard in shards:
+    few = COSTLY if shards[0].costly else JUDGED
+    judged = [shards[int(i)] for i in np.unique(np.linspace(0, len(shards) - 1, min(few, len(shards))).astype(int))]
+    for shard in judged:
         documents: Any = shard.documents
-        if documents is None:
-            return False
         count = len(documents) - 1
-        for i in {int(i) for i in np.linspace(0, count - 1, max(2, 1000 // len(shards)))}:
+        for i in {int(i) for i in np.linspace(0, count - 1, max(2, 1000 // len(judged)))}:
             start, stop = int(documents[i]), int(documents[i + 1])
             if stop > start:
                 seen += 1
@@ -124,16 +129,18 @@ def _lack_end_of_text(shards: list[Shard], eos: int) -> bool:
 
 def checked_parts(shards: list[Shard]) -> Iterator[tuple[tuple[Shard, int], np.ndarray]]:
     """((shard, position in it), ids): all ids of a small source, samples of a large one."""
-    total = sum(len(s.ids) for s in shards)
-    for shard in shards:
-        size = len(shard.ids)
-        if total <= EXACT:
-            places, length = list(range(0, size, SCANNED)), SCANNED
-        else:
-            count = max(2, SAMPLES * size // total)
-            places, length = [int(p) for p in np.linspace(0, max(0, size - SAMPLED), count)], SAMPLED
-        for at in places:
-            yield (shard, at), np.asarray(shard.ids[at : at + length])
+    sizes = np.array([len(s.ids) for s in shards])
+    total = int(sizes.sum())
+    if total <= EXACT:
+        for shard, size in zip(shards, sizes.tolist()):
+            for at in range(0, size, SCANNED):
+                yield (shard, at), np.asarray(shard.ids[at : at + SCANNED])
+        return
+    ends = np.cumsum(sizes)
+    for place in np.linspace(0, total - 1, COSTLY if any(s.costly for s in shards) else SAMPLES).astype(np.int64):
+        i = int(np.searchsorted(ends, place, side="right"))
+        at = max(0, min(int(place - ends[i] + sizes[i]), int(sizes[i]) - SAMPLED))
+        yield (shards[i], at), np.asarray(shards[i].ids[at : at + SAMPLED])
 
 
 def check_ids(shards: list[Shard], limit: int) -> None:
@@ -149,66 +156,11 @@ def _bad_id(shard: Shard, at: int, value: int, limit: int) -> str:
     rows: Any = shard.rows
     if rows is not None:
         row = bisect.bisect_right(range(len(rows) - 1), at, key=lambda i: int(rows[i])) - 1
-        place = f"row {row}"
+        place = f"row {shard.first_row + row}"
     return f"{shard.name}: {place} holds id {value}; the tokenizer's ids end at {limit - 1}: of another tokenizer?"
 
 
-# ---------------------------------------------------------------- sequences and their order
-class Order:
-    """The order in which blocks or rows are read: `order[:n]` are the first n of them.
-
-    Args:
-        count: blocks or rows there are.
-        seed: of the shuffling; None keeps the order of the source.
-        skip: blocks or rows at the start that are left out.
-        held_out: sorted blocks or rows that are kept for validation.
-    """
-
-    def __init__(self, count: int, seed: Optional[int], skip: int, held_out: np.ndarray):
-        self.count, self.seed, self.skip = count, seed, skip
-        self.held_out = held_out[held_out >= skip]
-
-    def __len__(self) -> int:
-        return max(0, self.count - self.skip - len(self.held_out))
-
-    def __getitem__(self, part: slice) -> np.ndarray:
-        stop = min(len(self), len(self) if part.stop is None else part.stop)
-        size = max(0, self.count - self.skip)
-        some = min(size, stop + len(self.held_out))  # enough even if they include all that are held out
-        if self.seed is None:
-            order = np.arange(some)
-        elif size <= SMALL:
-            order = np.random.default_rng(self.seed).permutation(size)
-        else:
-            order = shuffled(np.arange(some), size, self.seed)
-        order = order + self.skip
-        return order[~np.isin(order, self.held_out)][:stop] if len(self.held_out) else order[:stop]
-
-
-def shuffled(indices: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """The images of some indices under a pseudo-random permutation of 0 … size−1, which is not stored.
-
-    A Feistel network of six rounds over the next even number of bits; values beyond `size` are sent through it again.
-    """
-    half = max(1, (int(size - 1).bit_length() + 1) // 2)
-    mask = np.uint64((1 << half) - 1)
-    keys = np.random.default_rng([seed, size]).integers(0, 2**63, 6).astype(np.uint64)
-
-    def once(values: np.ndarray) -> np.ndarray:
-        left, right = values >> np.uint64(half), values & mask
-        for k in keys:
-            mixed = (right + k) * np.uint64(0x9E3779B97F4A7C15)
-            mixed ^= mixed >> np.uint64(29)
-            mixed *= np.uint64(0xBF58476D1CE4E5B9)
-            left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(32))) & mask)
-        return (left << np.uint64(half)) | right
-
-    values = once(indices.astype(np.uint64))
-    while (beyond := values >= size).any():
-        values[beyond] = once(values[beyond])
-    return values.astype(np.int64)
-
-
+# ---------------------------------------------------------------- rows
 @dataclass
 class Rows:
     """Rows of several shards: each is a sequence of T + 1 ids."""
@@ -231,12 +183,11 @@ class Rows:
         if shard.rows is None:
             return np.asarray(shard.ids[own * self.length : (own + 1) * self.length])
         start, stop = int(shard.rows[own]), int(shard.rows[own + 1])
-        fits = stop - start == self.length
+        where = f"{shard.name}: row {shard.first_row + own} has {stop - start} ids"
         check(
-            fits,
-            f"{shard.name}: row {own} has {stop - start} ids; data.packing=rows takes rows as they are, so"
-            f" data.block_size={self.length - 1} needs rows of {self.length}; give data.block_size={stop - start - 1}"
-            " where all rows are alike, or data.packing=join",
+            stop - start == self.length,
+            f"{where}; data.packing=rows takes rows as they are, so data.block_size={self.length - 1} needs rows of"
+            f" {self.length}; give data.block_size={stop - start - 1} where all rows are alike, or data.packing=join",
         )
         return np.asarray(shard.ids[start:stop])
 
@@ -271,6 +222,7 @@ class TokenCorpus(Corpus):
         check(self.rows or self.count > 0, least)
         check(self.skip < self.count, f"data.skip={cfg.skip}: the source has {self.count} rows or blocks in all")
         self.held_out = np.zeros(0, np.int64)
+        self._announced: deque[int] = deque(maxlen=2 * MIXED)
         if held:
             self.validation = self._given(held)
         elif self.rows:
@@ -297,12 +249,14 @@ class TokenCorpus(Corpus):
 
     def order(self, seed: int) -> Order:
         """The order of the training blocks or rows."""
-        return Order(self.count, None if self.cfg.order == "source" else seed, self.skip, self.held_out)
+        return Order(self.count, seed, self.skip, self.held_out, self.cfg.order)
 
     def read(self, indices: np.ndarray) -> np.ndarray:
         """Ids [len(indices), T + 1] of some blocks or rows. Raises UserError for an id that the tokenizer lacks."""
         T = self.block
         out = np.empty((len(indices), T + 1), np.int64)
+        if self.cfg.order == "chunks":
+            self._announce(np.unique((indices - self.skip) // CHUNK).tolist())
         for line, i in zip(out, indices.tolist()):
             line[:] = self.table[i] if self.rows else self.stream[i * T : i * T + T + 1]
         if self.sampled and (out.max(initial=0) >= self.limit or out.min(initial=0) < 0):
@@ -310,6 +264,27 @@ class TokenCorpus(Corpus):
             what = f"{'row' if self.rows else 'block'} {indices[line]} of {self.name}"
             raise UserError(f"{what} holds id {out[line, column]}; the tokenizer's ids end at {self.limit - 1}")
         return out
+
+    def _announce(self, chunks: list[int]) -> None:
+        """Ask the system to read stretches ahead, each once."""
+        for chunk in chunks:
+            if chunk in self._announced:
+                continue
+            self._announced.append(chunk)
+            first = self.skip + chunk * CHUNK
+            for shard, start, stop in self._places(first, min(first + CHUNK, self.count)):
+                shard.announce(start, stop)
+
+    def _places(self, first: int, last: int) -> Iterator[tuple[Shard, int, int]]:
+        """Parts of the shards that hold the sequences from `first` up to `last`; end-of-text put in is not counted."""
+        ends = self.table.ends if self.rows else self.stream.ends // self.block
+        for i in range(int(np.searchsorted(ends, first, side="right")), len(ends)):
+            begin = int(ends[i - 1]) if i else 0
+            if begin >= last:
+                break
+            shard, count = self.shards[i], max(1, int(ends[i]) - begin)
+            share = [len(shard.ids) * (max(begin, min(k, int(ends[i]))) - begin) // count for k in (first, last)]
+            yield shard, share[0], share[1]
 
     def _given(self, shards: list[Shard]) -> np.ndarray:
         """Whole documents or rows of validation files, up to data.validation_tokens."""
@@ -409,7 +384,7 @@ class TokenCorpus(Corpus):
         parts = [f"train:{len(self.stream)}:{value:08x}", f"validation:{len(held)}:{zlib.crc32(held.data):08x}"]
         if not exact:
             parts.append("sampled")
-        if self.rows or self.skip or self.cfg.order == "source" or len(self.held_out):
+        if self.rows or self.skip or self.cfg.order != "shuffled" or len(self.held_out):
             held_out = zlib.crc32(np.ascontiguousarray(self.held_out).data)
             parts.append(f"{self.cfg.packing}:{self.cfg.order}:{self.skip}:{held_out:08x}")
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16], not exact

@@ -7,7 +7,7 @@
     npy          an array of ids [N] or of rows [N, T]
     safetensors  such an array in a .safetensors file
     arrow        a column of id lists in .arrow files, as `datasets.save_to_disk` writes them
-    parquet      a column of id lists; it is compressed, so it is decoded into memory
+    parquet      a column of id lists; it is compressed, so row groups are decoded as they are used
 
 Every error names the file. References: indexed_dataset of Megatron-LM and GPT-NeoX, data_common of llm.c, the formats
 of NumPy and safetensors.
@@ -16,28 +16,31 @@ of NumPy and safetensors.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import struct
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterable, Optional
+from typing import Any, Callable, Iterable, Optional, Sequence
 
 import numpy as np
 
 from bottleneck.core.errors import UserError, check
 from bottleneck.data.local_files import listed_files, walk_once
+from bottleneck.data.parquet_ids import ParquetFile
 from bottleneck.data.readers import readable
 
 FORMATS = ("megatron", "llmc", "nanogpt", "npy", "safetensors", "arrow", "parquet")
 ENDINGS = (".bin", ".npy", ".safetensors", ".arrow", ".parquet")
-IN_MEMORY = 1 << 28  # most ids of a source that has to be decoded into memory
 MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
 MEGATRON_HEADER = 34  # bytes: magic, version, dtype code, sequences, documents
 MEGATRON_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
 LLMC_MAGICS = (20240520, 20240801)
-SMALL_INDEX = 1 << 28  # bytes of an index table up to which it is kept in memory
+SMALL_INDEX = 1 << 27  # bytes of an index table up to which it is kept in memory
 LLMC_HEADER = 1024  # bytes
+OPEN_FILES = 200  # files that are kept open; systems allow 256 to 1,024 by default
 HALVES = 4096  # values of a bare .bin looked at: of wider ids, every second one is the upper half and close to 0
 SHARD_OF = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.bin")
 OTHER_MAGICS = {
@@ -61,12 +64,24 @@ class Shard:
         documents: start of each document in `ids`, and N at the end; indexed like an array, but perhaps not one. None
             if the file has no boundaries but end-of-text tokens.
         rows: the same for rows; None if the file has no rows.
+        first_row: number of the first row in its file.
     """
 
     name: str
     ids: Any
     documents: Optional[Any] = None
     rows: Optional[Any] = None
+    first_row: int = 0
+
+    @property
+    def costly(self) -> bool:
+        """Whether looking at one place of it decodes much more."""
+        return getattr(self.ids, "costly", False)
+
+    def announce(self, start: int, stop: int) -> None:
+        """Ask the system to read ahead, from files that it can read ahead of."""
+        if hasattr(self.ids, "announce"):
+            self.ids.announce(start, stop)
 
 
 class EvenStarts:
@@ -115,9 +130,8 @@ class FileArray:
     """
 
     def __init__(self, path: Path, dtype: Any, offset: int = 0, count: Optional[int] = None):
-        self.dtype, self.offset = np.dtype(dtype), offset
-        self.file = open(path, "rb", buffering=0)
-        size = os.fstat(self.file.fileno()).st_size - offset
+        self.dtype, self.offset, self.path = np.dtype(dtype), offset, str(path)
+        size = os.stat(path).st_size - offset
         self.count = size // self.dtype.itemsize if count is None else count
 
     def __len__(self) -> int:
@@ -133,11 +147,30 @@ class FileArray:
         raw = bytearray(size)
         done = 0
         while done < size:  # one read ends after 2 GiB
-            piece = os.pread(self.file.fileno(), size - done, at + done)
-            check(len(piece) > 0, f"{readable(self.file.name)}: became shorter while it was read")
+            piece = os.pread(_opened_file(self.path), size - done, at + done)
+            check(len(piece) > 0, f"{readable(self.path)}: became shorter while it was read")
             raw[done : done + len(piece)] = piece
             done += len(piece)
         return np.frombuffer(raw, self.dtype)
+
+    def announce(self, start: int, stop: int) -> None:
+        """Ask the system to read a part ahead."""
+        at, size = self.offset + start * self.dtype.itemsize, (stop - start) * self.dtype.itemsize
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(_opened_file(self.path), at, size, os.POSIX_FADV_WILLNEED)
+
+
+_open_files: OrderedDict[str, int] = OrderedDict()
+
+
+def _opened_file(path: str) -> int:
+    """The descriptor of a file. The files used last stay open, fewer than a process may have open at once."""
+    if path not in _open_files:
+        while len(_open_files) >= OPEN_FILES:
+            os.close(_open_files.popitem(last=False)[1])
+        _open_files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    _open_files.move_to_end(path)
+    return _open_files[path]
 
 
 def index_array(path: Path, dtype: str, offset: int, count: int) -> Any:
@@ -168,6 +201,14 @@ class SplitFile:
             pieces.append(self.files[i][at - first : at - first + count])
             at += count
         return np.concatenate(pieces).view(self.dtype)
+
+    def announce(self, start: int, stop: int) -> None:
+        """Ask the system to read a part ahead."""
+        at, end = start * self.dtype.itemsize, stop * self.dtype.itemsize
+        for file, stops in zip(self.files, self.ends.tolist()):
+            begin = stops - len(file)
+            if at < stops and end > begin:
+                file.announce(max(at, begin) - begin, min(end, stops) - begin)
 
 
 # ---------------------------------------------------------------- which format
@@ -225,7 +266,6 @@ def open_shards(paths: list[Path], kind: str, ids_field: str) -> list[Shard]:
     """
     shards: list[Shard] = []
     done: set[Path] = set()  # Megatron indices whose files are opened
-    budget = IN_MEMORY
     for path in paths:
         where = readable(path)
         found = format_of(path) if kind == "auto" else kind
@@ -237,9 +277,7 @@ def open_shards(paths: list[Path], kind: str, ids_field: str) -> list[Shard]:
                     done.add(index)
                     shards.append(_megatron(path, index))
             elif found in ("arrow", "parquet"):
-                opened = _arrow(path, ids_field) if found == "arrow" else _parquet(path, ids_field, budget)
-                budget -= sum(len(s.ids) for s in opened) if found == "parquet" else 0
-                shards += opened
+                shards += _arrow(path, ids_field) if found == "arrow" else _parquet(path, ids_field)
             else:
                 openers: dict[str, Callable[[Path, str], Shard]] = {
                     "llmc": _llmc,
@@ -349,18 +387,28 @@ def _nanogpt(path: Path, _: str) -> Shard:
 
 
 def _npy(path: Path, _: str) -> Shard:
-    return _array(path, np.load(path, mmap_mode="r"))
+    with open(path, "rb") as f:
+        version = np.lib.format.read_magic(f)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, by_columns, dtype = read(f)
+        offset = f.tell()
+    check(
+        not (by_columns and len(shape) > 1), f"{readable(path)}: is stored by columns (Fortran order); write it by rows"
+    )
+    return _array(path, dtype, shape, offset)
 
 
-def _array(path: Path, array: Any) -> Shard:
+def _array(path: Path, dtype: np.dtype, shape: Sequence[int], offset: int) -> Shard:
     where = readable(path)
-    good = np.issubdtype(array.dtype, np.integer) and array.ndim in (1, 2)
-    check(good, f"{where}: holds {array.dtype} {list(array.shape)}; ids are whole numbers [N] or rows [N, T]")
-    if array.ndim == 1:
-        return Shard(where, array)
-    check(array.flags.c_contiguous, f"{where}: is stored by columns (Fortran order); write it by rows")
-    starts = EvenStarts(*array.shape)
-    return Shard(where, array.reshape(-1), starts, starts)
+    good = np.issubdtype(dtype, np.integer) and len(shape) in (1, 2)
+    check(good, f"{where}: holds {dtype} {list(shape)}; ids are whole numbers [N] or rows [N, T]")
+    ids = FileArray(path, dtype, offset, math.prod(shape))
+    whole = offset + len(ids) * dtype.itemsize <= path.stat().st_size
+    check(whole, f"{where}: ends before its {len(ids):,} ids do; it was truncated")
+    if len(shape) == 1:
+        return Shard(where, ids)
+    starts = EvenStarts(shape[0], shape[1])
+    return Shard(where, ids, starts, starts)
 
 
 def _safetensors(path: Path, ids_field: str) -> Shard:
@@ -377,8 +425,7 @@ def _safetensors(path: Path, ids_field: str) -> Shard:
     check(kind is not None, f"{where}: {name} holds {about['dtype']}; ids are whole numbers")
     begin, end = about["data_offsets"]
     check(8 + length + end <= size, f"{where}: ends before {name} does; it was truncated")
-    data = np.memmap(path, np.uint8, "r", 8 + length + begin, (end - begin,))
-    return _array(path, data.view(np.dtype(str(kind)).newbyteorder("<")).reshape(about["shape"]))
+    return _array(path, np.dtype(str(kind)).newbyteorder("<"), about["shape"], 8 + length + begin)
 
 
 def _arrow(path: Path, ids_field: str) -> list[Shard]:
@@ -393,27 +440,18 @@ def _arrow(path: Path, ids_field: str) -> list[Shard]:
         reader = pa.ipc.open_file(source)
         batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
     _check_column(path, reader.schema, ids_field)
-    shards = [_list_shard(path, batch.column(reader.schema.names.index(ids_field))) for batch in batches]
+    shards: list[Shard] = []
+    row = 0
+    for batch in batches:
+        shards.append(_list_shard(path, batch.column(reader.schema.names.index(ids_field)), row))
+        row += batch.num_rows
     return [s for s in shards if len(s.ids)]
 
 
-def _parquet(path: Path, ids_field: str, budget: int) -> list[Shard]:
-    import pyarrow.parquet as pq
-
-    file = pq.ParquetFile(path)
-    _check_column(path, file.schema_arrow, ids_field)
-    shards: list[Shard] = []
-    for group in range(file.num_row_groups):
-        column = file.read_row_group(group, columns=[ids_field]).column(0).combine_chunks()
-        chunks = column.chunks if hasattr(column, "chunks") else [column]
-        shards += [_list_shard(path, chunk) for chunk in chunks]
-        budget -= sum(len(s.ids) for s in shards[-len(chunks) :])
-        check(
-            budget >= 0,
-            f"{readable(path)}: parquet is compressed and has to fit in memory, which ends at {IN_MEMORY:,} ids;"
-            " write it with datasets.save_to_disk, or as .npy or .bin",
-        )
-    return shards
+def _parquet(path: Path, ids_field: str) -> list[Shard]:
+    file = ParquetFile(path, ids_field)
+    _check_column(path, file.schema, ids_field)
+    return [Shard(readable(path), g, g.starts, g.starts, first_row=g.row) for g in file.groups()]
 
 
 def _check_column(path: Path, schema: Any, ids_field: str) -> None:
@@ -430,7 +468,7 @@ def _check_column(path: Path, schema: Any, ids_field: str) -> None:
     check(good, f"data.ids_field={ids_field}: holds {kind} in {readable(path)}; ids are lists of whole numbers")
 
 
-def _list_shard(path: Path, column: Any) -> Shard:
+def _list_shard(path: Path, column: Any, row: int) -> Shard:
     import pyarrow as pa
 
     nulls = column.null_count or column.flatten().null_count
@@ -441,4 +479,4 @@ def _list_shard(path: Path, column: Any) -> Shard:
     else:
         offsets = column.offsets.to_numpy(zero_copy_only=True)
         starts = offsets - offsets[0] if len(offsets) and offsets[0] else offsets
-    return Shard(readable(path), ids, starts, starts)
+    return Shard(readable(path), ids, starts, starts, first_row=row)

@@ -24,7 +24,7 @@ BENCHMARKS = {
     "sweep": "one pass that trains all ranks against one ordinary Lightning run per rank",
     "scale": "one sweep on 1, 2, 4 … GPUs: tokens/s, where a step's time goes, memory",
     "killed": "one process of a run killed under torchrun: time lost, heads compared",
-    "data": "preparing tokens against datasets.map, and loading prepared tokens",
+    "data": "preparing tokens against datasets.map, loading prepared tokens, opening and reading token files",
     "starts": "structured solves for a start beside fisher and refined: KL and time",
     "startup": "seconds until the first optimizer step, part by part, and of --help",
     "forward": "hidden states per second of the frozen backbone, eager and compiled",

@@ -1,4 +1,4 @@
-"""Text to tokens against plain `datasets.map` with the same tokenizer, and prepared tokens to batches.
+"""Text to tokens against plain `datasets.map` with the same tokenizer; prepared tokens and token files to batches.
 
 Every measurement runs in a fresh process. The implementations alternate, so other load on the machine affects all.
 """
@@ -13,6 +13,7 @@ import tempfile
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import datasets
@@ -20,6 +21,7 @@ import transformers
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from bottleneck.backbone.model import label, load_tokenizer
+from bottleneck.benchmark import token_files
 from bottleneck.benchmark.table import Row, row, timed
 from bottleneck.cli.one_line_errors import composed
 from bottleneck.config.checks import as_count, check_config
@@ -49,11 +51,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="text: folders, globs or files (default: the embedded sample)",
     )
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each implementation (default: 3)")
+    parser.add_argument("--shards", type=int, default=64, help="shards of token files that are read (default: 64)")
+    parser.add_argument(
+        "--shard-tokens", type=int, default=16_000_000, help="tokens of such a shard (default: 16,000,000)"
+    )
+    parser.add_argument(
+        "--start-tokens", type=float, default=1e11, help="tokens of the sparse files that are opened (default: 1e11)"
+    )
 
 
 def run(args: argparse.Namespace) -> list[Row]:
     """Rows of `prepare`, `datasets.map` and the loader. Raises UserError for an unknown backbone or missing files."""
-    as_count("--repeats", args.repeats)
+    for option in ("repeats", "shards", "shard_tokens", "start_tokens"):
+        setattr(args, option, as_count(f"--{option.replace('_', '-')}", getattr(args, option)))
     backbone = check_config(composed(args.overrides)).backbone
     files = args.files if len(args.files) > 1 else args.files[0]
     cfg = DataConfig(files=files, validation_tokens=10**15)  # all text is tokenised on both sides
@@ -68,7 +78,24 @@ def run(args: argparse.Namespace) -> list[Row]:
     for implementation, runs in found.items():
         seconds, tokens, peaks = zip(*runs)
         rows.append(row("prepare", name, implementation, list(seconds), tokens[0], "tokens", peak_mib=max(peaks)))
-    return rows + _apart(_load, cfg, backbone, args.repeats)
+    return rows + _apart(_load, cfg, backbone, args.repeats) + _token_files(args, backbone)
+
+
+def _token_files(args: argparse.Namespace, backbone: BackboneConfig) -> list[Row]:
+    """Measure opening very many tokens, and reading shards of them in each order."""
+    rows: list[Row] = []
+    for case in token_files.sizes(args.start_tokens):
+        rows += _apart(token_files.start, case, args.start_tokens, backbone)
+    eos = int(load_tokenizer(backbone).eos_token_id)
+    for parquet in (False, True):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            tokens = max(token_files.DOCUMENT, args.shard_tokens // token_files.DOCUMENT * token_files.DOCUMENT)
+            token_files.write_shards(folder, args.shards, tokens, eos, parquet)
+            for order in ("chunks",) if parquet else token_files.ORDERS:
+                for block in (512, 2048):
+                    rows += _apart(token_files.read, order, block, folder, backbone, args.repeats)
+    return rows
 
 
 def _apart(measure: Callable, *args: Any) -> list:

@@ -73,8 +73,10 @@ class DataConfig:
     packing: Literal["join", "rows"] = key(
         "join", "data.tokens: join documents into one stream, or take rows of block_size + 1 ids as they are."
     )
-    order: Literal["shuffled", "source"] = key(
-        "shuffled", "data.tokens: read blocks or rows in the order of data.seed, or in the order of the source."
+    order: Literal["shuffled", "chunks", "source"] = key(
+        "shuffled",
+        "data.tokens: read blocks or rows in the order of data.seed (shuffled; chunks: stretches of 1,024 of them are "
+        "shuffled, and 16 stretches mixed at a time, for slow disks and large parquet), or in the order of the source.",
     )
     skip: int | str = key(
         0, "data.tokens: leave out so many blocks or rows at the start; stepN means N of Pythia's steps of 1,024 rows."

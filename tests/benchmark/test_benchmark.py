@@ -50,11 +50,22 @@ def test_a_tiny_run_of_data(tmp_path, toy_backbone, capfd):
         "1",
         "--csv",
         str(tmp_path / "rows.csv"),
+        "--shards",
+        "3",
+        "--shard-tokens",
+        "200000",
+        "--start-tokens",
+        "5e6",
         "backbone=local",
     ]
     assert benchmark.main([*words, f"backbone.path={toy_backbone}"]) == 0
     with open(tmp_path / "rows.csv", newline="") as f:
-        rows = {r["implementation"]: r for r in csv.DictReader(f)}
+        every = list(csv.DictReader(f))
+    files = [r for r in every if r["implementation"] == "data=tokens"]
+    assert [r["benchmark"] for r in files] == ["start"] * 2 + ["read"] * 8
+    assert all(float(r["p50"]) > 0 and float(r["peak_mib"]) > 50 for r in files)
+    assert {r["case"].split(", ")[2] for r in files[2:]} == {"shuffled", "chunks", "source"}
+    rows = {r["implementation"]: r for r in every if r not in files}
     assert list(rows) == ["prepare", "datasets.map", "load_dataset + map", "StatefulDataLoader"]
     assert all(float(r["p20"]) > 0 and float(r["peak_mib"]) > 50 and float(r["throughput"]) > 0 for r in rows.values())
     tokens = {name: float(r["throughput"]) * float(r["p50"]) for name, r in rows.items()}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import resource
+import signal
 import struct
+import subprocess
 import time
 from pathlib import Path
 
@@ -18,16 +20,19 @@ from bottleneck.backbone.model import load_tokenizer
 from bottleneck.config.checks import check_config
 from bottleneck.config.schema import BackboneConfig, DataConfig
 from bottleneck.core.errors import UserError
+from bottleneck.data import order as order_module
+from bottleneck.data import parquet_ids
 from bottleneck.data import prepare as prepare_module
 from bottleneck.data import token_corpus as token_corpus_module
 from bottleneck.data.cache import Corpus
 from bottleneck.data.module import IGNORE, StepBatches, TextData, ValidationBlocks
+from bottleneck.data.order import Order, Plan, shuffled
 from bottleneck.data.prepare import prepare
-from bottleneck.data.token_corpus import Order, shuffled
-from conftest import composed, sentences
+from conftest import assert_same_heads, command, composed, heads_of, sentences
+from support.megatron_pair import compare
+from support.token_writers import llmc, megatron, pythia
 
 DOCS = sentences(21, 120, words=30)
-CODES = {np.dtype("uint16"): 8, np.dtype("int32"): 4, np.dtype("int64"): 5}
 
 
 @pytest.fixture(scope="module")
@@ -45,31 +50,7 @@ def config(**kw) -> DataConfig:
     return DataConfig(**{"block_size": 16, "validation_fraction": 0.2, "validation_tokens": 600, **kw})
 
 
-# ---------------------------------------------------------------- writers, from the layouts alone
-def megatron(prefix: Path, docs, dtype="uint16", sequences_a_document=1) -> Path:
-    """A Megatron pair. Sequences may be parts of documents."""
-    dtype = np.dtype(dtype)
-    sequences, starts = [], [0]
-    for d in docs:
-        parts = np.array_split(np.array(d, dtype), sequences_a_document)
-        sequences += parts
-        starts.append(len(sequences))
-    sizes = np.array([len(s) for s in sequences], "<i4")
-    pointers = np.concatenate([[0], np.cumsum(sizes[:-1], dtype=np.int64)]) * dtype.itemsize
-    np.concatenate(sequences).astype(dtype).tofile(f"{prefix}.bin")
-    head = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, CODES[dtype], len(sizes), len(starts))
-    tables = sizes.tobytes() + pointers.astype("<i8").tobytes() + np.array(starts, "<i8").tobytes()
-    Path(f"{prefix}.idx").write_bytes(head + tables)
-    return Path(f"{prefix}.bin")
-
-
-def llmc(path: Path, stream, dtype="uint16", magic=20240520) -> Path:
-    header = np.zeros(256, "<i4")
-    header[:3] = magic, 1 if dtype == "uint16" else 7, len(stream)
-    path.write_bytes(header.tobytes() + np.array(stream, dtype).tobytes())
-    return path
-
-
+# ---------------------------------------------------------------- documents in every format
 def closed(docs, eos) -> list[int]:
     return [i for d in docs for i in [*d, eos]]
 
@@ -154,31 +135,15 @@ def test_every_format_gives_the_batches_of_the_same_text(tmp_path, tokenizer, id
     )
 
 
-def test_a_run_has_the_curve_of_the_same_text(run, toy, tmp_path, tokenizer, ids):
-    """Heads, losses and identity of a run on a Megatron pair equal those on the text that it was made of."""
-    few = ["ranks=[2]", "tokens=1024", "data.validation_files=" + str(tmp_path / "validation.jsonl")]
-    text_corpus(tmp_path, tokenizer)
-    train = write("megatron", tmp_path / "t", ids[:100], tokenizer.eos_token_id)
-    held = write("megatron", tmp_path / "v", ids[100:], tokenizer.eos_token_id)
-    first = run(*few, f"data.files={tmp_path / 'train.jsonl'}", run_dir=tmp_path / "a").curve
-    tokens = ["data=tokens", f"data.tokens={train}", f"data.validation_files={held}", "data.files=null"]
-    again = run(*few[:2], *tokens, run_dir=tmp_path / "b").curve
-    assert first["heads"] == again["heads"] and first["data_hash"] == again["data_hash"]
-    assert first["reference"] == again["reference"]
+def test_a_megatron_pair_trains_the_heads_of_its_text(toy, toy_backbone, tmp_path):
+    """Heads bit for bit, losses and identity. By hand with 200M tokens: python tests/support/megatron_pair.py."""
+    few = [o for o in toy if not o.startswith(("data.files", "data.cache_dir", "data=", "trainer=cpu"))]
+    few += ["ranks=[2]", "tokens=1024"]
+    found = compare(tmp_path, 30_000, few, toy_backbone / "tokenizer.json")
+    assert found["same"] and found["ids"]["train"] > 30_000 and found["heads"] == 1
 
 
 # ---------------------------------------------------------------- rows in the order of the source
-def pythia(folder: Path, rows: np.ndarray, shards: int = 21) -> str:
-    """Pythia's layout: one index, and the tokens in shards document-000NN-of-00020.bin that are cut at any byte."""
-    folder.mkdir()
-    whole = megatron(folder / "document", rows)
-    raw = whole.read_bytes()
-    whole.unlink()
-    for i, part in enumerate(np.array_split(np.frombuffer(raw, np.uint8), shards)):
-        (folder / f"document-{i:05d}-of-{shards - 1:05d}.bin").write_bytes(part.tobytes())
-    return str(folder)
-
-
 def test_a_step_of_pythia_is_read_exactly(tmp_path, tokenizer, monkeypatch):
     """Step k's batch of a model that saw the rows in order, k counted in its own steps; the last rows are held out."""
     monkeypatch.setattr(token_corpus_module, "PYTHIA_ROWS", 8)
@@ -288,7 +253,9 @@ def shift(path: Path, at: int) -> None:
         ("megatron", lambda p: p.with_suffix(".idx").write_bytes(b"x" * 200), "not a Megatron index"),
         ("nanogpt", lambda p: cut(p, 1), "n.bin: has .* bytes, which is no whole number of uint16 ids"),
         ("nanogpt", lambda p: p.write_bytes(b"PK\x03\x04" + bytes(50)), "n.bin: is a zip file, not token ids"),
-        ("npy", lambda p: cut(p, 4), "a.npy: cannot be read as npy"),
+        ("npy", lambda p: cut(p, 4), "a.npy: ends before its .* ids do; it was truncated"),
+        ("npy", lambda p: cut(p, p.stat().st_size - 9), "a.npy: cannot be read as npy"),
+        ("npy", lambda p: np.save(p, np.asfortranarray(np.zeros((4, 5), int))), "a.npy: is stored by columns"),
         ("npy", lambda p: np.save(p, np.zeros(9)), "a.npy: holds float64"),
         ("safetensors", lambda p: cut(p, 8), "a.safetensors: ends before tokens does; it was truncated"),
         ("safetensors", lambda p: p.write_bytes(b"\xff" * 30), "not a safetensors file, or truncated"),
@@ -393,26 +360,92 @@ def test_keys_of_token_files(overrides, words):
         check_config(composed(overrides))
 
 
+# ---------------------------------------------------------------- parquet, decoded as it is read
+def test_parquet_is_decoded_a_row_group_at_a_time(tmp_path, tokenizer, ids, monkeypatch):
+    """Little is kept, whatever the order; empty rows count; several files; identity is that of the other formats."""
+    import pandas as pd
+
+    docs = [d if i % 9 else [] for i, d in enumerate(ids)]
+    for part, some in (("a", docs[:60]), ("b", docs[60:])):
+        frame = pd.DataFrame({"input_ids": [np.array(d, np.int64) for d in some], "x": "y"})
+        (tmp_path / "p").mkdir(exist_ok=True)
+        frame.to_parquet(tmp_path / f"p/{part}.parquet", row_group_size=7)
+    held = dict(validation_files=write("nanogpt", tmp_path / "v", ids[:20], 0))
+    wanted = prepare(config(tokens=write("megatron", tmp_path / "m", docs, 0), **held), tokenizer)
+    monkeypatch.setattr(parquet_ids, "decoded", parquet_ids._Decoded())
+    monkeypatch.setattr(parquet_ids, "KEPT", 9000)  # about three of 18 groups
+    for order in ("shuffled", "chunks", "source"):
+        paths = str(tmp_path / "p"), wanted.cfg.tokens
+        corpora = [prepare(config(tokens=path, order=order, **held), tokenizer) for path in paths]
+        assert len(corpora[0].stream) == len(wanted.stream) and corpora[0].fingerprint == corpora[1].fingerprint
+        ours, theirs = (StepBatches(c, 16, 8, 40, 3, None) for c in corpora)
+        assert all(torch.equal(ours[i], theirs[i]) for i in range(40))
+        assert parquet_ids.decoded.bytes <= 9000 and 1 <= len(parquet_ids.decoded.kept) <= 4
+    monkeypatch.setattr(parquet_ids, "LARGEST", 100)
+    with pytest.raises(UserError, match="a.parquet: row group 0 holds .* ids and is decoded as a whole; at most 100"):
+        prepare(config(tokens=str(tmp_path / "p"), **held), tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_wrong_id_is_named_by_its_row_in_the_file(tmp_path, tokenizer, ids, kind):
+    """It was the row of its row group or record batch, which is the same only in files of one."""
+    import datasets
+    import pandas as pd
+
+    wrong = [*ids[:77], [5, 999], *ids[78:]]
+    if kind == "parquet":
+        pd.DataFrame({"input_ids": wrong}).to_parquet(tmp_path / "a.parquet", row_group_size=7)
+    else:
+        with datasets.arrow_writer.ArrowWriter(path=str(tmp_path / "a.arrow"), writer_batch_size=7) as writer:
+            for d in wrong:
+                writer.write({"input_ids": d})
+            writer.finalize()
+    with pytest.raises(UserError, match=rf"a.{kind}: row 77 holds id 999"):
+        prepare(config(tokens=str(tmp_path)), tokenizer)
+
+
 # ---------------------------------------------------------------- at scale
 def test_a_large_permutation_is_one_without_being_stored():
     for size in (2, 3, 1000, 4097):
         assert sorted(shuffled(np.arange(size), size, 3).tolist()) == list(range(size))
+        images = shuffled(np.arange(size), size, 3)
+        assert np.array_equal(shuffled(images, size, 3, inverse=True), np.arange(size))
     far = shuffled(np.arange(100_000), 10**11, 0)
     assert len(np.unique(far)) == 100_000 and far.max() < 10**11
     assert abs(far.mean() / 10**11 - 0.5) < 0.01 and abs(np.corrcoef(far[:-1], far[1:])[0, 1]) < 0.02
     assert not np.array_equal(far, shuffled(np.arange(100_000), 10**11, 1))
 
 
-@pytest.mark.parametrize("seed", [None, 0])
+@pytest.mark.parametrize("kind", ["source", "shuffled", "chunks"])
 @pytest.mark.parametrize("small", [10, 10**6])
-def test_an_order_leaves_out_what_is_skipped_and_held_out(monkeypatch, seed, small):
-    monkeypatch.setattr(token_corpus_module, "SMALL", small)
-    order = Order(1000, seed, skip=100, held_out=np.array([50, 100, 500, 999]))
+def test_an_order_leaves_out_what_is_skipped_and_held_out(monkeypatch, kind, small):
+    """Every other sequence once; a part of the order is the same as in the whole."""
+    for name, value in (("SMALL", small), ("CHUNK", 8), ("MIXED", 4)):
+        monkeypatch.setattr(order_module, name, value)
+    order = Order(1000, 0, skip=100, held_out=np.array([50, 100, 500, 999]), kind=kind)
     assert len(order) == 897
-    assert sorted(order[:897].tolist()) == sorted(set(range(100, 1000)) - {100, 500, 999})
-    assert order[:40].tolist() == order[:897][:40].tolist()
-    if seed is None:
-        assert order[:3].tolist() == [101, 102, 103]
+    whole = order[:897].tolist()
+    assert sorted(whole) == sorted(set(range(100, 1000)) - {100, 500, 999})
+    assert order[:40].tolist() == whole[:40] and order[123:456].tolist() == whole[123:456]
+    if kind == "source":
+        assert whole[:3] == [101, 102, 103]
+    if kind == "chunks":  # 32 sequences in a row come from 4 stretches of 8, and are mixed
+        full = Order(1000, 0, skip=0, held_out=np.zeros(0, np.int64), kind=kind)[:1000]
+        for window in full[:992].reshape(31, 32):
+            counts = np.unique(window // 8, return_counts=True)[1]
+            assert counts.tolist() == [8] * 4 and len(np.unique(np.diff(window))) > 8
+        assert len(np.unique(full[:992:32] // 8)) == 31
+
+
+def test_a_large_plan_is_computed_where_it_is_needed(monkeypatch):
+    """Each epoch reads the same sequences, in another order."""
+    monkeypatch.setattr(order_module, "SMALL", 10)
+    order = Order(500, 0, skip=0, held_out=np.array([7]))
+    plan = Plan(order, 300, 3, seed=1)
+    epochs = plan[0:900].reshape(3, 300)
+    assert epochs[0].tolist() == order[:300].tolist() and plan[250:650].tolist() == epochs.flatten()[250:650].tolist()
+    assert all(sorted(e.tolist()) == sorted(epochs[0].tolist()) for e in epochs)
+    assert not np.array_equal(epochs[1], epochs[0]) and not np.array_equal(epochs[1], epochs[2])
 
 
 def test_opening_a_huge_source_reads_little_of_it(tmp_path, tokenizer, ids):
@@ -423,10 +456,66 @@ def test_opening_a_huge_source_reads_little_of_it(tmp_path, tokenizer, ids):
     held = write("nanogpt", tmp_path / "v", ids, 0)
     start, memory = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     corpus = prepare(config(tokens=str(path), block_size=2048, validation_files=held), tokenizer)
-    data = TextData(corpus, 2048, 256, 1000, 8, 0, None)
-    assert data._steps(0, 1)[999].shape == (256, 2049)
+    steps = 10**11 // 2048 // 256 - 1  # one whole epoch
+    data = TextData(corpus, 2048, 256, steps, 8, 0, None)
+    assert data._steps(0, 1)[steps - 1].shape == (256, 2049)
     assert time.process_time() - start < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 2**20  # KiB, so 1 GiB
+
+
+def test_more_shards_than_open_files(tmp_path, tokenizer, ids):
+    """1,500 shards where a process may have 300 files open; a sampled source is judged by few of them."""
+    stream = np.array(closed(ids, 0))
+    for i, part in enumerate(np.array_split(stream, 1500)):
+        llmc(tmp_path / f"x_{i:06d}.bin", part)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard))
+        corpus = prepare(config(tokens=str(tmp_path)), tokenizer)
+        assert np.array_equal(corpus.stream[1 : 1 + len(stream)], stream)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+KILLER = """
+import json, os, signal
+from bottleneck.data.token_corpus import TokenCorpus
+
+read = TokenCorpus.read
+
+def recorded(self, indices):
+    ids = read(self, indices)
+    with open({log!r}, "a") as f:
+        print(json.dumps([indices.tolist(), ids.tolist()]), file=f)
+    if {row} in indices and not os.path.exists({log!r} + ".killed"):
+        open({log!r} + ".killed", "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return ids
+
+TokenCorpus.read = recorded
+"""
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_the_middle_of_a_shard_takes_the_next_row(run, toy, tmp_path):
+    """SIGKILL while a row in the middle of shard 7 is read; resumed, every step has the batch of Pythia's layout."""
+    rows = np.random.default_rng(0).integers(1, 300, (420, 65))  # 20 rows a shard; a run reads rows 100 to 259
+    source = ["data=tokens", f"data.tokens={pythia(tmp_path / 'p', rows)}", "data.packing=rows", "data.order=source",
+              "data.files=null", "data.skip=100"]  # fmt: skip
+    run(*source, run_dir=tmp_path / "whole")
+    log, plugin = tmp_path / "log", tmp_path / "killer.py"
+    plugin.write_text(KILLER.format(log=str(log), row=150))
+    cut_run = command(*toy, *source, f"plugin={plugin}", f"hydra.run.dir={tmp_path / 'cut'}")
+    first = subprocess.run(cut_run, capture_output=True, timeout=200)
+    assert first.returncode == -signal.SIGKILL
+    before = len(log.read_text().splitlines())
+    again = subprocess.run([*cut_run, "ckpt_path=last"], capture_output=True, text=True, timeout=200)
+    assert again.returncode == 0, again.stderr
+    batches = [json.loads(line) for line in log.read_text().splitlines()[before:]]
+    assert batches[0][0] == list(range(148, 156))  # the step after the checkpoint of step 6
+    assert [b[0] for b in batches] == [list(range(k, k + 8)) for k in range(148, 260, 8)]
+    assert all(ids == rows[indices].tolist() for indices, ids in batches)
+    assert_same_heads(heads_of(tmp_path / "whole"), heads_of(tmp_path / "cut"))
 
 
 # ---------------------------------------------------------------- writing
