@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,21 @@ FORMAT = 1  # version of the folder; another one is refused
 PARTS = ("train", "validation")
 
 
+@dataclass(frozen=True)
+class ValidationPart:
+    """The validation text of one source: ids [M], and the ids from one block to the next."""
+
+    name: str
+    tokens: np.ndarray
+    stride: int
+    bytes: int
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that predict every token once."""
+        return math.ceil((len(self.tokens) - 1) / self.stride)
+
+
 @dataclass
 class Corpus:
     """Prepared tokens. `train` and `validation` are read-only arrays on disk.
@@ -36,6 +52,7 @@ class Corpus:
     folder: Path
     manifest: dict[str, Any]
     seconds: Optional[float] = None
+    own_epochs = False  # whether its order repeats what has to be repeated
 
     def __post_init__(self) -> None:
         dtype = np.dtype(self.manifest["dtype"])
@@ -52,6 +69,30 @@ class Corpus:
     def validation_bytes(self) -> int:
         """UTF-8 bytes of the validation documents, which bits per byte are relative to."""
         return self.manifest["validation"]["bytes"]
+
+    def validation_parts(self, block: int) -> list[ValidationPart]:
+        """The validation text, as one part for each source."""
+        return [ValidationPart(self.name, self.validation, block, self.validation_bytes)]
+
+    def order(self, seed: int, block: int) -> Any:
+        """The order of the training blocks: `order[:n]` are the first n."""
+        return np.random.default_rng(seed).permutation((len(self.train) - 1) // block)
+
+    def check_budget(self, order: Any, needed: int, block: int, epochs: int) -> None:
+        """Raises UserError if an order is shorter than one epoch of `needed` blocks."""
+        once = "" if epochs == 1 else f" for each of {epochs} epochs"
+        have = len(order)
+        check(
+            needed <= have,
+            f"tokens: {needed * block} are requested{once}, {self.name} has {have * block} training tokens in"
+            f" blocks of {block}; give fewer, a smaller data.block_size, more text,"
+            " or read it again with a larger data.epochs",
+        )
+
+    def read(self, indices: np.ndarray, block: int) -> np.ndarray:
+        """Ids [len(indices), T + 1] of some blocks."""
+        starts = indices[:, None] * block + np.arange(block + 1)
+        return self.train[starts].astype(np.int64)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -16,10 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from bottleneck.core.errors import check
 from bottleneck.data.cache import Corpus
 from bottleneck.data.order import Plan
-from bottleneck.data.token_corpus import TokenCorpus
 
 IGNORE = -100  # a target that does not count
 
@@ -47,32 +45,22 @@ class StepBatches(Dataset):
     ):
         self.corpus, self.block, self.batch, self.steps, self.bos = corpus, block, batch, steps, bos
         self.rank, self.share = rank, batch // world
-        if isinstance(corpus, TokenCorpus):
-            assert corpus.block == block, "token files are opened for one length of sequence"
-            self.order: Any = corpus.order(seed)
+        if corpus.own_epochs:
+            order: Any = corpus.order(seed, block, epochs)  # type: ignore[call-arg]
+            epochs = 1
         else:
-            self.order = np.random.default_rng(seed).permutation((len(corpus.train) - 1) // block)
-        blocks = len(self.order)
+            order = corpus.order(seed, block)
+        self.order = order
         needed = math.ceil(steps / epochs) * batch  # blocks of one epoch
-        once = "" if epochs == 1 else f" for each of {epochs} epochs"
-        check(
-            needed <= blocks,
-            f"tokens: {needed * block} are requested{once}, {corpus.name} has {blocks * block} training tokens in"
-            f" blocks of {block}; give fewer, a smaller data.block_size, more text,"
-            " or read it again with a larger data.epochs",
-        )
-        self.plan = Plan(self.order, needed, epochs, seed)
+        corpus.check_budget(order, needed, block, epochs)
+        self.plan = Plan(order, needed, epochs, seed)
 
     def __len__(self) -> int:
         return self.steps
 
     def blocks(self, indices: np.ndarray) -> Tensor:
         """Token ids [len(indices), T+1] of some blocks of the stream, or of some rows."""
-        if isinstance(self.corpus, TokenCorpus):
-            ids = torch.from_numpy(self.corpus.read(indices))
-        else:
-            starts = indices[:, None] * self.block + np.arange(self.block + 1)
-            ids = torch.from_numpy(self.corpus.train[starts].astype(np.int64))
+        ids = torch.from_numpy(self.corpus.read(indices, self.block))
         if self.bos is not None:
             ids[:, 0] = self.bos
         return ids
@@ -91,16 +79,18 @@ class ValidationBlocks(Dataset):
     """Items (inputs [T], targets [T]) in which all processes together predict every validation token exactly once."""
 
     def __init__(self, corpus: Corpus, block: int, bos: Optional[int], rank: int = 0, world: int = 1):
-        self.tokens, self.block, self.bos = corpus.validation, block, bos
-        self.stride = corpus.stride if isinstance(corpus, TokenCorpus) else block
-        self.indices = range(rank, math.ceil((len(self.tokens) - 1) / self.stride), world)
+        self.parts, self.block, self.bos = corpus.validation_parts(block), block, bos
+        self.ends = np.cumsum([part.blocks for part in self.parts])
+        self.indices = range(rank, int(self.ends[-1]), world)
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, item: int) -> tuple[Tensor, Tensor]:
-        start = self.indices[item] * self.stride
-        ids = torch.from_numpy(self.tokens[start : start + self.block + 1].astype(np.int64))
+        i = int(np.searchsorted(self.ends, self.indices[item], side="right"))
+        part = self.parts[i]
+        start = (self.indices[item] - int(self.ends[i]) + part.blocks) * part.stride
+        ids = torch.from_numpy(part.tokens[start : start + self.block + 1].astype(np.int64))
         inputs = torch.full((self.block,), int(ids[0]))
         targets = torch.full((self.block,), IGNORE)
         inputs[: len(ids) - 1], targets[: len(ids) - 1] = ids[:-1], ids[1:]
@@ -148,6 +138,11 @@ class TextData(pl.LightningDataModule):
     def calibration(self, tokens: int) -> Tensor:
         """The first sequences of the training order, see `StepBatches.calibration`."""
         return self._steps(0, 1).calibration(tokens)
+
+    def domains(self) -> list[tuple[str, int]]:
+        """Name and number of validation blocks of each text of a mix; nothing of a single text."""
+        parts = self.corpus.validation_parts(self.block)
+        return [(part.name, part.blocks) for part in parts] if len(parts) > 1 else []
 
     def train_dataloader(self) -> StatefulDataLoader:
         trainer = self.trainer

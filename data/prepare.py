@@ -30,6 +30,7 @@ from bottleneck.core.errors import Parser, UserError, check
 from bottleneck.data.cache import FORMAT, PARTS, Corpus, find_fault, open_prepared, read_manifest, tokenizer_hash
 from bottleneck.data.encode import Writer, background, encoder
 from bottleneck.data.held_out import HashSplit, document_hash
+from bottleneck.data.mix import MixCorpus, sources_of
 from bottleneck.data.readers import local_path, readable
 from bottleneck.data.sources import Source
 from bottleneck.data.token_corpus import TokenCorpus
@@ -40,7 +41,8 @@ PROGRESS_SECONDS = 5.0  # between two lines about the progress
 
 
 def prepare(cfg: DataConfig, tokenizer: Any) -> Corpus:
-    """The tokens of this text: the folder `data.prepared`, the files `data.tokens`, or the cache, built if missing.
+    """The tokens of this text: the folder `data.prepared`, the files `data.tokens`, the sources of `data.mix`, or
+    the cache, built if missing.
 
     A complete cache is opened without its lock, so it may be shared and read-only.
 
@@ -51,6 +53,8 @@ def prepare(cfg: DataConfig, tokenizer: Any) -> Corpus:
         return open_prepared(cfg, tokenizer)
     if cfg.tokens is not None:
         return TokenCorpus(cfg, tokenizer)
+    if cfg.mix:
+        return MixCorpus(cfg, {name: prepare(own, tokenizer) for name, own in sources_of(cfg).items()})
     source = Source(cfg)
     key = _key(cfg, source, tokenizer)
     root = local_path(cfg.cache_dir)
@@ -203,6 +207,7 @@ def command(overrides: list[str], write: Optional[str] = None, out: Optional[Pat
     c = check_config(cli.composed(overrides))
     in_place = "data.tokens: token files are read in place, there is nothing to prepare; give them to train.py"
     check(c.data.tokens is None, in_place)
+    check(not c.data.mix, "data.mix: train.py prepares each source when it is first used; or prepare them one by one")
     corpus = prepare(c.data, load_tokenizer(c.backbone))
     counts = {part: int(corpus.manifest[part]["tokens"]) for part in PARTS}
     took = "already there"

@@ -16,14 +16,14 @@ import zlib
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Iterator, Optional
 
 import numpy as np
 
 from bottleneck.config.checks import as_list
 from bottleneck.config.schema import DataConfig
 from bottleneck.core.errors import UserError, check
-from bottleneck.data.cache import Corpus
+from bottleneck.data.cache import Corpus, ValidationPart
 from bottleneck.data.local_files import patterns_of, shown, split_of_folder
 from bottleneck.data.order import CHUNK, MIXED, SMALL, Order, shuffled
 from bottleneck.data.readers import local_path, readable
@@ -247,11 +247,16 @@ class TokenCorpus(Corpus):
         """UTF-8 bytes of the decoded validation documents."""
         return self._validation_bytes
 
-    def order(self, seed: int) -> Order:
+    def validation_parts(self, block: int) -> list[ValidationPart]:
+        """The validation text; rows do not overlap."""
+        return [ValidationPart(self.name, self.validation, self.stride, self.validation_bytes)]
+
+    def order(self, seed: int, block: Optional[int] = None) -> Order:
         """The order of the training blocks or rows."""
+        assert block in (None, self.block), "token files are opened for one length of sequence"
         return Order(self.count, seed, self.skip, self.held_out, self.cfg.order)
 
-    def read(self, indices: np.ndarray) -> np.ndarray:
+    def read(self, indices: np.ndarray, block: Optional[int] = None) -> np.ndarray:
         """Ids [len(indices), T + 1] of some blocks or rows. Raises UserError for an id that the tokenizer lacks."""
         T = self.block
         out = np.empty((len(indices), T + 1), np.int64)

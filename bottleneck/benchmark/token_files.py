@@ -114,7 +114,7 @@ def read(order: str, block: int, folder: Path, backbone: BackboneConfig, repeats
     """Measure the training loader over the files of a folder in one order, from a cold cache."""
     cfg = DataConfig(tokens=str(folder), block_size=block, order=order)  # type: ignore[arg-type]
     data = prepare(cfg, load_tokenizer(backbone))
-    available = len(data.order(0)) // BATCH  # type: ignore[attr-defined]
+    available = len(data.order(0, block)) // BATCH
     steps = min(READ // block // BATCH, available)
     if steps == 0:
         return []

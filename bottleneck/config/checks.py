@@ -5,22 +5,27 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Optional
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from bottleneck.config.declare import freeze
+from bottleneck.config.declare import composable, freeze
 from bottleneck.config.head_options import check_options
 from bottleneck.config.schema import BY_NAME, SCHEMA_KEYS, DataConfig, TrainConfig, unknown_key
 from bottleneck.core import plugins
-from bottleneck.core.errors import check
+from bottleneck.core.errors import UserError, check
 from bottleneck.core.extensions import HEAD_KINDS, LOSSES, OBJECTIVES, STARTS
+from bottleneck.core.paths import CONF
 
 # `ranks: auto`: powers of two, then the paper's half steps, up to and including the hidden size.
 RANK_LADDER = (8, 16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 # keys that only data.tokens reads
 TOKEN_KEYS = ("format", "ids_field", "packing", "order", "skip")
+# keys that each source of data.mix has for itself
+DECIDED_BY_SOURCE = ("subset", "split", "validation_split", "validation_files", "document_start", "text_field")
+ONE_FOR_ALL = ("mix", "sources", "block_size", "seed", "epochs", "cache_dir")  # keys that no source has for itself
 SHARDED = ("fsdp", "zero3")  # values of trainer.shard that shard the backbone
 MODEL = "model:"  # head.teacher=model:PATH
 YEAR = 366 * 24 * 60  # minutes
@@ -120,6 +125,7 @@ def _check_data(d: Any) -> None:
         check("" not in as_list(value), f"data.{name}: holds an empty path; an unset shell variable gives one")
         if value is not None:  # Hydra parses a folder name such as 2024 as a number
             setattr(d, name, [str(v) for v in value] if isinstance(value, list) else str(value))
+    _check_mix(d)
     _check_source(d)
     if d.files is not None:
         hub_only = [k for k in ("subset", "validation_split") if getattr(d, k) is not None]
@@ -131,12 +137,58 @@ def _check_data(d: Any) -> None:
     d.validation_tokens = as_count("data.validation_tokens", d.validation_tokens)
 
 
+def _check_mix(d: Any) -> None:
+    """Weights and keys of the sources of `data.mix`; a source's config is checked like one of its own."""
+    if not d.mix:
+        unused = next(iter(d.sources or {}), None)
+        check(unused is None, f"data.sources.{unused}: only data.mix uses it; give it a weight there")
+        d.sources = {}
+        return
+    check(isinstance(d.mix, dict), f"data.mix={d.mix}: must be weights by name, such as {{prose: 0.8, code: 0.2}}")
+    d.mix = {str(name): as_rate(f"data.mix.{name}", weight) for name, weight in d.mix.items()}
+    check(len(d.mix) > 1, f"data.mix={d.mix}: must be two texts or more; give one alone as data=…")
+    for name in d.mix:
+        check(bool(re.fullmatch(r"[\w.-]+", name)), f"data.mix: {name!r} must be letters, digits, _, - or .")
+    such = "such as {code: {files: src}}"
+    check(isinstance(d.sources, dict), f"data.sources={d.sources}: must be keys by name, {such}")
+    unused = next((name for name in d.sources if name not in d.mix), None)
+    check(unused is None, f"data.sources.{unused}: has no weight; data.mix has {', '.join(d.mix)}")
+    given = [k for k in DECIDED_BY_SOURCE if getattr(d, k) != getattr(DataConfig(), k)]
+    check(not given, f"data.{given[0] if given else ''}: data.mix does not use it; give it in data.sources.NAME")
+    d.sources = {name: _checked_source(d, name) for name in d.mix}
+
+
+def _checked_source(d: Any, name: str) -> dict[str, Any]:
+    """The keys of one source that differ from the defaults, with paths as texts."""
+    where, given = f"data.sources.{name}", d.sources.get(name)
+    if given is None:
+        file = CONF / "data" / f"{name}.yaml"
+        choices = sorted(f.stem for f in (CONF / "data").glob("*.yaml") if f.stem not in ("mix", "tokens", "prepared"))
+        check(file.is_file(), f"data.mix: {name} is unknown; give {where}.files=…, or one of {', '.join(choices)}")
+        choice: Any = OmegaConf.to_container(OmegaConf.load(file))
+        given = {k: v for k, v in choice.items() if k not in ("cache_dir", "max_tokens")}
+    check(isinstance(given, dict), f"{where}={given}: must be keys of data, such as {where}.files=…")
+    node: Any = composable(DataConfig)()
+    resolved: Any = OmegaConf.to_container(OmegaConf.create(given), resolve=True)
+    for key, value in resolved.items():
+        check(key not in ONE_FOR_ALL, f"{where}.{key}: is the same for all texts; give data.{key}")
+        check(hasattr(node, str(key)), f"{where}.{key}: unknown key; allowed are {', '.join(vars(node))}")
+        setattr(node, str(key), value)
+    try:
+        _check_data(node)
+        checked = freeze(DataConfig, node)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    return {f.name: v for f in fields(DataConfig) if (v := getattr(checked, f.name)) != getattr(DataConfig(), f.name)}
+
+
 def _check_source(d: Any) -> None:
     """Require exactly one source of text, and refuse keys that this source does not read."""
     given = [name for name in ("files", "dataset", "prepared", "tokens") if getattr(d, name) is not None]
+    given += ["mix"] * bool(d.mix)
     either = (
         "either data.files (local) or data.dataset (Hub name) or data.prepared (folder of prepared tokens)"
-        " or data.tokens (files of token ids)"
+        " or data.tokens (files of token ids) or data.mix (weights of several)"
     )
     both = f"; {' and '.join(given)} are given" if given else ""
     both += " (data=prepared sets no other)" if "prepared" in given else ""

@@ -81,6 +81,14 @@ class DataConfig:
     skip: int | str = key(
         0, "data.tokens: leave out so many blocks or rows at the start; stepN means N of Pythia's steps of 1,024 rows."
     )
+    mix: dict[str, float] = key(
+        {},
+        "Texts mixed by weight, such as {prose: 0.8, code: 0.2}. Each is validated by itself, and read again up to "
+        "data.epochs times where it is short.",
+    )
+    sources: dict[str, Any] = key(
+        {}, "data.mix: keys of each text, as in data; default: the choice of data=… that has its name.", read=Any
+    )
     subset: Optional[str] = key(None, "Configuration name of the Hub dataset, such as wikitext-103-raw-v1.")
     split: str = key("train", "Training split of the Hub dataset.")
     validation_split: Optional[str] = key(
@@ -278,7 +286,8 @@ class TrainConfig:
 
 TrainNode = composable(TrainConfig)
 BY_START = ("optim.lr_ref", "optim.gamma")  # keys that hold a number, or a number per start
-BY_NAME = (*BY_START, "head.options")  # keys whose entries are checked later: plugins bring their own
+# keys whose entries are checked later: plugins and users bring their own
+BY_NAME = (*BY_START, "head.options", "data.mix", "data.sources")
 
 
 def register() -> None:

@@ -140,6 +140,7 @@ def compare(
     batches: Iterable[tuple[Tensor, Tensor]],
     band_V: Tensor,
     target: Optional[Target] = None,
+    domains: Sequence[tuple[str, int]] = (),
     ignore_index: int = -100,
 ) -> dict[str, Any]:
     """The registered metrics, losses by band and losses by group of blocks of every head, over all tokens of all
@@ -151,9 +152,11 @@ def compare(
             processes hold every block once.
         band_V: from `bands_of`.
         target: metrics then compare the heads, and the original head, with it.
+        domains: name and number of blocks of each text that the validation text consists of, if it is a mix.
     Returns: heads: {name: {METRIC: value or None, bands: [{band, tokens, loss}], group_losses: [G]}};
         reference: {bands, group_tokens: [G], group_losses: [G]} of the original head; with a target also target:
-        {name, hash, loss, original: {METRIC: value or None}}.
+        {name, hash, loss, original: {METRIC: value or None}}. With domains, heads and reference have domains:
+        [{domain, tokens, loss}].
     """
     device = backbone.lm_head.weight.device
     band_V = band_V.to(device)
@@ -187,19 +190,24 @@ def compare(
             sums.add_blocks(torch.cat(losses, 1), keep, goals.shape)
             sums.finish_batch(keep.view(goals.shape))
     sums.reduce()
-    return _described(sums, [key.name for key in bank.keys], target)
+    return _described(sums, [key.name for key in bank.keys], target, domains)
 
 
-def _described(sums: _Sums, names: list[str], target: Optional[Target]) -> dict[str, Any]:
+def _described(
+    sums: _Sums, names: list[str], target: Optional[Target], domains: Sequence[tuple[str, int]]
+) -> dict[str, Any]:
     """What `compare` returns."""
     tokens = [int(c) for c in sums.counts.tolist()]
     means, bands = (sums.metrics_HK / sums.numbers_HK).tolist(), (sums.bands / sums.counts).tolist()
-    group_tokens, group_losses = grouped(*sums.gathered_blocks())
+    block_sums, block_tokens = sums.gathered_blocks()
+    group_tokens, group_losses = grouped(block_sums, block_tokens)
+    by_domain = domain_losses(block_sums, block_tokens, domains)
 
     def described(i: int) -> dict[str, Any]:
         rows = zip(band_names(), tokens, bands[i])
         table = [{"band": name, "tokens": t, "loss": x if math.isfinite(x) else None} for name, t, x in rows]
-        return {"bands": table, "group_losses": group_losses[i]}
+        own = {"domains": [row[i] for row in by_domain]} if by_domain else {}
+        return {"bands": table, "group_losses": group_losses[i]} | own
 
     def metrics_of(i: int) -> dict[str, Any]:
         return {m.name: x if x == x else None for m, x in zip(sums.wanted, means[i])}
@@ -209,6 +217,23 @@ def _described(sums: _Sums, names: list[str], target: Optional[Target]) -> dict[
     if target is not None:
         loss = sums.target.item() / sum(tokens)
         found["target"] = {"name": target.name, "hash": target.hash, "loss": loss, "original": metrics_of(len(names))}
+    return found
+
+
+def domain_losses(
+    sums: np.ndarray, tokens: np.ndarray, domains: Sequence[tuple[str, int]]
+) -> list[list[dict[str, Any]]]:
+    """Mean losses of each text of a mix: for each domain, and each of the H rows, {domain, tokens, loss}.
+
+    Args: sums: summed losses [H, N] of blocks, nats; tokens: of each block [N]; domains: (name, number of blocks).
+    """
+    found, at = [], 0
+    for name, blocks in domains:
+        mine = slice(at, at + blocks)
+        count = int(tokens[mine].sum())
+        means = (sums[:, mine].sum(1) / count).tolist()
+        found.append([{"domain": name, "tokens": count, "loss": x if math.isfinite(x) else None} for x in means])
+        at += blocks
     return found
 
 

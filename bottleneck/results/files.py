@@ -22,7 +22,7 @@ from bottleneck.core.errors import UserError, check
 from bottleneck.core.files import leftovers, write_atomic
 from bottleneck.heads.key import HeadKey
 from bottleneck.results.details import draw_details, has_details
-from bottleneck.results.merging import band_losses
+from bottleneck.results.merging import band_losses, domain_perplexities
 from bottleneck.results.metric_names import columns
 from bottleneck.results.picture import draw
 from bottleneck.results.schema import SCHEMA, fault, head_columns, parse, printable
@@ -119,15 +119,17 @@ def _write_derived(curves: list[dict[str, Any]], out: Path, names: Iterable[str]
 
 
 def _csv(curves: list[dict[str, Any]]) -> str:
-    """One row for each head: the numbers that every head has, metrics, and losses by frequency of the target."""
+    """One row for each head: the numbers that every head has, metrics, perplexities by text of a mix, and losses by
+    frequency of the target."""
     names = [*head_columns(), *(m.name for m in columns(curves))]
+    names += dict.fromkeys(name for c in curves for h in c["heads"] for name in domain_perplexities(h))
     names += dict.fromkeys(name for c in curves for h in c["heads"] for name in band_losses(h))
     table = io.StringIO(newline="")
     writer = csv.writer(table)
     writer.writerow(("backbone", "data", "tokens", *names))
     for c in curves:
         for h in c["heads"]:
-            row = h | band_losses(h)
+            row = h | band_losses(h) | domain_perplexities(h)
             writer.writerow((c["backbone"], c["data"], c["tokens"], *(row.get(name) for name in names)))
     return table.getvalue()
 

@@ -80,6 +80,11 @@ def band_losses(head: dict[str, Any]) -> dict[str, Any]:
     return {f"loss_{b['band'].replace('–', '-')}": b["loss"] for b in head.get("bands") or ()}
 
 
+def domain_perplexities(head: dict[str, Any]) -> dict[str, Any]:
+    """The perplexities by text of a mix as single numbers: perplexity_prose, perplexity_code, …"""
+    return {f"perplexity_{d['domain']}": d["perplexity"] for d in head.get("domains") or ()}
+
+
 def perplexity_of(loss: float | None) -> float | None:
     """exp(loss); None if there is no loss or the perplexity is too large to draw."""
     return math.exp(loss) if loss is not None and loss < 600 else None

@@ -55,6 +55,7 @@ def draw(curves: list[dict[str, Any]], file: BinaryIO, x: str = "rank") -> None:
         values += references.draw(axes, c, first, label)
         if len(curves) == 1 and len(names) == 1:
             _draw_knees(axes, axis, c)
+            values += _draw_domains(axes, axis, c, colours[1:])
     if axis.weight is None:
         rank_axis(axes, ranks)
         if len(ranks) > 8:
@@ -162,6 +163,24 @@ def _draw_knees(axes: Any, axis: Axis, c: dict[str, Any]) -> None:
             textcoords="offset points",
             xytext=(3, 6),
         )
+
+
+def _draw_domains(axes: Any, axis: Axis, c: dict[str, Any], colours: list[str]) -> list[float]:
+    """Perplexity of each text of a mix, and of the original head on it. Returns the values that the axis must show."""
+    values: list[float] = []
+    heads = [h for h in c["heads"] if h["best"] and _drawable(h, axis)]
+    for i, own in enumerate(c["reference"].get("domains", [])):
+        points = [(axis.of(h), h["domains"][i]["perplexity"]) for h in heads if h.get("domains")]
+        points = [(x, y) for x, y in points if y is not None and y < HIGHEST]
+        colour, name = colours[i % len(colours)], as_text(own["domain"])
+        at = own["perplexity"]
+        label = f"{name}, original head ({at:.4g})" if at is not None else name
+        axes.plot([x for x, _ in points], [y for _, y in points], ".-", color=colour, lw=1, label=name)
+        if at is not None and at < HIGHEST:
+            axes.axhline(at, color=colour, ls="--", lw=0.7, label=label)
+            values.append(at)
+        values += [y for _, y in points]
+    return values
 
 
 def rank_axis(axes: Any, ranks: set[int]) -> None:

@@ -66,6 +66,16 @@ def _bands(x: Any) -> bool:
     )
 
 
+def _domains(x: Any) -> bool:
+    return isinstance(x, list) and all(
+        isinstance(d, dict)
+        and isinstance(d.get("domain"), str)
+        and _whole(d.get("tokens"))
+        and all(n in d and (d[n] is None or _loss(d[n])) for n in NUMBERS)
+        for d in x
+    )
+
+
 def _loss(x: Any) -> bool:
     return _number(x) and x >= -1e-3  # a mean of float32 losses near 0 may round below it
 
@@ -82,6 +92,7 @@ FLAG = Kind(lambda x: isinstance(x, bool), "true or false")
 OBJECT = Kind(lambda x: isinstance(x, dict), "an object")
 HEADS = Kind(lambda x: isinstance(x, list) and bool(x), "a non-empty list")
 BANDS = Kind(_bands, "a list of bands")
+DOMAINS = Kind(_domains, "a list of domains")
 COUNTS = Kind(lambda x: isinstance(x, list) and all(_whole(v) and v > 0 for v in x), "a list of whole numbers above 0")
 LOSSES = Kind(_numbers, "a list of numbers or nulls")
 INTERVAL = Kind(_interval, "[low, high] or null")
@@ -115,6 +126,12 @@ MEASURED = (
 )
 DETAILS = (
     Field("bands", BANDS, "loss by frequency of the target token: a list of {band, tokens, loss}", False),
+    Field(
+        "domains",
+        DOMAINS,
+        "numbers by text of data.mix: a list of {domain, tokens, loss, perplexity, bits_per_byte}",
+        False,
+    ),
     Field("group_losses", LOSSES, "mean losses of consecutive stretches of the validation text, to 7 decimals", False),
     Field("loss_interval", INTERVAL, "95 % confidence interval of the loss over validation text", False),
     Field("perplexity_interval", INTERVAL, "95 % confidence interval of the perplexity", False),
@@ -259,7 +276,13 @@ def _wrong_head(h: dict[str, Any], c: dict[str, Any]) -> Iterator[str]:
     bands = [[(b["band"], b["tokens"]) for b in row.get("bands", [])] for row in (h, reference)]
     if (h.get("kl") is not None or bands[0]) and bands[0] != bands[1]:
         yield f"the bands of {whose} are not those of its reference"
+    domains = [[(d["domain"], d["tokens"]) for d in row.get("domains", [])] for row in (h, reference)]
+    if domains[0] != domains[1]:
+        yield f"the domains of {whose} are not those of its reference"
     for row, name in ((h, whose), (reference, "its reference")):
+        yield from _wrong_parts(
+            row, [(d["tokens"], d["loss"]) for d in row.get("domains", [])], c, f"the domains of {name}"
+        )
         parts = [(b["tokens"], b["loss"]) for b in row.get("bands", []) if b["tokens"]]
         yield from _wrong_parts(row, parts, c, f"the bands of {name}")
         if "group_losses" in row:
@@ -350,9 +373,9 @@ CHECKS = """
 
 A file is refused with one line if a value is not what the tables require, a key is duplicated, or its numbers
 contradict each other: perplexity is not exp(loss), bits_per_byte has another ratio to the loss than in
-`reference`, `parameters` is not r (V + d) for W = A B, losses of bands or groups do not add up to the loss within 2 %,
-their tokens do not add up to `validation_tokens`, or a head is duplicated. `best`, `knee`, `trained_reference` and
-the intervals are computed anew.
+`reference`, `parameters` is not r (V + d) for W = A B, losses of bands, domains or groups do not add up to the loss
+within 2 %, their tokens do not add up to `validation_tokens`, or a head is duplicated. `best`, `knee`,
+`trained_reference` and the intervals are computed anew.
 """
 
 if __name__ == "__main__":

@@ -47,18 +47,34 @@ def _table(c: dict[str, Any], label: str, shown: list[Column]) -> Table:
         padding=(0, 1),
         pad_edge=False,
     )
-    for column in ("rank", "lr", "loss", "perplexity", "start", *(escape(m.title) for m in shown)):
+    domains = [d["domain"] for d in c["reference"].get("domains", [])]
+    for column in (
+        "rank",
+        "lr",
+        "loss",
+        "perplexity",
+        *map(escape, domains),
+        "start",
+        *(escape(m.title) for m in shown),
+    ):
         table.add_column(column, justify="right", no_wrap=True)
     if len(starts) > 1:
         table.add_column("init")
     if seeds > 1:
         table.add_column(f"all {seeds} seeds", justify="right", no_wrap=True)
     for h in (h for h in c["heads"] if h["best"]):
-        cells = [str(h["rank"]), f"{h['lr']:.3g}", *_numbers(h), _cell(h["initial_loss"], ".4f")]
+        cells = [
+            str(h["rank"]),
+            f"{h['lr']:.3g}",
+            *_numbers(h),
+            *_by_domain(h, domains),
+            _cell(h["initial_loss"], ".4f"),
+        ]
         cells += [_cell(h.get(m.name), m.form) for m in shown]
         cells += [escape(series(h))] if len(starts) > 1 else []
         table.add_row(*cells, *([_spread(c["heads"], h)] if seeds > 1 else []))
-    table.add_row("original head", "", *_numbers(c["reference"]), style="bold")
+    reference = c["reference"]
+    table.add_row("original head", "", *_numbers(reference), *_by_domain(reference, domains), style="bold")
     return table
 
 
@@ -87,6 +103,12 @@ def _rates_at_the_end(heads: list[dict[str, Any]]) -> list[str]:
 
 def _numbers(row: dict[str, Any]) -> list[str]:
     return [_cell(row["loss"], ".4f"), _perplexity(row["perplexity"])]
+
+
+def _by_domain(row: dict[str, Any], domains: list[str]) -> list[str]:
+    """Perplexities by text of a mix."""
+    found = {d["domain"]: d["perplexity"] for d in row.get("domains", [])}
+    return [_perplexity(found.get(name)) for name in domains]
 
 
 def _perplexity(value: Any) -> str:

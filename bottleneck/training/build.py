@@ -75,6 +75,7 @@ def build_module(
         data_hash=inputs.corpus.fingerprint,
         bands=bands_of(inputs.corpus.train, inputs.vocab_size),
         text_bytes=inputs.corpus.validation_bytes,
+        domains=data.domains(),
         log_every=c.trainer.log_every,
         flag=flag,
         build=zero2.Zero2AdamW if c.trainer.shard == "zero2" else build_optimizer,

@@ -31,7 +31,8 @@ def build_curve(c: TrainConfig, module: HeadSweep, corpus: Corpus) -> dict[str, 
             "data_hash": corpus.fingerprint,
             "validation_tokens": tokens,
             "recipe": recipe(c, str(backbone.lm_head.weight.dtype).removeprefix("torch.")),
-            "reference": derived(module.reference, tokens, corpus.validation_bytes) | module.details["reference"],
+            "reference": derived(module.reference, tokens, corpus.validation_bytes)
+            | _with_domains(module.details["reference"], corpus, c.data.block_size),
             **({"target": module.details["target"]} if "target" in module.details else {}),
             "heads": _heads(c, module, corpus),
             "versions": environment(module.trainer.strategy.root_device),
@@ -59,7 +60,16 @@ def _heads(c: TrainConfig, module: HeadSweep, corpus: Corpus) -> list[dict[str, 
                 "initial_loss": initial,
                 "status": "ok" if ok else "diverged",
                 "best": False,
-                **module.details["heads"][key.name],
+                **_with_domains(module.details["heads"][key.name], corpus, c.data.block_size),
             }
         )
     return rows
+
+
+def _with_domains(details: dict[str, Any], corpus: Corpus, block: int) -> dict[str, Any]:
+    """Details of a head with perplexity and bits per byte of each text of a mix."""
+    if "domains" not in details:
+        return details
+    sizes = {part.name: part.bytes for part in corpus.validation_parts(block)}
+    rows = [d | derived(d["loss"], d["tokens"], sizes[d["domain"]]) for d in details["domains"]]
+    return details | {"domains": rows}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from typing import Any, Callable, Iterable, Optional
+from typing import Any, Callable, Iterable, Optional, Sequence
 
 import pytorch_lightning as pl
 import torch
@@ -50,6 +50,7 @@ class HeadSweep(pl.LightningModule):
         config, data_hash: stored in checkpoints; a resumed run must have the same text.
         bands: frequency band of every token id [V], from `agreement.bands_of`.
         text_bytes: size of the validation text.
+        domains: name and number of validation blocks of each text of a mix.
         flag: carries a signal to the other processes.
         build: makes the optimizer.
         cuda_graphs: record micro-steps where possible, see `heads.micro_steps`.
@@ -76,6 +77,7 @@ class HeadSweep(pl.LightningModule):
         data_hash: str,
         bands: Tensor,
         text_bytes: int,
+        domains: Sequence[tuple[str, int]] = (),
         log_every: int = 10,
         flag: Optional[Flag] = None,
         build: Callable[[HeadBank, OptimConfig], Any] = build_optimizer,
@@ -96,7 +98,7 @@ class HeadSweep(pl.LightningModule):
         self.start, self.validation, self.config = start, validation, config
         self.data_hash = data_hash
         self.log_every, self.flag, self.build = log_every, flag or Flag(), build
-        self.bands, self.text_bytes = bands, text_bytes
+        self.bands, self.text_bytes, self.domains = bands, text_bytes, domains
         self.initial: dict[str, float] = {}
         self.details: dict[str, Any] = {}
         self.final: dict[str, float] = {}
@@ -219,6 +221,7 @@ class HeadSweep(pl.LightningModule):
             self.validation(trainer.global_rank, trainer.world_size),
             self.bands,
             self.target,
+            self.domains,
         )
         rows = {
             f"val/{m.name}/{name}": found[m.name]

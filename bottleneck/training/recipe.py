@@ -58,6 +58,7 @@ SETTINGS = (
     Setting("packing", lambda c: c.data.packing, silent="join"),
     Setting("order", lambda c: c.data.order, silent="shuffled"),
     Setting("skip", lambda c: c.data.skip, silent=0),
+    Setting("mix", lambda c: c.data.mix, silent={}),
     Setting("whiten", lambda c: c.head.whiten, silent=False),
     Setting("lr_ratio", lambda c: c.optim.lr_ratio, silent=1),
     Setting("objective", lambda c: c.head.objective, silent="ce"),

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -219,7 +220,7 @@ def check_same_run(stored: dict[str, Any], current: dict[str, Any], path: Path) 
     a, b, defaults = map(_flat, (stored, current, dataclasses.asdict(TrainConfig())))
     a = {key: defaults[key] for key in b if key in defaults} | a
     for key in sorted(a.keys() | b.keys()):
-        if key.startswith(FREE):
+        if re.sub(r"^data\.sources\.[^.]+\.", "data.", key).startswith(FREE):
             continue
         hint = "a run is resumed with the settings it began with"
         check(a.get(key) == b.get(key), f"{key}={b.get(key)}: the run in {path} has {a.get(key)}; {hint}")

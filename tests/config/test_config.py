@@ -32,6 +32,7 @@ NEEDED = {
     ("data", "local"): ["data.files=x.txt"],
     ("data", "prepared"): ["data.prepared=x"],
     ("data", "tokens"): ["data.tokens=x"],
+    ("data", "mix"): ["data.mix={sample: 1, wikitext103: 1}"],
     ("backbone", "local"): ["backbone.path=x"],
 }
 
