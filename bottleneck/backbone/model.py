@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bottleneck.backbone import proof
+from bottleneck.backbone.documents import Documents, fault
 from bottleneck.backbone.head import FullHead, UnknownHeadError
 from bottleneck.backbone.load import (
     DTYPES,
@@ -50,6 +51,7 @@ class Backbone(nn.Module):
     Attributes:
         head: the original head, a `FullHead` (its tensors are the model's, not copies).
         family: Transformers' model type, for messages.
+        documents: how documents of one sequence are kept apart; None: not at all.
         hash: identity of the weights, independent of the dtype they are loaded in.
         rewrites_weights: whether the family changes its weights in place when it runs (RWKV rescales them).
 
@@ -72,6 +74,7 @@ class Backbone(nn.Module):
         if weights_hash is None:
             check_numbers(model, name)
         self.engine: Optional[tuple] = None  # owner of the parameters if they are sharded over processes
+        self.documents: Optional[Documents] = None
         self._compiled_for: Optional[tuple[int, int]] = None
         versions = [p._version for p in model.parameters()]
         parts = self._take_apart(model)
@@ -180,15 +183,37 @@ class Backbone(nn.Module):
         """Stays in eval mode: dropout would change what the heads are trained on."""
         return super().train(False)
 
+    def separate(self, documents: Documents, block_size: int) -> None:
+        """Keep documents apart from now on. Raises UserError if the backbone cannot."""
+        device = self.lm_head.weight.device
+
+        def run(ids_NT: Tensor, kept: Optional[Documents]) -> Tensor:
+            self.documents = kept
+            return self(ids_NT)
+
+        try:
+            wrong = fault(run, documents, self._tokens, block_size, device)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a family that does not know these arguments raises various kinds of errors
+            wrong = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        check(
+            wrong is None,
+            f"{documents.keys}: backbone {self.name} (family {self.family}) cannot keep documents apart: {wrong};"
+            " leave it out, or try backbone.attn_implementation=eager",
+        )
+        self.documents = documents
+
     @torch.no_grad()
     def forward(self, ids_NT: Tensor) -> Tensor:
         """Token ids [N, T] to the head's input [N, T, D], in the head's dtype."""
         odd = self._compiled_for is not None and tuple(ids_NT.shape) != self._compiled_for
         with torch.compiler.set_stance("force_eager") if odd else contextlib.nullcontext():
+            more = self.documents.arguments(ids_NT, self.dtype) if self.documents is not None else {}
             if self._alone:
-                hidden = self.body(input_ids=ids_NT, use_cache=False).last_hidden_state
+                hidden = self.body(input_ids=ids_NT, use_cache=False, **more).last_hidden_state
             else:
-                hidden = proof.through(self.body, self.lm_head, ids_NT)
+                hidden = proof.through(self.body, self.lm_head, ids_NT, **more)
         return hidden.to(self.dtype)
 
     def compile_layers(self, shape: tuple[int, int]) -> bool:

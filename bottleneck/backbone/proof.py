@@ -99,9 +99,9 @@ def id_bound(model: Any) -> int:
     return min(rows, len(weight)) if isinstance(weight, Tensor) and weight.ndim == 2 else rows
 
 
-def through(model: Any, linear: nn.Module, ids_NT: Tensor) -> Tensor:
+def through(model: Any, linear: nn.Module, ids_NT: Tensor, **arguments: Tensor) -> Tensor:
     """The head's input from the whole model's forward pass, which ends there."""
-    return head_input(lambda: model(input_ids=ids_NT, use_cache=False), linear)
+    return head_input(lambda: model(input_ids=ids_NT, use_cache=False, **arguments), linear)
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:

@@ -25,7 +25,8 @@ RANK_LADDER = (8, 16, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 
 TOKEN_KEYS = ("format", "ids_field", "packing", "order", "skip")
 # keys that each source of data.mix has for itself
 DECIDED_BY_SOURCE = ("subset", "split", "validation_split", "validation_files", "document_start", "text_field")
-ONE_FOR_ALL = ("mix", "sources", "block_size", "seed", "epochs", "cache_dir")  # keys that no source has for itself
+# keys that no source has for itself
+ONE_FOR_ALL = ("mix", "sources", "block_size", "seed", "epochs", "cache_dir", "mask_documents", "reset_positions")
 SHARDED = ("fsdp", "zero3")  # values of trainer.shard that shard the backbone
 MODEL = "model:"  # head.teacher=model:PATH
 YEAR = 366 * 24 * 60  # minutes

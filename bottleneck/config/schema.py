@@ -89,6 +89,10 @@ class DataConfig:
     sources: dict[str, Any] = key(
         {}, "data.mix: keys of each text, as in data; default: the choice of data=… that has its name.", read=Any
     )
+    mask_documents: bool = key(
+        False, "Attention sees only a token's own document, not those before it in the sequence."
+    )
+    reset_positions: bool = key(False, "Positions are counted from the start of each document in a sequence.")
     subset: Optional[str] = key(None, "Configuration name of the Hub dataset, such as wikitext-103-raw-v1.")
     split: str = key("train", "Training split of the Hub dataset.")
     validation_split: Optional[str] = key(

@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 
 from bottleneck.backbone import sharding
+from bottleneck.backbone.documents import Documents
 from bottleneck.backbone.model import Backbone, label, load_shape, load_tokenizer
 from bottleneck.config import checks
 from bottleneck.config.head_options import head_options
@@ -94,6 +95,9 @@ def load_backbone(c: TrainConfig, inputs: Inputs, *, trainer: pl.Trainer) -> Bac
         backbone = sharding.load(c.backbone, c.trainer.shard, device, block_size=c.data.block_size)
     else:
         backbone = Backbone.load(c.backbone, device, block_size=c.data.block_size)
+    if c.data.reset_positions or c.data.mask_documents:
+        documents = Documents(int(inputs.corpus.manifest["eos"]), c.data.reset_positions, c.data.mask_documents)
+        backbone.separate(documents, c.data.block_size)
     found, wanted = [backbone.vocab_size, backbone.hidden_size], [inputs.vocab_size, inputs.hidden_size]
     check(found == wanted, f"backbone {backbone.name}: its head is {found}, its config says {wanted}")
     heads = f"{len(inputs.keys)} head{'s' * (len(inputs.keys) > 1)}"

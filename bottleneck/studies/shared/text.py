@@ -116,6 +116,8 @@ def study_text(c: StudyConfig, series: list[Checkpoint]) -> StudyText:
     """
     tokenizer = load_tokenizer(series[0].backbone)
     _check_models(c, series, tokenizer)
+    apart = c.data.mask_documents or c.data.reset_positions
+    check(not apart, "data.mask_documents, data.reset_positions: studies read joined text as it is; leave them out")
     check(not c.data.mix, "data.mix: studies read one text; give one of its sources as data=…")
     check(c.data.packing == "join", "data.packing=rows: studies read joined text; give data.packing=join")
     corpus = prepare(dataclasses.replace(c.data, validation_tokens=max(c.data.validation_tokens, c.tokens)), tokenizer)

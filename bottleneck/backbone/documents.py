@@ -1,0 +1,88 @@
+"""Documents that share a sequence: attention kept to each document, and positions that begin again with each.
+
+In a sequence of joined documents, end-of-text begins a document: it is the first token of the document after it. So a
+document in a sequence sees what it would see alone.
+
+Dims: N sequences, T sequence length, D hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Callable, Optional
+
+import torch
+from torch import Tensor
+
+from bottleneck.backbone.proof import MOVE_TOLERANCE, MOVE_TOLERANCE_16, probe_ids, relative_error
+
+
+@dataclass(frozen=True)
+class Documents:
+    """How documents of one sequence are kept apart.
+
+    Args:
+        eos: id of end-of-text.
+        reset: positions are counted from each document's start (data.reset_positions).
+        mask: attention sees only the own document (data.mask_documents).
+    """
+
+    eos: int
+    reset: bool
+    mask: bool
+
+    @property
+    def keys(self) -> str:
+        """The keys that ask for it."""
+        return " and ".join(["data.reset_positions"] * self.reset + ["data.mask_documents"] * self.mask)
+
+    def arguments(self, ids_NT: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Arguments of a Transformers model: position_ids [N, T]; attention_mask [N, 1, T, T], 0 or the lowest number.
+
+        Both are always given: from positions alone Transformers would guess where documents begin.
+        """
+        places = torch.arange(ids_NT.shape[1], device=ids_NT.device)
+        begins = ids_NT == self.eos
+        allowed = (places[:, None] >= places)[None]
+        if self.mask:
+            number = begins.cumsum(1)
+            allowed = allowed & (number[:, :, None] == number[:, None, :])
+        positions = places.expand_as(ids_NT)
+        if self.reset:
+            positions = positions - torch.where(begins, positions, 0).cummax(1).values
+        lowest = torch.zeros((), dtype=dtype, device=ids_NT.device).masked_fill(~allowed, torch.finfo(dtype).min)
+        return {"position_ids": positions, "attention_mask": lowest[:, None].expand(len(ids_NT), 1, -1, -1)}
+
+
+@torch.no_grad()
+def fault(run: Callable[[Tensor, Optional[Documents]], Tensor], documents: Documents, tokens: int, block: int,
+          device: torch.device) -> Optional[str]:  # fmt: skip
+    """What a backbone does wrong with documents in one sequence, or None.
+
+    Args:
+        run: (ids [N, T], documents or None) -> hidden states [N, T, D].
+        tokens: ids are below this; block: tokens in a sequence of the run.
+    """
+    ids = probe_ids(tokens, (2, block), device)
+    ids = torch.where(ids == documents.eos, (documents.eos + 1) % tokens, ids)
+    plain = run(ids, None)
+    near = MOVE_TOLERANCE.get(plain.dtype, MOVE_TOLERANCE_16)
+
+    def apart(got: Tensor, wanted: Tensor) -> bool:
+        return not relative_error(got, wanted) < near
+
+    if apart(run(ids, documents), plain):
+        return "a sequence of one document has other hidden states than without them"
+    start = block // 2
+    packed = ids.clone()
+    packed[:, start] = documents.eos
+    other = packed.clone()
+    other[:, :start] = other[:, :start].flip(0)
+    second = run(packed, documents)[:, start:]
+    if documents.mask and apart(run(other, documents)[:, start:], second):
+        return "a document depends on the one before it"
+    if documents.mask and documents.reset and apart(second, run(packed[:, start:], None)):
+        return "a document has other hidden states than alone"
+    if documents.reset and not documents.mask and not apart(second, run(packed, None)[:, start:]):
+        return "hidden states do not depend on the positions that are given"
+    return None
