@@ -104,6 +104,9 @@ def check_config(cfg: DictConfig) -> TrainConfig:
     _check_data(c.data)
     _check_head(c.head)
     _check_optim(c.optim)
+    apart = c.data.mask_documents or c.data.reset_positions
+    joined = f"head.teacher={c.head.teacher}: reads joined text; leave data.mask_documents and data.reset_positions out"
+    check(not (apart and str(c.head.teacher).startswith("model:")), joined)
     ratio = HEAD_KINDS[c.head.kind].coordinates or c.optim.lr_ratio == 1
     check(ratio, f"optim.lr_ratio: does not go with head.kind={c.head.kind}, which has no A B")
     checked = freeze(TrainConfig, c)

@@ -86,7 +86,7 @@ class DataConfig:
         "Texts mixed by weight, such as {prose: 0.8, code: 0.2}. Each is validated by itself, and read again up to "
         "data.epochs times where it is short.",
     )
-    sources: dict[str, Any] = key(
+    sources: dict[str, dict[str, bool | int | float | str | list[str] | None]] = key(
         {}, "data.mix: keys of each text, as in data; default: the choice of data=… that has its name.", read=Any
     )
     mask_documents: bool = key(
