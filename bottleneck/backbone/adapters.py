@@ -2,12 +2,96 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any, Optional
 
 import torch
 from torch import nn
+from transformers.utils import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
-from bottleneck.core.errors import check
+from bottleneck.core.errors import UserError, check
+
+ADAPTER = "adapter_config.json"  # what PEFT writes beside an adapter's weights
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+# Adapters that add virtual tokens or shared parts instead of changing weights
+UNMERGED = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "CPT", "ADAPTION_PROMPT", "XLORA")
+
+
+@functools.lru_cache(maxsize=64)
+def _on_the_hub(path: str, revision: Optional[str]) -> Optional[str]:
+    return find_adapter_config_file(path, revision=revision)  # asks the network
+
+
+def adapter_of(path: str, revision: Optional[str] = None) -> Optional[Path]:
+    """The adapter_config.json of a folder or Hub repository; None if it holds no adapter.
+
+    Raises: UserError for an adapter without config, of a kind that cannot be merged, or without PEFT to apply it.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        there = [name for name in WEIGHTS if (folder / name).is_file()]
+        found = folder / ADAPTER if (folder / ADAPTER).is_file() else None
+        check(
+            found is not None or not there,
+            f"backbone.path={path}: holds the weights of a PEFT adapter ({', '.join(there)}) without {ADAPTER}",
+        )
+    else:
+        name = _on_the_hub(path, revision)
+        found = Path(name) if name else None
+    if found is None:
+        return None
+    check(
+        importlib.util.find_spec("peft") is not None,
+        f"backbone.path={path}: holds a PEFT adapter ({ADAPTER}), which PEFT must apply: pip install -e '.[peft]'",
+    )
+    kind = _content(found, path).get("peft_type")
+    check(
+        kind not in UNMERGED,
+        f"backbone.path={path}: its adapter is of kind {kind}, which is no change of weights and cannot be merged",
+    )
+    return found
+
+
+def base_of(path: str, revision: Optional[str] = None) -> Optional[tuple[str, Optional[str]]]:
+    """Path and revision of the base model if `path` holds an adapter alone; None if it holds a model or no adapter.
+
+    Raises: UserError as `adapter_of`; if the adapter does not say where its base is, or the base has an adapter too.
+    """
+    found = adapter_of(path, revision)
+    if found is None:
+        return None
+    if found.parent.joinpath("config.json").is_file():
+        return None
+    if not Path(path).expanduser().is_dir() and cached_file(
+        path, "config.json", revision=revision, _raise_exceptions_for_missing_entries=False
+    ):
+        return None
+    content = _content(found, path)
+    base = content.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"backbone.path={path}: {ADAPTER} does not name its base model (base_model_name_or_path)")
+    where = f"backbone.path={path}: its base model {base} ({ADAPTER}, base_model_name_or_path)"
+    local = Path(base).expanduser()
+    looks_local = local.is_absolute() or base.startswith((".", "~")) or base.count("/") > 1
+    check(not looks_local or local.is_dir(), f"{where} does not exist")
+    check(local.resolve() != found.parent.resolve(), f"{where} is the adapter itself")
+    given = content.get("revision")
+    own = given if isinstance(given, str) and given and not local.is_dir() else None
+    # Transformers would load the base without its adapter
+    check(adapter_of(base, own) is None, f"{where} has an adapter itself; merge that one into its base first")
+    return base, own
+
+
+def _content(found: Path, path: str) -> dict[str, Any]:
+    try:
+        content = json.loads(found.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"backbone.path={path}: {ADAPTER} cannot be read: {error}") from error
+    return content if isinstance(content, dict) else {}
 
 
 @torch.no_grad()

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
-import json
 import logging
 from pathlib import Path
 from typing import Any, Callable, Iterator, Optional, TypeVar
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
 
+from bottleneck.backbone.adapters import adapter_of, base_of, merge, reload
 from bottleneck.backbone.weights import materialise, randoms, units
 from bottleneck.config.schema import BackboneConfig
 from bottleneck.core.errors import UserError, check
@@ -22,7 +23,6 @@ from bottleneck.core.errors import UserError, check
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ADAPTER = "adapter_config.json"  # what PEFT writes beside an adapter's weights
 # Names under which families keep the longest sequence they can read
 LIMITS = (
     "max_position_embeddings",
@@ -63,30 +63,13 @@ def _check_path(cfg: BackboneConfig) -> None:
             (path / cfg.gguf_file).is_file(),
             f"backbone.gguf_file={cfg.gguf_file}: not in {path}; GGUF files there: {found}",
         )
-    installed = importlib.util.find_spec("peft") is not None
-    check(
-        installed or not (path / ADAPTER).is_file(),
-        f"backbone.path={cfg.path}: holds a PEFT adapter ({ADAPTER}), which PEFT must apply: pip install -e '.[peft]'",
-    )
+    adapter_of(cfg.path, cfg.revision)  # raises for one that cannot be applied
 
 
 def _base(cfg: BackboneConfig) -> BackboneConfig:
     """The config of an adapter's base model if `path` holds only the adapter; else `cfg`."""
-    folder = Path(cfg.path).expanduser()
-    if not (folder / ADAPTER).is_file() or (folder / "config.json").is_file():
-        return cfg
-    try:
-        content = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"backbone.path={cfg.path}: {ADAPTER} cannot be read: {error}") from error
-    base = content.get("base_model_name_or_path") if isinstance(content, dict) else None
-    check(
-        isinstance(base, str) and bool(base),
-        f"backbone.path={cfg.path}: {ADAPTER} does not name its base model (base_model_name_or_path)",
-    )
-    out = dataclasses.replace(cfg, path=str(base), revision=None)
-    _check_path(out)
-    return out
+    found = base_of(cfg.path, cfg.revision)
+    return cfg if found is None else dataclasses.replace(cfg, path=found[0], revision=found[1])
 
 
 @contextlib.contextmanager
@@ -121,6 +104,11 @@ def _fault(what: str, cfg: BackboneConfig, error: Exception) -> str:
         return (
             f"backbone.path={where}: its {what} needs Python code of its repository, which runs only if trusted: "
             "backbone.trust_remote_code=true (export: --trust-remote-code)"
+        )
+    if "ignore_mismatched_sizes" in text:
+        return (
+            f"backbone.path={where}: the weights of its adapter are of other shapes than the model's (were the "
+            "embeddings resized for it?); merge it into its base first, with PEFT's merge_and_unload"
         )
     if len(text) > LONGEST_MESSAGE:
         text = text[:LONGEST_MESSAGE].rsplit(" ", 1)[0] + " …"
@@ -251,42 +239,74 @@ def load_model(cfg: BackboneConfig, device_type: str = "cpu") -> Any:
         return random_model(cfg, device_type)
     load_config(cfg)  # raises for a quantization that Transformers would silently ignore
     options = _options(cfg, device_type)
-    adapted = (Path(cfg.path).expanduser() / ADAPTER).is_file()
+    adapted = adapter_of(cfg.path, cfg.revision) is not None
     dtype = options["dtype"]
     if adapted:
         options["dtype"] = torch.float32  # so that the dtype affects the merged weights by one rounding only
     # weights of another shape are refused below, by name
     source = {**_source(cfg), **options, "output_loading_info": True, "ignore_mismatched_sizes": not adapted}
-    path = str(Path(cfg.path).expanduser()) if adapted else cfg.path
+    path = str(Path(cfg.path).expanduser()) if Path(cfg.path).expanduser().is_dir() else cfg.path
+    if adapted and path == cfg.path and not Path(path).is_dir():  # PEFT finds a folder, the Hub only sometimes
+        hub: Callable[[], str] = lambda: snapshot_download(path, revision=cfg.revision)
+        path = _load("weights", cfg, hub)
+    if adapted:  # the revision of its base, if that is on the Hub
+        source["revision"] = _base(cfg).revision or "main"
     load: Callable[[], Any] = lambda: AutoModelForCausalLM.from_pretrained(path, **source)
     model, report = _load("weights", cfg, load)
     absent = {key if isinstance(key, str) else str(key[0]) for k in LOST for key in report[k]}
     extra = set(map(str, report["unexpected_keys"]))
     if adapted:
-        from bottleneck.backbone.adapters import merge, reload
-
         absent, extra = reload(model, path, absent, extra)
     check(not absent, f"backbone.path={cfg.path}: weights are missing or of another shape: {_some(absent)}")
     _check_unread(model, cfg, extra)
     if getattr(model.config, "quantization_config", None) is None and not cfg.gguf_file:
-        _check_stored(cfg)
+        _check_stored(model, cfg)
     if adapted:
         merge(model, label(cfg))
         model.to(dtype)
     return model
 
 
-def _check_stored(cfg: BackboneConfig) -> None:
-    """Refuse a folder whose weights are stored as whole or 8-bit numbers, which mean nothing without their scales."""
-    for file in sorted(Path(cfg.path).expanduser().glob("*.safetensors")):
-        with safe_open(file, "pt") as stored:
-            kinds = {key: stored.get_slice(key).get_dtype() for key in stored.keys() if key.endswith(".weight")}
-        coded = {key for key, kind in kinds.items() if kind.startswith(("I", "U", "F8", "F4"))}
+def _check_stored(model: Any, cfg: BackboneConfig) -> None:
+    """Refuse files whose weights are stored as whole or 8-bit numbers, which mean nothing without their scales.
+
+    The files are those of the folder, or of the Hub's cache.
+    """
+    parameters = {name for name, _ in model.named_parameters()}
+    base = _base(cfg)
+    folder = Path(base.path).expanduser()
+    if not folder.is_dir():
+        config = cached_file(base.path, "config.json", revision=base.revision, local_files_only=True)
+        if config is None:
+            return
+        folder = Path(config).parent
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    for file in files:
+        kinds = _stored_kinds(file)
+        coded = {
+            key
+            for key, coded in kinds.items()
+            if coded
+            and (key.endswith(".weight") or key in parameters or f"{model.base_model_prefix}.{key}" in parameters)
+        }
         check(
             not coded,
             f"backbone.path={cfg.path}: {file.name} holds quantized weights, but config.json has no "
             f"quantization_config: {_some(coded)}",
         )
+
+
+def _stored_kinds(file: Path) -> dict[str, bool]:
+    """For each tensor of a file whether it is stored as whole or 8-bit numbers."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, "pt") as stored:
+            kinds = {key: stored.get_slice(key).get_dtype() for key in stored.keys()}
+        return {key: kind.startswith(("I", "U", "F8", "F4")) for key, kind in kinds.items()}
+    try:
+        tensors = torch.load(file, map_location="meta", weights_only=True, mmap=True)
+    except RuntimeError:  # the format before PyTorch 1.6 cannot be mapped
+        tensors = torch.load(file, map_location="meta", weights_only=True)
+    return {key: t.element_size() == 1 or not t.is_floating_point() for key, t in tensors.items() if torch.is_tensor(t)}
 
 
 def _some(names: set[str]) -> str:

@@ -13,7 +13,7 @@ import torch
 import transformers as T
 from safetensors.torch import load_file, save_file
 
-from bottleneck.backbone import load, proof
+from bottleneck.backbone import adapters, load, proof
 from bottleneck.backbone.model import Backbone, load_model, load_shape, load_tokenizer
 from bottleneck.backbone.tiny_configs import tiny_config
 from bottleneck.config.schema import BackboneConfig
@@ -230,6 +230,34 @@ def test_weights_of_the_file_that_the_model_has_no_place_for(folder, caplog):
     assert "weights of the file that the model does not use: vision.x.weight" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "kind, way",
+    [(k, w) for k in (torch.float8_e4m3fn, torch.int8, torch.float16) for w in ("bin", "hub")]
+    + [(torch.int8, "old bin")],
+)
+def test_quantized_weights_without_a_config_in_other_places(folder, tmp_path, monkeypatch, kind, way):
+    """Regression: only safetensors files of local folders were looked at."""
+    whole = load_file(folder / "model.safetensors")
+    name = "gpt_neox.layers.1.mlp.dense_4h_to_h.weight"
+    stored = whole | {name: (whole[name] * 16).to(kind)}
+    path = str(folder)
+    if way == "hub":
+        path = "some/model"
+        save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+        monkeypatch.setattr(load, "cached_file", lambda *_, **__: str(folder / "config.json"))
+        model = T.AutoModelForCausalLM.from_pretrained(folder)
+        call = lambda: load._check_stored(model, BackboneConfig(path=path))
+        monkeypatch.setattr(load, "base_of", lambda *_: None)
+    else:
+        (folder / "model.safetensors").unlink()
+        torch.save(stored, folder / "pytorch_model.bin", _use_new_zipfile_serialization=way == "bin")
+        call = lambda: load_model(BackboneConfig(path=path))
+    if kind == torch.float16:
+        call()
+    else:
+        refused(f"holds quantized weights, .* no quantization_config: {name}", call)
+
+
 def test_hidden_states_that_overflow_are_found_by_calibration(toy_backbone):
     """Weights that are large but finite, whose hidden states are not."""
     backbone = Backbone.load(BackboneConfig(path=str(toy_backbone)))
@@ -372,9 +400,67 @@ def test_a_damaged_adapter_is_refused(adapted):
 
 def test_an_adapter_without_peft_is_refused(adapted, monkeypatch):
     beside, alone, _, _ = adapted
-    find = load.importlib.util.find_spec
-    monkeypatch.setattr(load.importlib.util, "find_spec", lambda name, *a: None if name == "peft" else find(name, *a))
+    find = adapters.importlib.util.find_spec
+    monkeypatch.setattr(
+        adapters.importlib.util, "find_spec", lambda name, *a: None if name == "peft" else find(name, *a)
+    )
     for path in (beside, alone):
         for call in (load_shape, load_model, load_tokenizer):
             cfg = BackboneConfig(path=str(path))
             refused(r"holds a PEFT adapter .* pip install -e '\.\[peft\]'", lambda call=call, cfg=cfg: call(cfg))
+
+
+def test_adapters_that_would_be_lost_are_refused(adapted):
+    """An adapter on a base that has one itself (Transformers loads that base without it); weights without a config."""
+    beside, alone, base, _ = adapted
+    content = json.loads((alone / "adapter_config.json").read_text())
+    cfg = BackboneConfig(path=str(alone))
+
+    def with_base(path, **more):
+        about = content | {"base_model_name_or_path": str(path)} | more
+        (alone / "adapter_config.json").write_text(json.dumps(about))
+
+    for path, words in (
+        (beside, "has an adapter itself"),
+        (alone, "is the adapter itself"),
+        (alone / "missing", "its base model .*missing .* does not exist"),
+        ("./missing", "its base model ./missing .* does not exist"),
+    ):
+        with_base(path)
+        for call in (load_shape, load_model, load_tokenizer):
+            refused(words, lambda call=call: call(cfg))
+    for kind in ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING"):
+        with_base(base, peft_type=kind)
+        refused(f"of kind {kind}, which is no change of weights", lambda: load_shape(cfg))
+    (beside / "adapter_config.json").unlink()
+    refused("holds the weights of a PEFT adapter .* without", lambda: load_shape(BackboneConfig(path=str(beside))))
+
+
+def test_an_adapter_for_resized_embeddings_is_one_line(folder, tmp_path):
+    peft = pytest.importorskip("peft")
+    base = T.AutoModelForCausalLM.from_pretrained(folder)
+    base.resize_token_embeddings(330)
+    config = peft.LoraConfig(r=4, target_modules=["query_key_value"], modules_to_save=["embed_in"])
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "alone")
+    cfg = BackboneConfig(path=str(tmp_path / "alone"))
+    refused("of other shapes than the model's .* merge it into its base", lambda: load_model(cfg))
+
+
+def test_an_adapter_of_the_hub(adapted, tmp_path, monkeypatch):
+    """Regression: an adapter was looked for in local folders only, so without PEFT the base was read."""
+    beside = adapted[0]
+    snapshot = tmp_path / "hub/models--some--adapter/snapshots/0123"
+    snapshot.parent.mkdir(parents=True)
+    shutil.copytree(beside, snapshot)
+    refs = tmp_path / "hub/models--some--adapter/refs"
+    refs.mkdir()
+    (refs / "main").write_text("0123")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("transformers.utils.hub.HF_HUB_CACHE", str(tmp_path / "hub"), raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    adapters._on_the_hub.cache_clear()
+    assert adapters.adapter_of("some/adapter") == snapshot / "adapter_config.json"
+    assert load_shape(BackboneConfig(path="some/adapter"))[0] == 32
+    find = adapters.importlib.util.find_spec
+    monkeypatch.setattr(adapters.importlib.util, "find_spec", lambda n, *a: None if n == "peft" else find(n, *a))
+    refused("some/adapter: holds a PEFT adapter", lambda: load_shape(BackboneConfig(path="some/adapter")))

@@ -10,10 +10,10 @@ from typing import Optional
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig
 from transformers.utils import cached_file
 
-from bottleneck.backbone.model import load_shape
+from bottleneck.backbone.adapters import adapter_of
+from bottleneck.backbone.model import load_config, load_shape
 from bottleneck.config.schema import BackboneConfig
 from bottleneck.core.errors import UserError, check
 from bottleneck.studies.shared.series import Checkpoint, Shapes, check_shape
@@ -33,27 +33,20 @@ class Head:
 
 def is_tied(backbone: BackboneConfig) -> bool:
     """Whether the model's config ties head and embeddings. Raises: UserError if the config cannot be read."""
-    options = {
-        "revision": backbone.revision,
-        "trust_remote_code": backbone.trust_remote_code,
-        "gguf_file": backbone.gguf_file,
-    }
-    given = {k: v for k, v in options.items() if v is not None}
-    try:
-        config = AutoConfig.from_pretrained(backbone.path, **given)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"backbone.path={backbone.path}: its config cannot be read: {error}") from error
-    return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
+    return bool(getattr(load_config(backbone).get_text_config(), "tie_word_embeddings", False))
 
 
 def stored_head(cp: Checkpoint, shapes: Shapes) -> Optional[Head]:
-    """The head as stored in the safetensors files, in their precision; None if its tensor cannot be identified.
+    """The head as stored in the safetensors files, in their precision; None if its tensor cannot be identified, or may
+    be changed by an adapter.
 
     A model may be configured as tied and yet hold two different matrices; Transformers then reads the head's own.
     Raises: UserError for another shape than its model's first checkpoint, unreadable files, and NaN.
     """
     width, _, vocabulary = load_shape(cp.backbone)
     check_shape(cp, shapes[cp.model], (width, vocabulary))
+    if adapter_of(cp.backbone.path, cp.backbone.revision) is not None:  # which may change the head
+        return None
     tied = is_tied(cp.backbone)
     own = _read(cp, HEADS, (vocabulary, width))
     embeddings = _read(cp, EMBEDDINGS if tied else (), (vocabulary, width))
