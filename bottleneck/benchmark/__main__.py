@@ -21,6 +21,7 @@ from bottleneck.core.errors import Parser, check
 WIDTH = 130  # of the table at least, also if the output is a file
 BENCHMARKS = {
     "heads": "one head step against PyTorch, QuACK, Liger and cut-cross-entropy: time, memory, error",
+    "decode": "the head's step in decoding: one matrix against two of rank r",
     "sweep": "one pass that trains all ranks against one ordinary Lightning run per rank",
     "scale": "one sweep on 1, 2, 4 … GPUs: tokens/s, where a step's time goes, memory",
     "killed": "one process of a run killed under torchrun: time lost, heads compared",

@@ -28,7 +28,7 @@ from bottleneck.cli import one_line_errors as cli
 from bottleneck.core.errors import Parser, check
 from bottleneck.heads.key import HeadKey
 from bottleneck.serve import truncated
-from bottleneck.serve.folder import check_same, new_folder, probe, read_back, save_model, write_json
+from bottleneck.serve.folder import add_older_names, check_same, new_folder, probe, read_back, save_model, write_json
 from bottleneck.serve.served import check_served, note_tokenizer, write_served
 from bottleneck.serve.swap import prove, replace_head, set_head
 from bottleneck.training.finished_run import FinishedRun, open_run
@@ -97,6 +97,7 @@ def _dense(run: FinishedRun, row: dict[str, Any], W_VD: Tensor, *, dtype: str, t
     with new_folder(to) as part:
         write_dense(model, backbone, W_VD, fresh=fresh, part=part)
         tokenizer.save_pretrained(part)
+        add_older_names(part)
         write_json(part / FACTS, facts(run, row, form="dense", dtype=dtype, family=backbone.family))
         del model  # a second copy is loaded
         b = run.backbone

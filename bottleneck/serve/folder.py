@@ -53,6 +53,26 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
+def add_older_names(folder: Path) -> None:
+    """Repeat in a folder what readers of Transformers 4's files, llama.cpp's converter above all, look for.
+
+    Transformers 5 writes GPT-NeoX's rotary settings under new names only, so that older readers take the defaults (a
+    quarter of a head, base 10,000) whatever the model has; and it names a tokenizer class that is unknown to them.
+    Transformers 5 reads both names.
+    """
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    rotary = config.get("rope_parameters") or {}
+    if config["model_type"] == "gpt_neox" and {"partial_rotary_factor", "rope_theta"} <= rotary.keys():
+        config |= {"rotary_pct": rotary["partial_rotary_factor"], "rotary_emb_base": rotary["rope_theta"]}
+        write_json(path, config)
+    path = folder / "tokenizer_config.json"
+    if path.is_file():
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.get("tokenizer_class") == "TokenizersBackend":
+            write_json(path, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
 def save_model(model: Any, folder: Path, without: Optional[str] = None) -> None:
     """`save_pretrained`; weights that are still shared are written under each of their names.
 

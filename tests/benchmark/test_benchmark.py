@@ -138,6 +138,18 @@ def test_tokens_of_a_large_vocabulary_need_four_bytes(tmp_path):
         assert stock.Blocks(str(folder / "train.bin"), 100)[0].tolist() == ids[:101].tolist()
 
 
+def test_decoding_with_two_matrices_is_compared_with_one(tmp_path):
+    """A row per batch and head, dense first; times are not asserted."""
+    argv = ["decode", "--shape", "tiny", "--ranks", "64", "--batch", "1", "3", "--repeats", "2"]
+    assert benchmark.main([*argv, "--csv", str(tmp_path / "rows.csv")]) == 0
+    with open(tmp_path / "rows.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert [r["implementation"] for r in rows] == ["dense float32", "r=64 float32"] * 2
+    assert [r["case"].rsplit("=", 1)[1] for r in rows] == ["1", "1", "3", "3"]
+    for dense, low in zip(rows[::2], rows[1::2]):
+        assert low["note"] == f"{float(dense['p50']) / float(low['p50']):.2f} x dense" and not dense["note"]
+
+
 SMALL = ["--shape", "tiny", "--batch", "2", "--micro-batch", "2", "--block", "64", "--ranks", "8,64"]
 
 

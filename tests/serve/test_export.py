@@ -147,6 +147,28 @@ def test_families(family, toy_backbone, tmp_path):
     assert exported.generate(ids[:1], max_new_tokens=3, do_sample=False).shape[1] <= 23
 
 
+def test_older_readers_find_their_names(toy_backbone, tmp_path):
+    """GPT-NeoX with another rotary share and base: older names beside the new ones, read alike by Transformers.
+
+    llama.cpp's converter runs with Transformers 4, which took 0.25 and 10,000 for any model, without a word.
+    """
+    source, to = tmp_path / "source", tmp_path / "out"
+    rotary = {"rope_type": "default", "partial_rotary_factor": 0.5, "rope_theta": 5000.0}
+    model = AutoModelForCausalLM.from_config(T.GPTNeoXConfig(**SHAPE, **IDS, rope_parameters=rotary)).eval()
+    model.save_pretrained(source)
+    AutoTokenizer.from_pretrained(toy_backbone).save_pretrained(source)
+    digest = Backbone(model, "x").hash
+    folder = finished(tmp_path / "run", str(source), PADDED, 32, digest, [row(4)])
+    assert export.main([str(folder), "--rank", "4", "--to", str(to)]) == 0
+    config = json.loads((to / "config.json").read_text())
+    assert (config["rotary_pct"], config["rotary_emb_base"]) == (0.5, 5000.0)
+    assert T.AutoConfig.from_pretrained(to).rope_parameters == rotary
+    tokenizer = json.loads((to / "tokenizer_config.json").read_text())
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    text = "Some words, and 12 more."
+    assert AutoTokenizer.from_pretrained(to)(text) == AutoTokenizer.from_pretrained(toy_backbone)(text)
+
+
 def test_a_model_that_does_not_come_back_as_saved_is_refused(swept, tmp_path, monkeypatch, capsys):
     plain = T.GPTNeoXForCausalLM.save_pretrained
 

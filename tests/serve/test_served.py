@@ -52,7 +52,7 @@ def test_transformers_computes_the_heads_logits(family, toy_backbone, tmp_path):
     assert [tuple(p.shape) for p in model.lm_head.parameters()] == [(4, B.shape[1]), (len(model.lm_head.up.weight), 4)]
 
 
-def test_the_folder(toy_served, toy_backbone):
+def test_the_folder(toy_served, toy_backbone, tmp_path):
     """Body without the original head, the two matrices in the index, the facts in bottleneck.json; it generates."""
     to, backbone, (A, B) = toy_served
     index = json.loads((to / "model.safetensors.index.json").read_text())["weight_map"]
@@ -74,6 +74,10 @@ def test_the_folder(toy_served, toy_backbone):
         logits[:, 0] = -float("inf")  # min_new_tokens: no end of text
         ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
     assert torch.equal(out, ids)
+    assert not model.lm_head.up.weight.is_contiguous()  # laid out for products with one vector
+    model.save_pretrained(tmp_path)
+    again = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(again["lm_head.up.weight"], A) and torch.equal(again["lm_head.down.weight"], B)
 
 
 def _rewrite_head(change):
@@ -115,6 +119,20 @@ def test_bad_folders_are_refused_in_one_line(case, toy_served, tmp_path):
     assert "\n" not in str(caught.value)
     with pytest.raises((ValueError, OSError)):
         AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+
+def test_a_target_has_the_drafts_tokenizer(toy_served, tmp_path):
+    """vLLM gives a draft the target's tokenizer: written otherwise it is the same, with other merges it is not."""
+    target = tmp_path / "target"
+    target.mkdir()
+    content = json.loads((toy_served[0] / "tokenizer.json").read_text())
+    content["truncation"] = {"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
+    (target / "tokenizer.json").write_text(json.dumps(content, sort_keys=True))
+    low_rank_head.check_folder(toy_served[0], target)
+    content["model"]["merges"].pop()
+    (target / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="target/tokenizer.json is not the tokenizer that the head was trained with"):
+        low_rank_head.check_folder(toy_served[0], target)
 
 
 def test_what_cannot_be_served_says_so(toy_backbone, tmp_path, capsys):

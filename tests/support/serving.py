@@ -13,6 +13,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any, Iterator
 
+import pytest
+
 from conftest import ROOT
 
 
@@ -31,15 +33,38 @@ def installed_as_plugin(folder: Path) -> Path:
     return folder
 
 
+def _environment(plugin: Path) -> dict[str, str]:
+    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
+    settings |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    settings |= {"PYTHONPATH": os.pathsep.join((str(plugin), str(ROOT)))}
+    return {k: v for k, v in {**os.environ, **settings}.items() if k != "TRITON_INTERPRET"}
+
+
+def vllm_answers(python: str, jobs: list[dict], folders: pytest.TempPathFactory) -> list[dict]:
+    """The answers of `vllm_answers.py` to its jobs. Raises AssertionError, with the end of the log, if it fails."""
+    folder = folders.mktemp("vllm")
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    script = Path(__file__).with_name("vllm_answers.py")
+    done = subprocess.run(
+        [python, script, folder / "jobs.json", folder / "answers.json"],
+        env=_environment(installed_as_plugin(folder / "plugin")),
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=840,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    return json.loads((folder / "answers.json").read_text())
+
+
 @contextlib.contextmanager
 def vllm_server(python: str, model: Path, plugin: Path, log: Path, timeout: float = 400) -> Iterator[int]:
     """Serve a folder on a free port. Raises AssertionError, with the end of the log, if it does not come up."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
-    env = {**os.environ, **settings, "PYTHONPATH": os.pathsep.join((str(plugin), str(ROOT)))}
-    env.pop("TRITON_INTERPRET", None)
+    env = _environment(plugin)
     words = ["--model", model, "--served-model-name", "m", "--host", "127.0.0.1", "--port", port, "--dtype", "float32"]
     words += ["--max-model-len", 128, "--enforce-eager", "--gpu-memory-utilization", 0.2, "--max-num-seqs", 4]
     command = [python, "-m", "vllm.entrypoints.openai.api_server", *map(str, words)]
@@ -62,7 +87,7 @@ def vllm_server(python: str, model: Path, plugin: Path, log: Path, timeout: floa
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def greedy(port: int, ids: list[int], tokens: int) -> tuple[list[int], list[float]]:
+def ask(port: int, ids: list[int], tokens: int) -> tuple[list[int], list[float]]:
     """The greedy continuation of a prompt of token ids, and the log-probability of each of its tokens."""
     body: dict[str, Any] = {"model": "m", "prompt": ids, "max_tokens": tokens, "temperature": 0, "logprobs": 1}
     body |= {"return_tokens_as_token_ids": True, "ignore_eos": True}
