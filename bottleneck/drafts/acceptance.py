@@ -24,6 +24,7 @@ from bottleneck.evaluation.agreement import COUNTED, compare
 from bottleneck.evaluation.metrics.accepted import LENGTHS
 from bottleneck.heads.bank import HeadBank
 from bottleneck.heads.key import HeadKey
+from bottleneck.results.schema import series
 from bottleneck.training.finished_run import FinishedRun
 
 log = logging.getLogger(__name__)
@@ -66,12 +67,30 @@ def by_frequency(tokens: np.ndarray, vocab_size: int) -> Tensor:
     return torch.from_numpy(np.argsort(-counts, kind="stable").astype(np.int64))
 
 
+def candidates(curve: dict[str, Any], target_hash: str) -> list[dict[str, Any]]:
+    """One row of a curve for each start, kind and rank: the head that the target accepts most.
+
+    Where the curve's acceptances are those of another target, or none, it is the head of the lowest loss.
+    """
+    taught = curve.get("target", {}).get("hash") == target_hash
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for h in curve["heads"]:
+        place = series(h), h["rank"]
+        if h["status"] == "ok" and (place not in found or _worth(h, taught) > _worth(found[place], taught)):
+            found[place] = h
+    return list(found.values())
+
+
+def _worth(h: dict[str, Any], taught: bool) -> float:
+    return float(h["acceptance"] if taught else -h["loss"])
+
+
 def measured(
     run: FinishedRun, backbone: Backbone, target: Target, corpus: Corpus, *, block: int, bos: Optional[int], batch: int
 ) -> list[Draft]:
-    """Every best head of the run, its rivals, and the original head, verified by the target."""
+    """The run's `candidates`, their rivals, and the original head, verified by the target."""
     V, D = backbone.vocab_size, backbone.hidden_size
-    rows = {HeadKey.of(h): h for h in run.curve["heads"] if h["best"] and h["status"] == "ok"}
+    rows = {HeadKey.of(h): h for h in candidates(run.curve, target.hash)}
     rivals = _rivals(backbone, [_rank_of(key, D, V) for key in rows], corpus)
     bank = HeadBank([*rows, *rivals], V, D, "chunked").to(backbone.lm_head.weight.device)
     for key, row in rows.items():

@@ -11,7 +11,7 @@ from bottleneck.backbone.model import Backbone
 from bottleneck.config.schema import BackboneConfig
 from bottleneck.core.errors import UserError
 from bottleneck.drafts import rank, steps
-from bottleneck.drafts.acceptance import by_frequency, equal_rows
+from bottleneck.drafts.acceptance import by_frequency, candidates, equal_rows
 from bottleneck.drafts.speedup import Best, best_of, speedups
 from support.draft_runs import make_target
 
@@ -34,6 +34,17 @@ def test_truncated_rows_have_the_bytes_of_a_rank_and_are_the_most_frequent():
         assert 0 <= r * (V + d) - K * d < d
     text = torch.tensor([5, 3, 5, 2, 3, 5, 0]).numpy()
     assert by_frequency(text, 7).tolist() == [5, 3, 0, 2, 1, 4, 6]
+
+
+def test_the_head_of_a_rank_is_the_one_that_this_target_accepts_most():
+    def head(lr, loss, acceptance, status="ok"):
+        return {"init": "fisher", "rank": 8, "lr": lr, "loss": loss, "acceptance": acceptance, "status": status}
+
+    heads = [head(1, 3.0, 0.4), head(2, 3.2, 0.5), head(3, None, None, "diverged")]
+    curve = {"heads": heads, "target": {"hash": "a"}}
+    assert candidates(curve, "a") == heads[1:2]
+    assert candidates(curve, "b") == candidates({"heads": heads}, "a") == heads[:1]
+    assert len(candidates({"heads": [*heads, {**heads[0], "rank": 4}]}, "b")) == 2
 
 
 @pytest.fixture
