@@ -6,9 +6,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import bottleneck.heads.head as head_module
+import bottleneck.losses.distill as distill_module
 import bottleneck.losses.objective as objective_module
 from bottleneck.core.errors import UserError
 from bottleneck.core.extensions import OBJECTIVES
+from bottleneck.heads.bank import HeadBank
+from bottleneck.heads.key import HeadKey
 from bottleneck.losses.linear import targets, weights
 from bottleneck.losses.objective import BoundObjective, steps
 
@@ -79,6 +83,33 @@ def test_descent_on_lk_accepts_more_than_descent_on_kl_at_rank_one():
             optimizer.step()
         accepted[name] = torch.minimum(log_p.exp(), torch.softmax(h @ B.T @ A.T, -1)).sum(-1).mean().item()
     assert accepted["log"] > 1.05 * accepted["kl"] and accepted["hybrid"] > accepted["kl"], accepted
+
+
+@pytest.mark.parametrize("name", ["distill", "mixed", "lk"])
+@pytest.mark.parametrize("kind", ["low_rank", "low_rank_bias"])
+def test_each_chunk_is_taught_by_its_own_rows_of_a_teacher_of_another_width(name, kind, monkeypatch):
+    """Chunks of a few tokens against autograd over all of them at once."""
+    for module in (objective_module, distill_module, head_module):
+        monkeypatch.setattr(module, "chunk_rows", lambda *a: 14)
+    g = torch.Generator().manual_seed(2)
+    N, D, wide, V = 50, 6, 9, 20
+    h, t, U = (torch.randn(*shape, generator=g) for shape in ((N, D), (N, wide), (V, wide)))
+    y = torch.randint(0, V, (N,), generator=g).masked_fill(torch.rand(N, generator=g) < 0.2, -100)
+    key = HeadKey(3, 1e-2, 0, kind)
+    bank = HeadBank([key], V, D, "chunked")
+    for p in bank.parameters():
+        p.data.copy_(torch.randn(p.shape, generator=g))
+    declared = OBJECTIVES[name]
+    options = {**declared.options, **({"temperature": 1.3} if "temperature" in declared.options else {})}
+    bank.objective = BoundObjective(declared, options, lambda x: x @ U.T)
+    bank.zero_gradients()
+    losses = bank.accumulate(h, y, bank.cast(h.dtype), 1.0, t)
+    keep, T = y >= 0, options.get("temperature", 1.0)
+    logits = h[keep] @ bank[key].B.T @ bank[key].A.T + getattr(bank[key], "bias", 0.0)
+    want = declared.loss(logits, y[keep], torch.log_softmax(t[keep] @ U.T / T, -1), options).sum()
+    assert losses.item() == pytest.approx(want.item(), rel=1e-5)
+    for p, gradient in zip(bank.parameters(), torch.autograd.grad(want, list(bank.parameters()))):
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-4)
 
 
 class Largest(TorchDispatchMode):
