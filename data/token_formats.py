@@ -7,6 +7,7 @@
     npy          an array of ids [N] or of rows [N, T]
     safetensors  such an array in a .safetensors file
     arrow        a column of id lists in .arrow files, as `datasets.save_to_disk` writes them
+    mds, litdata a folder with an index.json of MosaicML streaming or of litdata
     parquet      a column of id lists; it is compressed, so row groups are decoded as they are used
 
 Every error names the file. References: indexed_dataset of Megatron-LM and GPT-NeoX, data_common of llm.c, the formats
@@ -17,10 +18,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import struct
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Iterable, Optional, Sequence
@@ -28,11 +27,13 @@ from typing import Any, Callable, Iterable, Optional, Sequence
 import numpy as np
 
 from bottleneck.core.errors import UserError, check
+from bottleneck.data import indexed_folders
+from bottleneck.data.file_array import FileArray
 from bottleneck.data.local_files import listed_files, walk_once
 from bottleneck.data.parquet_ids import ParquetFile
 from bottleneck.data.readers import readable
 
-FORMATS = ("megatron", "llmc", "nanogpt", "npy", "safetensors", "arrow", "parquet")
+FORMATS = ("megatron", "llmc", "nanogpt", "npy", "safetensors", "arrow", "parquet", "mds", "litdata")
 ENDINGS = (".bin", ".npy", ".safetensors", ".arrow", ".parquet")
 MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
 MEGATRON_HEADER = 34  # bytes: magic, version, dtype code, sequences, documents
@@ -40,7 +41,6 @@ MEGATRON_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8:
 LLMC_MAGICS = (20240520, 20240801)
 SMALL_INDEX = 1 << 27  # bytes of an index table up to which it is kept in memory
 LLMC_HEADER = 1024  # bytes
-OPEN_FILES = 200  # files that are kept open; systems allow 256 to 1,024 by default
 HALVES = 4096  # values of a bare .bin looked at: of wider ids, every second one is the upper half and close to 0
 SHARD_OF = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.bin")
 OTHER_MAGICS = {
@@ -123,56 +123,6 @@ class MegatronStarts:
         return np.append(found, self.total) if stop > len(self.pointers) else found
 
 
-class FileArray:
-    """An array in a file, of which only the requested parts are read.
-
-    Not a memory map: with random access over a large file, page faults cost far more than reads of the same bytes.
-    """
-
-    def __init__(self, path: Path, dtype: Any, offset: int = 0, count: Optional[int] = None):
-        self.dtype, self.offset, self.path = np.dtype(dtype), offset, str(path)
-        size = os.stat(path).st_size - offset
-        self.count = size // self.dtype.itemsize if count is None else count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, part: Any) -> Any:
-        """A slice as an array, or one element."""
-        if not isinstance(part, slice):
-            at = int(part) + (self.count if part < 0 else 0)
-            return self[at : at + 1][0]
-        start, stop, _ = part.indices(self.count)
-        size, at = max(0, stop - start) * self.dtype.itemsize, self.offset + start * self.dtype.itemsize
-        raw = bytearray(size)
-        done = 0
-        while done < size:  # one read ends after 2 GiB
-            piece = os.pread(_opened_file(self.path), size - done, at + done)
-            check(len(piece) > 0, f"{readable(self.path)}: became shorter while it was read")
-            raw[done : done + len(piece)] = piece
-            done += len(piece)
-        return np.frombuffer(raw, self.dtype)
-
-    def announce(self, start: int, stop: int) -> None:
-        """Ask the system to read a part ahead."""
-        at, size = self.offset + start * self.dtype.itemsize, (stop - start) * self.dtype.itemsize
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(_opened_file(self.path), at, size, os.POSIX_FADV_WILLNEED)
-
-
-_open_files: OrderedDict[str, int] = OrderedDict()
-
-
-def _opened_file(path: str) -> int:
-    """The descriptor of a file. The files used last stay open, fewer than a process may have open at once."""
-    if path not in _open_files:
-        while len(_open_files) >= OPEN_FILES:
-            os.close(_open_files.popitem(last=False)[1])
-        _open_files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    _open_files.move_to_end(path)
-    return _open_files[path]
-
-
 def index_array(path: Path, dtype: str, offset: int, count: int) -> Any:
     """A table of an index file: in memory if it is small, because looking up is faster there."""
     array = FileArray(path, dtype, offset, count)
@@ -218,6 +168,8 @@ def format_of(path: Path) -> str:
     if ending in (".npy", ".safetensors", ".arrow", ".parquet"):
         return ending[1:]
     where = readable(path)
+    if path.name == "index.json":
+        return indexed_folders.kind_of(path)
     check(ending == ".bin", f"{where}: not a file of token ids; known are {', '.join(ENDINGS)}")
     if index_of(path) is not None:
         return "megatron"
@@ -245,10 +197,8 @@ def files_in(folder: Path) -> list[str]:
     for relative, files in walk_once(folder):
         here = folder / relative
         if "index.json" in files:
-            kind = "litdata" if "chunks" in (here / "index.json").read_text()[:4096] else "MosaicML MDS"
-            raise UserError(
-                f"{readable(here)}: {kind} data cannot be read; write it with datasets.save_to_disk, or as .npy or .bin"
-            )
+            found.append(str(relative / "index.json"))
+            continue
         if "state.json" in files:
             files = listed_files(here / "state.json")
         found += [str(relative / f) for f in files if Path(f).suffix.lower() in ENDINGS and not f.startswith(".")]
@@ -276,6 +226,10 @@ def open_shards(paths: list[Path], kind: str, ids_field: str) -> list[Shard]:
                 if index is not None and index not in done:
                     done.add(index)
                     shards.append(_megatron(path, index))
+            elif found == "litdata":
+                shards += [Shard(name, ids, starts, starts) for name, ids, starts in indexed_folders.litdata(path)]
+            elif found == "mds":
+                shards += [Shard(n, ids, ids.starts, ids.starts) for n, ids in indexed_folders.mds(path, ids_field)]
             elif found in ("arrow", "parquet"):
                 shards += _arrow(path, ids_field) if found == "arrow" else _parquet(path, ids_field)
             else:

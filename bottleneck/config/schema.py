@@ -66,9 +66,9 @@ class DataConfig:
         None,
         "Files of token ids, read in place instead of files or dataset: a file, a folder, a glob, or a list of them.",
     )
-    format: Literal["auto", "megatron", "llmc", "nanogpt", "npy", "safetensors", "arrow", "parquet"] = key(
-        "auto", "Format of data.tokens. auto reads it from endings and headers."
-    )
+    format: Literal[
+        "auto", "megatron", "llmc", "nanogpt", "npy", "safetensors", "arrow", "parquet", "mds", "litdata"
+    ] = key("auto", "Format of data.tokens. auto reads it from endings and headers.")
     ids_field: str = key("input_ids", "Column or tensor of data.tokens that holds the ids.")
     packing: Literal["join", "rows"] = key(
         "join", "data.tokens: join documents into one stream, or take rows of block_size + 1 ids as they are."

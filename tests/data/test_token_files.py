@@ -329,7 +329,7 @@ def test_ids_beyond_the_vocabulary_name_shard_row_and_value(tmp_path, tokenizer,
         (dict(tokens="{tmp}/n.bin", format="megatron"), "there is no .idx file beside it"),
         (dict(tokens="{tmp}/n.bin", skip=100_000), "data.skip=100000: the source has"),
         (dict(tokens="{tmp}/n.bin", skip="stepx"), "data.skip=stepx: must be a number of rows or blocks, or stepN"),
-        (dict(tokens="{tmp}/mds"), "MosaicML MDS data cannot be read"),
+        (dict(tokens="{tmp}/mds"), "data.tokens: there are no tokens in .*mds/index.json"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, tokenizer, ids, kw, words):
