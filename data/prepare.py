@@ -98,6 +98,7 @@ def _build(cfg: DataConfig, source: Source, tokenizer: Any, folder: Path) -> Non
     half = folder.with_name(folder.name + ".part")
     shutil.rmtree(half, ignore_errors=True)
     half.mkdir()
+    source.journal = folder.with_name(folder.name + ".rows")
     eos = tokenizer.eos_token_id
     dtype = np.dtype("uint16" if max(len(tokenizer), eos + 1) <= 2**16 else "uint32")
     encode, pool = encoder(tokenizer, dtype), background(tokenizer)
@@ -116,6 +117,7 @@ def _build(cfg: DataConfig, source: Source, tokenizer: Any, folder: Path) -> Non
         read = _account(source, train, validation, copies=copies, waiting=waiting)
         (half / "manifest.json").write_text(json.dumps(manifest | parts | {"read": read}, indent=1))
         os.replace(half, folder)
+        shutil.rmtree(source.journal, ignore_errors=True)
     except BaseException:
         train.abandon()
         validation.abandon()
@@ -240,7 +242,7 @@ def main(argv: Optional[list[str]] = None) -> int:
 
     return cli.one_line_errors(
         run,
-        after_interrupt="nothing is kept; the same command starts again",
+        after_interrupt="the same command starts again; of a Hub stream, rows that were read are kept",
     )
 
 

@@ -13,10 +13,10 @@ from bottleneck.config.schema import DataConfig
 from bottleneck.core.errors import UserError, check
 from bottleneck.data.local_files import Split, distinct, files_of, patterns_of, shown, split_of_folder
 from bottleneck.data.readers import RowCounts, RowReader, is_text_type, local_path, readable, reader_of
+from bottleneck.data.stream_journal import ROWS, StreamJournal
 
 log = logging.getLogger(__name__)
 READING = 3  # version of how local files become documents; part of the cache key, so older caches are not reused
-HUB_ROWS = 32  # rows of a Hub dataset read at once: few, because a row may be a whole book
 SAMPLE_BY = {"file": "document", "paragraph": "paragraph", "line": "line"}  # data.text_unit in the words of `datasets`
 
 
@@ -26,6 +26,7 @@ class Source:
     Attributes:
         counts: rows read so far, and how many of them were empty or left out.
         documents: documents returned so far.
+        journal: folder in which rows of a Hub stream are kept, so that a later process goes on where this one stops.
         blank: documents of nothing but white space; these are not returned.
     """
 
@@ -34,6 +35,7 @@ class Source:
         self.files: list[str] = []
         self.validation_files: list[str] = []
         self.counts = RowCounts()
+        self.journal: Optional[Path] = None
         self.documents = self.blank = 0
         check(
             cfg.dataset is None or bool(cfg.dataset.strip()), "data.dataset: is empty; give the name of a Hub dataset"
@@ -184,7 +186,11 @@ class Source:
             if builder.name == "parquet":
                 options["columns"] = [c.text_field]  # the others are neither downloaded nor compared between files
             stream = datasets.load_dataset(str(c.dataset), split=split, streaming=c.streaming, **options)
-            yield from self._arrow_rows(stream, where)
+            journal = None
+            if self.journal is not None and c.streaming:
+                part = "".join(letter if letter.isalnum() else "-" for letter in str(split))
+                journal = StreamJournal(self.journal / f"{part}.rows", str(builder.hash))
+            yield from self._arrow_rows(stream, where, journal)
         except UserError:
             raise
         except StopIteration:  # how `datasets` reports that there is no row
@@ -200,15 +206,21 @@ class Source:
         for url in urls:
             yield from reader.texts(url, kind="json")
 
-    def _arrow_rows(self, stream: Any, where: str) -> Iterator[str]:
+    def _arrow_rows(self, stream: Any, where: str, journal: Optional[StreamJournal] = None) -> Iterator[str]:
         name = self.cfg.text_field
-        for table in stream.with_format("arrow").iter(batch_size=HUB_ROWS):
+
+        def texts_of(table: Any) -> list[Any]:
             columns = ", ".join(table.column_names) or "none"
             there = name in table.column_names
             check(there, f"data.text_field={name}: no such column in {where}; columns there: {columns}")
             kind = table.schema.field(name).type
             check(is_text_type(kind), f"data.text_field={name}: holds {kind}, not text, in {where}")
-            for text in table.column(name).to_pylist():
+            return table.column(name).to_pylist()
+
+        tables = stream.with_format("arrow")
+        read = (texts_of(t) for t in tables.iter(batch_size=ROWS))
+        for texts in journal.tables(tables, texts_of) if journal is not None else read:
+            for text in texts:
                 self.counts.rows += 1
                 self.counts.empty += not text
                 if text:
