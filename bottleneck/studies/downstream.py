@@ -23,6 +23,7 @@ from bottleneck.studies.shared.harness_results import (
     Results,
     Score,
     is_bias,
+    is_lower_better,
     is_perplexity,
     lower_is_better,
     pick_metric,
@@ -48,6 +49,7 @@ COLUMNS = (
 )
 DRAWN = 12  # tasks in the picture at most: those with the largest drops
 BIAS = "no verdict: measures a bias, not quality"
+UNKNOWN = "no verdict: not known whether a higher score is better"
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def check_keys(keys: Any) -> None:
 
 
 def compare_checkpoints(
-    steps: list[int], scores: list[Score], metric: str, level: float, skip: float = 0.0
+    steps: list[int], scores: list[Score], metric: str, level: float, skip: float = 0.0, lower: Optional[bool] = None
 ) -> dict[str, Any]:
     """Compare the best score of one task with the last one.
 
@@ -89,13 +91,15 @@ def compare_checkpoints(
     logarithms, since their errors grow with them. The checkpoints answer the same questions, so that error is too
     large and `saturates` too rare, if anything. `chance` accounts for the best being the luckiest of all checkpoints
     (`statistics.best_of_many`). Missing standard errors are replaced by the noise of the series (`statistics.scatter`
-    and `correction`), which takes 7 checkpoints or more. Measures of bias, where neither a higher nor a lower score
-    means a better model, get no verdict.
+    and `correction`), which takes 7 checkpoints or more; with them, `chance` is about the noise of the questions only,
+    not about that of training. There is no verdict on measures of bias, where neither a higher nor a lower score
+    means a better model, nor on a drop whose error is not known.
 
+    Args: lower: whether a lower score is better; default: by the metric's name.
     Returns: best and final {step, value, stderr}, drop, z and chance (None if no error is known), `saturates`:
-        whether chance is below `level` (None for a bias), and the sentence `verdict`.
+        whether chance is below `level` (None without a verdict), and the sentence `verdict`.
     """
-    sign = -1.0 if lower_is_better(metric) else 1.0
+    sign = -1.0 if (lower_is_better(metric) if lower is None else lower) else 1.0
     late = [i for i, step in enumerate(steps) if step >= skip * steps[-1]]
     best = max(late, key=lambda i: (sign * scores[i].value, i))  # the latest of equal ones
     a, b = scores[best], scores[-1]
@@ -113,9 +117,9 @@ def compare_checkpoints(
     saturates: Optional[bool] = chance is not None and len(late) > 1 and chance < level
     said = "saturates" if saturates else "no significant drop"
     if not saturates and drop > 0 and chance is None:
-        said = "no errors: not known whether the drop is noise"
+        saturates, said = None, "no errors: not known whether the drop is noise"
     if len(late) < 2:
-        said = "a single checkpoint"
+        saturates, said = None, "a single checkpoint"
     if is_bias(metric):
         saturates, said = None, BIAS
     places = (("best", best), ("final", -1))
@@ -156,7 +160,11 @@ def one_model(
         scores = [entry.tasks[task][metric] for entry in along]
         steps = [entry.step for entry in along]
         points = [{"step": s, "value": x.value, "stderr": x.error} for s, x in zip(steps, scores)]
-        out[item] = {"task": task, **compare_checkpoints(steps, scores, metric, level, skip), "checkpoints": points}
+        lower = is_lower_better(along, task, metric)
+        found = compare_checkpoints(steps, scores, metric, level, skip, lower)
+        if lower is None and not is_bias(metric):
+            found |= {"saturates": None, "verdict": UNKNOWN}
+        out[item] = {"task": task, **found, "checkpoints": points}
     return {"model": model, "steps": [entry.step for entry in along], "tasks": out}
 
 

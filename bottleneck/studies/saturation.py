@@ -69,10 +69,11 @@ def verdict(
 
     The noise has two parts. That of the text is `difference_error`, the standard error of the difference of the two
     losses. That of training, from one checkpoint to the next, is estimated from the series itself
-    (`statistics.scatter`, times √2 since two checkpoints are compared) and corrected for short series
-    (`statistics.correction`), so that a flat series is called saturated with a chance of `level`. The chance counts
-    every checkpoint that could have been the lowest. Without an error and with a series too short to estimate one
-    there is no verdict on a rise.
+    (`statistics.scatter`, times √2 since two checkpoints are compared) and corrected (`statistics.correction`), so
+    that a flat series is called saturated with a chance of at most `level`, also if it is short or its noise has
+    heavy tails or is correlated. `chance` counts every checkpoint that could have been the lowest. The price: of
+    turns that rise by 8 deviations of Gaussian noise half are found, by 16 deviations 89 % (11 checkpoints) to 99 %
+    (40). Without an error and with a series too short to estimate one there is no verdict on a rise.
 
     Returns: best and final step and loss, `rise` in nats, `error` of the rise and `chance` (None if the noise is
         unknown), `saturates` (None without a verdict), `from_step` and the sentence `verdict`.

@@ -98,7 +98,7 @@ def test_comparison_of_best_and_final_scores():
     )
     assert one([50, 20, 30], [1] * 3, "ppl")["saturates"] is True and one([30, 20, 10], [1] * 3, "ppl")["drop"] == 0
     unknown = one([0.6, 0.5], [None, None])
-    assert unknown["saturates"] is False and unknown["chance"] is None and unknown["verdict"].startswith("no errors")
+    assert unknown["saturates"] is None and unknown["chance"] is None and unknown["verdict"].startswith("no errors")
     assert (
         one([0.5, 0.6], [None, None])["verdict"] == "no significant drop"
         and one([0.6], [0.01])["verdict"] == "a single checkpoint"
@@ -134,14 +134,38 @@ def test_measures_of_bias_get_no_verdict(tmp_path):
     assert not any(is_bias(metric) for metric in ("acc", "perplexity", "exact_match", "f1", "mc2", "brier_score"))
 
 
+def test_the_direction_of_a_score_is_the_files_else_the_names(tmp_path):
+    """A metric that rises is no drop where lower is better; one whose direction nobody states gets no verdict."""
+    for step, value in ((1, 0.2), (2, 0.5), (3, 0.9)):
+        (tmp_path / "m").mkdir(exist_ok=True)
+        row = {"score,none": value, "score_stderr,none": 0.01}
+        content = {
+            "results": {"toxicity": row, "novel": row, "calibration": {"ece,none": value, "ece_stderr,none": 0.01}},
+            "higher_is_better": {"toxicity": {"score": False}},
+        }
+        (tmp_path / "m" / f"step{step}.json").write_text(json.dumps(content))
+    tasks = run_study(tmp_path / "out", "study=downstream", f"study.results={tmp_path / 'm'}")["tasks"]
+    assert tasks["toxicity"]["saturates"] is True and tasks["toxicity"]["lower_is_better"]
+    assert tasks["calibration"]["saturates"] is True and tasks["calibration"]["best"]["step"] == 1
+    assert tasks["novel"]["saturates"] is None
+    assert tasks["novel"]["verdict"] == "no verdict: not known whether a higher score is better"
+
+
 @pytest.mark.parametrize("points", [7, 11, 20])
-def test_scores_without_errors_drop_as_often_as_asked(points):
-    """Flat scores with noise: the correction accounts for the uncertain scatter of a short series."""
-    rng = np.random.default_rng(points)
-    series = (0.6 + 0.01 * rng.standard_normal((2000, points))).tolist()
+@pytest.mark.parametrize("kind", ["normal", "t3", "laplace"])
+def test_scores_without_errors_drop_no_more_often_than_asked(points, kind):
+    """2,000 flat series, seeds 0 to 3 pooled: the correction accounts for the scatter of a short series and for tails.
+
+    Three standard errors of a share above 5 % are allowed.
+    """
+    draws = []
+    for rng in map(np.random.default_rng, range(4)):
+        shape = (500, points)
+        draws.append(rng.standard_t(3, shape) if kind == "t3" else getattr(rng, kind)(size=shape))
+    series = (0.6 + 0.01 * np.concatenate(draws)).tolist()
     steps = list(range(1, points + 1))
     alarms = sum(compare_checkpoints(steps, [Score(x, None) for x in row], "acc", 0.05)["saturates"] for row in series)
-    assert 0 < alarms / 2000 <= 0.065
+    assert alarms / 2000 <= 0.0646
 
 
 def test_published_results_of_pythia(tmp_path):

@@ -32,7 +32,12 @@ PREFERRED = (
     "mc2",
     "acc_norm",
 )
-LOWER = re.compile(r"ppl|perplexity|bits_per_byte|loss|brier|nll|likelihood_diff|error|\bwer\b|\bter\b")
+LOWER = re.compile(
+    r"ppl|perplexity|bits_per_byte|loss|brier|nll|likelihood_diff|error|(?:^|_)(?:wer|cer|ter|ece|mae|r?mse)(?:$|_)"
+)
+HIGHER = re.compile(
+    r"acc|exact|match|(?:^|_)em(?:$|_)|f1|mc[12]|mcc|bleu|rouge|chrf|pass|recall|precision|auc|pearson|spearman|ndcg"
+)
 # of a model's stereotypes: neither a higher nor a lower score means a better model
 BIAS = re.compile(r"bias|stereotyp|likelihood_diff|_preferred|male_female|toxic")
 SYNONYMS = {"ppl": "perplexity", "ppl_stderr": "perplexity_stderr"}  # of old files
@@ -54,12 +59,18 @@ class Score:
 
 @dataclass
 class Results:
-    """Results of one model at one step, from one or several files: task -> metric -> score."""
+    """Results of one model at one step, from one or several files.
+
+    Attributes:
+        tasks: task -> metric -> score.
+        higher: task -> metric -> whether a higher score is better, as the files say it.
+    """
 
     model: str
     step: int
     files: list[Path] = field(default_factory=list)
     tasks: dict[str, dict[str, Score]] = field(default_factory=dict)
+    higher: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def where(self) -> str:
@@ -69,6 +80,15 @@ class Results:
 def lower_is_better(metric: str) -> bool:
     """True for perplexities, losses and errors."""
     return bool(LOWER.search(metric.lower()))
+
+
+def is_lower_better(along: list[Results], task: str, metric: str) -> Optional[bool]:
+    """Whether a lower score means a better model: what the files say, else by the metric's name; None if unknown."""
+    for entry in along:
+        said = entry.higher.get(task, {}).get(metric)
+        if isinstance(said, bool):
+            return not said
+    return True if lower_is_better(metric) else False if HIGHER.search(metric.lower()) else None
 
 
 def is_perplexity(metric: str) -> bool:
@@ -271,6 +291,10 @@ def read_harness_results(root: Path) -> dict[str, list[Results]]:
 
 
 def _add_tasks(entry: Results, content: dict[str, Any], file: Path) -> None:
+    said = content.get("higher_is_better")
+    for task, metrics in said.items() if isinstance(said, dict) else ():
+        if isinstance(metrics, dict):
+            entry.higher.setdefault(task, {}).update(metrics)
     for task, table in content["results"].items():
         new, old = scores(table, _questions(content, task)), entry.tasks.get(task)
         other = f"task {task} of {entry.model} at step {entry.step} is in {entry.files[0]} with other numbers"
