@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
+import functools
 import logging
 from pathlib import Path
 from typing import Any, Callable, Iterator, Optional, TypeVar
@@ -159,7 +161,7 @@ def load_config(cfg: BackboneConfig) -> Any:
     """The Transformers config. Raises UserError if there is none, or Transformers does not know its quantization."""
     _check_path(cfg)
     base = _base(cfg)
-    config = _load("config", base, lambda: AutoConfig.from_pretrained(base.path, **_source(base)))
+    config = _load("config", base, lambda: _read_config(base))
     quantized = getattr(config, "quantization_config", None)
     if quantized is not None:
         from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
@@ -173,6 +175,20 @@ def load_config(cfg: BackboneConfig) -> Any:
             f"{transformers.__version__} does not know and would ignore",
         )
     return config
+
+
+def _read_config(cfg: BackboneConfig) -> Any:
+    if not cfg.gguf_file:
+        return AutoConfig.from_pretrained(cfg.path, **_source(cfg))
+    file = Path(cfg.path).expanduser() / cfg.gguf_file
+    stamp = (file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else None
+    return copy.deepcopy(_gguf_config(cfg.path, tuple(_source(cfg).items()), stamp))
+
+
+@functools.lru_cache(maxsize=8)
+def _gguf_config(path: str, source: tuple[tuple[str, Any], ...], stamp: Optional[tuple[int, int]]) -> Any:
+    # Transformers parses the whole vocabulary for it, which takes seconds, and would at every use
+    return AutoConfig.from_pretrained(path, **dict(source))
 
 
 def load_shape(cfg: BackboneConfig) -> tuple[int, Optional[int], int]:
@@ -237,7 +253,7 @@ def load_model(cfg: BackboneConfig, device_type: str = "cpu") -> Any:
     """
     if cfg.weights == "random":
         return random_model(cfg, device_type)
-    load_config(cfg)  # raises for a quantization that Transformers would silently ignore
+    config = load_config(cfg)  # raises for a quantization that Transformers would silently ignore
     options = _options(cfg, device_type)
     adapted = adapter_of(cfg.path, cfg.revision) is not None
     dtype = options["dtype"]
@@ -251,6 +267,8 @@ def load_model(cfg: BackboneConfig, device_type: str = "cpu") -> Any:
         path = _load("weights", cfg, hub)
     if adapted:  # the revision of its base, if that is on the Hub
         source["revision"] = _base(cfg).revision or "main"
+    if cfg.gguf_file:
+        source["config"] = config
     load: Callable[[], Any] = lambda: AutoModelForCausalLM.from_pretrained(path, **source)
     model, report = _load("weights", cfg, load)
     absent = {key if isinstance(key, str) else str(key[0]) for k in LOST for key in report[k]}

@@ -6,9 +6,12 @@ import json
 
 import pytest
 import torch
+from transformers import GPTNeoXConfig
 
+from bottleneck.backbone import load
 from bottleneck.backbone.model import Backbone, load_shape, load_tokenizer
 from bottleneck.config.checks import check_config
+from bottleneck.config.schema import BackboneConfig
 from bottleneck.evaluation.sums import full_head_loss
 from conftest import composed, shell
 
@@ -23,6 +26,26 @@ TEXT = (
 @pytest.fixture(scope="module")
 def cfg():
     return check_config(composed(["backbone=smollm2_135m_gguf", "data=local", "data.files=x"])).backbone
+
+
+def test_the_config_in_a_gguf_file_is_parsed_once(tmp_path, monkeypatch):
+    """Transformers parses the whole vocabulary for it, seconds for SmolLM2, and every check needs it."""
+    file, parsed = tmp_path / "m.gguf", []
+
+    def parse(path, **source):
+        parsed.append((path, source["gguf_file"]))
+        return GPTNeoXConfig(vocab_size=100 + len(parsed))
+
+    monkeypatch.setattr(load.AutoConfig, "from_pretrained", parse)
+    file.write_bytes(b"1")
+    where = BackboneConfig(path=str(tmp_path), gguf_file="m.gguf")
+    first = load.load_config(where)
+    first.vocab_size = 7  # a copy: callers change it
+    assert load.load_config(where).vocab_size == 101 and parsed == [(str(tmp_path), "m.gguf")]
+    file.write_bytes(b"22")
+    assert load.load_config(where).vocab_size == 102
+    load.load_config(BackboneConfig(path=str(tmp_path), gguf_file="m.gguf", trust_remote_code=True))
+    assert len(parsed) == 3
 
 
 @pytest.mark.slow
