@@ -68,8 +68,8 @@ class Curve:
 
     @property
     def heads(self) -> dict[int, TrainedHead]:
-        """The best head of each rank, ascending; ranks at which every head diverged are left out."""
-        rows = sorted((h for h in self.content["heads"] if h["best"]), key=lambda h: h["rank"])
+        """The best head of each rank, of any kind, ascending; ranks at which every head diverged are left out."""
+        rows = sorted((h for h in self.content["heads"] if h["best"]), key=lambda h: (h["rank"], -h["loss"]))
         return {h["rank"]: TrainedHead(h, self.folder) for h in rows}
 
     def table(self) -> DataFrame:
@@ -80,13 +80,18 @@ class Curve:
         return pandas.DataFrame(rows)
 
     def plot(self, ax: Optional[Axes] = None) -> Axes:
-        """Draw perplexity against rank, with a line for the original head; returns the axes."""
+        """Draw perplexity against rank, one line per kind of head, and the original head; returns the axes."""
         import matplotlib.pyplot as plt
 
+        from bottleneck.results.schema import series
+
         axes = ax if ax is not None else plt.figure().add_subplot()
-        heads = self.heads
-        label = f"{self.content['backbone']}, {self.content['data']}"
-        axes.plot(list(heads), [h.row["perplexity"] for h in heads.values()], marker="o", label=label)
+        best = sorted((h for h in self.content["heads"] if h["best"]), key=lambda h: h["rank"])
+        names = sorted({series(h) for h in best})
+        for name in names:
+            heads = [h for h in best if series(h) == name]
+            label = f"{self.content['backbone']}, {self.content['data']}" + (f", {name}" if len(names) > 1 else "")
+            axes.plot([h["rank"] for h in heads], [h["perplexity"] for h in heads], marker="o", label=label)
         axes.axhline(self.content["reference"]["perplexity"], linestyle="--", color="gray", label="original head")
         axes.set_xscale("log", base=2)
         axes.set_xlabel("rank")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, Iterable, Iterator, Optional
 
-from bottleneck.config.checks import as_list
+from bottleneck.config.numbers import as_list
 from bottleneck.core.errors import UserError, check
 from bottleneck.data.declared_splits import declared_splits
 from bottleneck.data.readers import READERS, is_text_file, local_path, readable

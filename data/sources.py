@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Optional
 
-from bottleneck.config.checks import as_list
+from bottleneck.config.numbers import as_list
 from bottleneck.config.schema import DataConfig
 from bottleneck.core.errors import UserError, check
 from bottleneck.data.local_files import Split, distinct, files_of, patterns_of, shown, split_of_folder

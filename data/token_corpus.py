@@ -20,7 +20,7 @@ from typing import Any, Iterator, Optional
 
 import numpy as np
 
-from bottleneck.config.checks import as_list
+from bottleneck.config.numbers import as_list
 from bottleneck.config.schema import DataConfig
 from bottleneck.core.errors import UserError, check
 from bottleneck.data.cache import Corpus, ValidationPart

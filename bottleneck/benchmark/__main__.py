@@ -28,6 +28,7 @@ BENCHMARKS = {
     "data": "preparing tokens against datasets.map, loading prepared tokens, opening and reading token files",
     "starts": "structured solves for a start beside fisher and refined: KL and time",
     "startup": "seconds until the first optimizer step, part by part, and of --help",
+    "cost": "milliseconds of a training step and of a decoded token for each head of runs, written into their curves",
     "forward": "hidden states per second of the frozen backbone, eager and compiled",
 }
 

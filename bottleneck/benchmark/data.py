@@ -24,7 +24,8 @@ from bottleneck.backbone.model import label, load_tokenizer
 from bottleneck.benchmark import token_files
 from bottleneck.benchmark.table import Row, row, timed
 from bottleneck.cli.one_line_errors import composed
-from bottleneck.config.checks import as_count, check_config
+from bottleneck.config.checks import check_config
+from bottleneck.config.numbers import as_count
 from bottleneck.config.schema import BackboneConfig, DataConfig
 from bottleneck.core.environment import cores
 from bottleneck.core.paths import ROOT

@@ -10,7 +10,7 @@ from bottleneck.backbone.model import Backbone
 from bottleneck.benchmark import shapes
 from bottleneck.benchmark.clock import peak_mib, seconds
 from bottleneck.benchmark.table import Row, row
-from bottleneck.config.checks import as_count
+from bottleneck.config.numbers import as_count
 
 NAME = "forward"
 

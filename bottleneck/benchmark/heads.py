@@ -25,7 +25,7 @@ from bottleneck.benchmark import hidden, peers, shapes
 from bottleneck.benchmark.clock import peak_mib, seconds
 from bottleneck.benchmark.peers import Case, Work
 from bottleneck.benchmark.table import Row, row
-from bottleneck.config.checks import as_count
+from bottleneck.config.numbers import as_count
 from bottleneck.core.errors import check
 from bottleneck.core.extensions import LOSSES
 from bottleneck.core.files import write_atomic

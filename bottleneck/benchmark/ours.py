@@ -16,7 +16,7 @@ from typing import Iterator, NamedTuple
 import numpy as np
 
 from bottleneck.benchmark import shapes
-from bottleneck.config.checks import as_count
+from bottleneck.config.numbers import as_count
 from bottleneck.core.errors import UserError, check
 from bottleneck.core.paths import ROOT
 

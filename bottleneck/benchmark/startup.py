@@ -19,7 +19,7 @@ from rich.console import Console
 
 from bottleneck.benchmark import ours, shapes
 from bottleneck.benchmark.table import Row, row
-from bottleneck.config.checks import as_count
+from bottleneck.config.numbers import as_count
 from bottleneck.core.errors import UserError
 from bottleneck.core.paths import ROOT
 

@@ -9,10 +9,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Optional
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from bottleneck.config.declare import composable, freeze
+from bottleneck.config.head_groups import HeadGroup, at_shape, check_groups, head_groups, in_form
 from bottleneck.config.head_options import check_options
+from bottleneck.config.numbers import as_count, as_list, as_rate, unique
 from bottleneck.config.schema import BY_NAME, SCHEMA_KEYS, DataConfig, TrainConfig, unknown_key
 from bottleneck.core import plugins
 from bottleneck.core.errors import UserError, check
@@ -42,35 +44,6 @@ def _leaves(cfg: DictConfig, prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def as_list(value: Any) -> list:
-    """One value or a list, as a list."""
-    return list(value) if isinstance(value, (list, tuple, ListConfig)) else [value]
-
-
-def as_count(key: str, value: Any, minimum: int = 1) -> int:
-    """A whole number; 150e6 is accepted for 150000000. Raises UserError naming `key`."""
-    whole = not isinstance(value, bool) and (
-        isinstance(value, int) or (isinstance(value, float) and math.isfinite(value) and value == int(value))
-    )
-    check(whole and value >= minimum, f"{key}={value!r}: must be a whole number of at least {minimum}")
-    check(value < 2**63, f"{key}={value}: too large")
-    return int(value)
-
-
-def as_rate(key: str, value: Any) -> float:
-    """A positive, finite number. Raises UserError naming `key`."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    check(number and math.isfinite(value) and value > 0, f"{key}={value!r}: must be a number above 0")
-    return float(value)
-
-
-def _unique(key: str, values: list) -> list:
-    check(len(values) > 0, f"{key}=[]: give at least one value")
-    for i, v in enumerate(values):
-        check(v not in values[:i], f"{key}: {v} is listed twice; give every value once")
-    return values
-
-
 def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
     check(value in allowed, f"{key}={value}: must be one of {', '.join(allowed)}")
 
@@ -81,6 +54,8 @@ def check_config(cfg: DictConfig) -> TrainConfig:
     Returns: the run's config, which does not change any more.
     Raises: UserError with one line, also for missing values.
     """
+    if isinstance(OmegaConf.select(cfg, "heads"), DictConfig):
+        in_form(OmegaConf.to_object(cfg.heads))  # one line about the list that it must be
     for key, value in _leaves(cfg).items():
         by_name = key.startswith(tuple(f"{name}." for name in BY_NAME))
         check(key in SCHEMA_KEYS or by_name or key.startswith("optim.table."), unknown_key(key))
@@ -94,8 +69,9 @@ def check_config(cfg: DictConfig) -> TrainConfig:
     _check_metric(c.optimized_metric)
     if c.ranks != "auto":
         check(not isinstance(c.ranks, str), f"ranks={c.ranks!r}: must be a rank, a list of ranks, or auto")
-        c.ranks = _unique("ranks", [as_count("ranks", r) for r in as_list(c.ranks)])
-    c.seed = _unique("seed", [as_count("seed", s, 0) for s in as_list(c.seed)])
+        c.ranks = unique("ranks", [as_count("ranks", r) for r in as_list(c.ranks)])
+    c.heads = in_form(c.heads)
+    c.seed = unique("seed", [as_count("seed", s, 0) for s in as_list(c.seed)])
     c.tokens = as_count("tokens", c.tokens)
     as_count("batch_size", c.batch_size)
     if isinstance(c.backbone.compile, str):
@@ -107,8 +83,7 @@ def check_config(cfg: DictConfig) -> TrainConfig:
     apart = c.data.mask_documents or c.data.reset_positions
     joined = f"head.teacher={c.head.teacher}: reads joined text; leave data.mask_documents and data.reset_positions out"
     check(not (apart and str(c.head.teacher).startswith("model:")), joined)
-    ratio = HEAD_KINDS[c.head.kind].coordinates or c.optim.lr_ratio == 1
-    check(ratio, f"optim.lr_ratio: does not go with head.kind={c.head.kind}, which has no A B")
+    check_groups(c)
     checked = freeze(TrainConfig, c)
     _check_trainer(checked)
     return checked
@@ -215,25 +190,24 @@ def _check_source(d: Any) -> None:
 
 
 def _check_head(h: Any) -> None:
-    """Kind, start and objective must exist, support the loss implementation, and use every option that is given."""
+    """Start and objective must exist, support the loss implementation, and use every option that is given."""
     _one_of("head.loss_impl", h.loss_impl, ("auto", *LOSSES.names()))
     if h.loss_memory != "auto":
         h.loss_memory = as_count("head.loss_memory", h.loss_memory)
-    kind, objective = HEAD_KINDS[h.kind], OBJECTIVES[h.objective]
+    objective = OBJECTIVES[h.objective]
     check_options(h)
     h.calibration_tokens = as_count("head.calibration_tokens", h.calibration_tokens)
     h.passes = as_count("head.passes", h.passes)
     as_rate("head.temperature", h.temperature)
     check(0 < h.mix < 1, f"head.mix={h.mix}: must be between 0 and 1")
-    for key, impls in ((f"head.objective={h.objective}", objective.impls), (f"head.kind={h.kind}", kind.impls)):
-        allowed = f"does not go with {key}; allowed are {', '.join(impls or ())}"
-        check(impls is None or h.loss_impl in impls, f"head.loss_impl={h.loss_impl}: {allowed}")
+    impls = objective.impls
+    allowed = f"does not go with head.objective={h.objective}; allowed are {', '.join(impls or ())}"
+    check(impls is None or h.loss_impl in impls, f"head.loss_impl={h.loss_impl}: {allowed}")
     known = h.teacher in ("own", "trained") or h.teacher.startswith(MODEL) or Path(h.teacher).expanduser().is_dir()
     allowed = "must be own, trained, model:PATH of another model, or the folder of a finished run"
     check(known and h.teacher != MODEL, f"head.teacher={h.teacher}: {allowed}")
     unused = f"head.objective={h.objective} does not use it"
     check(objective.teacher or h.teacher == "own", f"head.teacher={h.teacher}: {unused}")
-    check(kind.coordinates or not h.whiten, f"head.whiten: does not go with head.kind={h.kind}, which has no A B")
 
 
 def _check_optim(o: Any) -> None:
@@ -243,7 +217,7 @@ def _check_optim(o: Any) -> None:
         if value is not None:
             check(o.lr_rule != "table", f"optim.{name} and optim.lr_rule=table: give one of them")
             rates = [as_rate(f"optim.{name}", v) for v in as_list(value)]
-            setattr(o, name, _unique(f"optim.{name}", rates))
+            setattr(o, name, unique(f"optim.{name}", rates))
     if o.lrs is not None:
         o.lr_rule = "grid"  # only the grid reads lrs
     if o.lr_rule == "table":
@@ -254,8 +228,13 @@ def _check_optim(o: Any) -> None:
     else:
         unused = f"is given, but optim.lr_rule={o.lr_rule} does not use it; give optim=table"
         check(o.table is None, f"optim.table: {unused}")
-    _unique("optim.grid_factors", [as_rate("optim.grid_factors", v) for v in o.grid_factors])
+    unique("optim.grid_factors", [as_rate("optim.grid_factors", v) for v in o.grid_factors])
     o.lr_ref = _by_start("optim.lr_ref", o.lr_ref, {s.name: s.lr_ref for s in STARTS})
+    check(isinstance(o.kind_lr_ref, dict), f"optim.kind_lr_ref={o.kind_lr_ref}: must be rates by kind, {{mos: 2e-3}}")
+    for name, rate in o.kind_lr_ref.items():
+        known = ", ".join(HEAD_KINDS.names())
+        check(name in HEAD_KINDS.names(), f"optim.kind_lr_ref.{name}: no such kind; allowed are {known}")
+        as_rate(f"optim.kind_lr_ref.{name}", rate)
     o.gamma = _by_start("optim.gamma", o.gamma, {s.name: s.gamma for s in STARTS})
     if o.n_ref is not None:
         o.n_ref = as_count("optim.n_ref", o.n_ref)
@@ -273,7 +252,7 @@ def _check_optim(o: Any) -> None:
 
 def _table_rates(rank: Any, given: Any) -> list[float]:
     key = f"optim.table.{rank}"
-    return _unique(key, [as_rate(key, v) for v in as_list(given)])
+    return unique(key, [as_rate(key, v) for v in as_list(given)])
 
 
 def _by_start(key: str, given: Any, defaults: dict[str, float]) -> Any:
@@ -319,31 +298,23 @@ def _check_trainer(c: TrainConfig) -> None:
     check(c.data.epochs <= total_steps(c), f"data.epochs={c.data.epochs}: {budget}")
 
 
-def check_shapes(c: TrainConfig, hidden_size: int, context: Optional[int]) -> list[int]:
-    """Limits that need the backbone's shape. Returns the ranks as a list.
+def check_shapes(c: TrainConfig, hidden_size: int, context: Optional[int]) -> list[HeadGroup]:
+    """Limits that need the backbone's shape. Returns the groups of heads with their ranks as lists.
 
     Args:
         hidden_size: width of what the backbone's head receives.
         context: longest sequence the backbone takes, or None where it has no limit.
     """
-    if HEAD_KINDS[c.head.kind].full_rank:
-        full = f"ranks: head.kind={c.head.kind} exists at rank {hidden_size} only; leave ranks out"
-        check(c.ranks in ("auto", [hidden_size]), full)
-        ranks = [hidden_size]
-    elif c.ranks == "auto":
-        ranks = [r for r in RANK_LADDER if r < hidden_size] + [hidden_size]
-    else:
-        ranks = list(c.ranks)
-    for r in ranks:
-        check(r <= hidden_size, f"ranks: {r} is above the hidden size of the backbone; allowed are 1 to {hidden_size}")
+    groups = [at_shape(group, hidden_size, RANK_LADDER) for group in head_groups(c)]
     if c.optim.lr_rule == "table":
+        ranks = dict.fromkeys(r for group in groups if group.lr is None for r in group.ranks)
         absent = [r for r in ranks if r not in (c.optim.table or {})]
         check(not absent, f"optim.table: no rate for rank {', '.join(map(str, absent))}")
     check(
         context is None or c.data.block_size <= context,
         f"data.block_size={c.data.block_size}: longer than the backbone's context; allowed are 2 to {context}",
     )
-    return ranks
+    return groups
 
 
 COMPILE_FROM = 20_000_000  # tokens from which compiling a backbone's layers pays for itself (docs/log.md)

@@ -57,21 +57,27 @@ def check_options(h: HeadConfig) -> None:
             f"they have {', '.join(own) or 'none'}",
         )
     for item in chosen(h).values():
-        for name, default in item.options.items():
-            if name in h.options:
-                _check_type(name, h.options[name], default)
+        check_option_types("head.options", h.options, item.options)
     for item in (HEAD_KINDS[h.kind], OBJECTIVES[h.objective]):
         reason = item.refuses(**head_options(h, item.options)) if item.refuses else None
         check(reason is None, f"head.options.{reason}")
 
 
-def _check_type(name: str, value: Any, default: Any) -> None:
-    """A value is of the type of its default; a whole number passes for a number."""
+def check_option_types(where: str, given: Mapping[str, Any], declared: Mapping[str, Any]) -> None:
+    """Values are of the types of the declared defaults; a whole number passes for a number.
+
+    Args: where: the key that holds them, for messages.
+    """
+    for name in given.keys() & declared.keys():
+        _check_type(f"{where}.{name}", given[name], declared[name])
+
+
+def _check_type(key: str, value: Any, default: Any) -> None:
     kind = type(default)
     words = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text", list: "a list"}
     fits = type(value) is kind or (kind is float and type(value) is int) or (kind is list and isinstance(value, tuple))
     fits = fits and (not isinstance(value, float) or math.isfinite(value))
-    check(fits or kind not in words, f"head.options.{name}={value}: must be {words.get(kind)}")
+    check(fits or kind not in words, f"{key}={value}: must be {words.get(kind)}")
 
 
 def _verb(users: list[str]) -> str:

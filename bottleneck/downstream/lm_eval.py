@@ -30,7 +30,7 @@ from bottleneck.cli import one_line_errors as cli
 from bottleneck.core.errors import Parser, UserError, check
 from bottleneck.core.files import leftovers
 from bottleneck.downstream import scores as downstream
-from bottleneck.downstream.scores import FULL, OURS, heads_of, identity, read_results
+from bottleneck.downstream.scores import OURS, heads_of, identity, read_results
 from bottleneck.downstream.tasks import fingerprint, load_tasks, one_line
 from bottleneck.serve.export import quiet
 from bottleneck.serve.swap import prove, set_head
@@ -115,9 +115,7 @@ def evaluate(
         raise UserError(
             "lm-eval is not installed: pip install 'bottleneck[evaluate]' (in a checkout: pip install -e '.[evaluate]')"
         )
-    names = heads_of(run)
-    if ranks is not None:
-        names = {FULL: None} | {run.file(row).stem: row for row in map(run.pick, ranks)}
+    names = _chosen(run, ranks)
     identities = {name: identity(run, row) for name, row in names.items()}  # reports a missing head file at once
     device = _device(device)
     things = load_tasks(specs)
@@ -150,6 +148,16 @@ def evaluate(
     _show(table, list(things), limit)
     log.info("wrote downstream.csv and downstream.png in %s", run.folder)
     return table
+
+
+def _chosen(run: FinishedRun, ranks: Optional[list[int]]) -> dict[str, Optional[dict[str, Any]]]:
+    """Names and rows of what is scored. Raises UserError for a rank that does not exist or is no matrix."""
+    names = heads_of(run)
+    for rank in ranks or ():
+        run.pick(rank)  # reports a rank that does not exist
+        matrix = any(row is not None and row["rank"] == rank for row in names.values())
+        check(matrix, f"--ranks {rank}: no head of that rank in {run.folder} is one matrix")
+    return {name: row for name, row in names.items() if ranks is None or row is None or row["rank"] in ranks}
 
 
 def _device(name: str) -> str:

@@ -50,8 +50,8 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 
 def heads_of(run: FinishedRun) -> dict[str, Optional[dict[str, Any]]]:
-    """Names of what is scored: the original head (None), and the best head of every rank with its row of the curve."""
-    return {FULL: None} | {run.file(row).stem: row for row in map(run.pick, run.ranks)}
+    """Names of what is scored: the original head (None), and the row of the best matrix of every rank."""
+    return {FULL: None} | {run.file(row).stem: row for row in run.matrices()}
 
 
 def identity(run: FinishedRun, row: Optional[dict[str, Any]]) -> str:

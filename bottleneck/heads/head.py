@@ -63,6 +63,11 @@ class Head(nn.Module):
         """Number of trainable parameters, from which the learning rate is computed."""
         return sum(p.numel() for p in self.parameters())
 
+    @property
+    def flops_per_token(self) -> int:
+        """FLOPs of its matrix products for one token: 2 for each time that a weight is used; here each once."""
+        return 2 * self.parameters_count
+
     def tensors(self, whiten_DD: Optional[Tensor] = None) -> dict[str, Tensor]:
         """The tensors of its file, by name: parameters and buffers, in coordinates of h."""
         return {name: t.detach() for name, t in self.state_dict().items()}

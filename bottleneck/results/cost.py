@@ -3,7 +3,8 @@ parameters`).
 
 A low-rank head W = A B has r (V + d) parameters, a full one V d. To decode one token alone, every weight is read once,
 in 16 bits, and takes part in one multiplication and one addition. So bytes = FLOPs = 2 · parameters for these kinds.
-Rows of other kinds state their cost in the keys `bytes_per_token` and `flops_per_token`.
+Rows of other kinds state their cost in the keys `bytes_per_token` and `flops_per_token`; FLOPs are those of matrix
+products. Milliseconds are measured: `python -m bottleneck.benchmark cost RUN_DIR` writes them into the rows.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ class Axis(NamedTuple):
     Attributes:
         label: of the axis.
         of: (row of a head) -> position on the axis; None if it is not known.
-        weight: of one weight of a linear head; None: the axis is not a cost.
+        weight: of one weight of a linear head; None: the original head's cost is not known.
+        cost: whether the axis is a cost, so that a Pareto front makes sense.
     """
 
     label: str
     of: Callable[[dict[str, Any]], Optional[float]]
     weight: Optional[float]
+    cost: bool = True
 
 
 def _linear(key: str) -> Callable[[dict[str, Any]], Optional[float]]:
@@ -38,11 +41,20 @@ def _linear(key: str) -> Callable[[dict[str, Any]], Optional[float]]:
 
 
 AXES = {
-    "rank": Axis("rank r of the head W = AB", lambda h: h["rank"], None),
+    "rank": Axis("rank r of the head W = AB", lambda h: h["rank"], None, cost=False),
     "parameters": Axis("parameters of the head", lambda h: h["parameters"], 1),
     "bytes": Axis("bytes read per decoded token (batch 1, 16 bits)", _linear("bytes_per_token"), 2),
     "flops": Axis("FLOPs per token", _linear("flops_per_token"), 2),
+    "step_ms": Axis("training step of the head, ms", lambda h: h.get("step_ms"), None),
+    "decode_ms": Axis("head of one decoded token (batch 1), ms", lambda h: h.get("decode_ms"), None),
 }
+MEASURED = ("step_ms", "decode_ms")
+
+
+def measured_on(h: dict[str, Any]) -> str:
+    """The hardware and settings of a row's milliseconds, in words."""
+    t = h.get("timing") or {}
+    return ", ".join([str(t.get("device")), f"{t.get('tokens')} tokens a step", str(t.get("dtype"))])
 
 
 def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

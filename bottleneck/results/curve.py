@@ -16,7 +16,7 @@ from rich.console import Console
 
 from bottleneck.cli import one_line_errors as cli
 from bottleneck.core.errors import Parser, check
-from bottleneck.results.cost import AXES
+from bottleneck.results.cost import AXES, MEASURED, measured_on
 from bottleneck.results.files import MERGED, complete, read, write, write_missing
 from bottleneck.results.merging import band_losses, finish, mark_best, merge
 from bottleneck.results.schema import IDENTITY, SCHEMA, printable
@@ -47,7 +47,8 @@ def command(argv: list[str]) -> None:
         "--x",
         choices=list(AXES),
         default="rank",
-        help="axis of curve.png; bytes: read to decode one token alone, in 16 bits; flops: per token",
+        help="axis of curve.png; bytes: read to decode one token alone, in 16 bits; flops: per token; step_ms, "
+        "decode_ms: measured before by python -m bottleneck.benchmark cost RUN_DIR",
     )
     args = parser.parse_args(argv)
     for run in args.runs:
@@ -63,6 +64,11 @@ def command(argv: list[str]) -> None:
 def _check_cost(curves: list[dict[str, Any]], x: str) -> None:
     """Raises UserError for heads whose cost is not known: otherwise their lines would silently be missing."""
     unknown = sorted({h.get("kind", "low_rank") for c in curves for h in c["heads"] if AXES[x].of(h) is None})
+    if x in MEASURED:
+        how = "python -m bottleneck.benchmark cost RUN_DIR measures them on this machine"
+        check(not unknown, f"--x {x}: not measured for heads of kind {', '.join(unknown)}; {how}")
+        machines = sorted({measured_on(h) for c in curves for h in c["heads"]})
+        check(len(machines) == 1, f"--x {x}: measured in different ways: {'; '.join(machines)}; {how}")
     check(not unknown, f"--x {x}: not known for heads of kind {', '.join(unknown)}; rank and parameters always are")
 
 

@@ -6,7 +6,7 @@ import math
 import textwrap
 from typing import Any, BinaryIO
 
-from bottleneck.results.cost import AXES, Axis, pareto
+from bottleneck.results.cost import AXES, MEASURED, Axis, measured_on, pareto
 from bottleneck.results.labels import as_text, closed_form, labels
 from bottleneck.results.merging import perplexity_of
 from bottleneck.results.schema import series
@@ -56,7 +56,7 @@ def draw(curves: list[dict[str, Any]], file: BinaryIO, x: str = "rank") -> None:
         if len(curves) == 1 and len(names) == 1:
             _draw_knees(axes, axis, c)
             values += _draw_domains(axes, axis, c, colours[1:])
-    if axis.weight is None:
+    if not axis.cost:
         rank_axis(axes, ranks)
         if len(ranks) > 8:
             axes.tick_params(axis="x", rotation=45)
@@ -68,7 +68,8 @@ def draw(curves: list[dict[str, Any]], file: BinaryIO, x: str = "rank") -> None:
         axes.set_title("every head diverged", fontsize=10)
     if values:
         _perplexity_axis(axes, min(values), max(values))
-    axes.set_xlabel(axis.label)
+    rows = [h for c in curves for h in c["heads"]]
+    axes.set_xlabel(f"{axis.label} ({measured_on(rows[0])})" if x in MEASURED else axis.label)
     axes.set_ylabel("validation perplexity")
     axes.grid(alpha=0.25)
     _legend(figure, axes)
@@ -90,7 +91,7 @@ def _cost_axis(
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.xaxis.set_minor_formatter("")
-    for V, d in sorted({(c["vocab_size"], c["hidden_size"]) for c in curves}):
+    for V, d in sorted({(c["vocab_size"], c["hidden_size"]) for c in curves if axis.weight is not None}):
         axes.axvline(
             (axis.weight or 1) * V * d,
             color="0.6",
@@ -144,7 +145,7 @@ class _References:
 
 def _draw_knees(axes: Any, axis: Axis, c: dict[str, Any]) -> None:
     """A mark at the rank that is within x % of the original head's loss, or its cost, and its confidence interval."""
-    if any(h.get("kind", "low_rank") != "low_rank" for h in c["heads"]):
+    if any(h.get("kind", "low_rank") != "low_rank" for h in c["heads"]) or (axis.cost and axis.weight is None):
         return
     scale = 1 if axis.weight is None else axis.weight * (c["vocab_size"] + c["hidden_size"])
     for k in c.get("knee", []):

@@ -114,7 +114,12 @@ CURVE = (
     Field("reference", OBJECT, "the original head, see below"),
     Field("target", OBJECT, "the target of head.teacher=model:PATH, with which metrics compare, see below", False),
     Field("heads", HEADS, "one object for each trained head, see below"),
-    Field("trained_reference", TRAINED, "numbers of the best trained head of full rank r = d; null without one", False),
+    Field(
+        "trained_reference",
+        TRAINED,
+        "numbers of the best trained matrix (kinds low_rank, full) of rank r = d; null without one",
+        False,
+    ),
     Field("knee", OBJECTS, "smallest ranks that are good enough, see below", False),
     Field("metrics", OBJECTS, "declarations of metrics of plugins: name, title, unit, …", False),
     Field("versions", OBJECT, "package versions, commit, system and device of the run", False),
@@ -146,11 +151,16 @@ HEAD = (
     *MEASURED,
     Field("initial_loss", LOSS, "validation loss before the first step; null if not finite"),
     Field("status", STATUS, "diverged: a gradient was not finite, or the loss is above 1.5 · max(initial loss, log V)"),
-    Field("best", FLAG, "lowest validation loss of its start and rank"),
+    Field("best", FLAG, "lowest validation loss of its start, kind, options and rank"),
     Field("kind", TEXT, "head.kind, if it is not low_rank", False),
-    Field("options", OBJECT, "head.options of its kind", False),
+    Field("options", OBJECT, "options of its kind that differ from their defaults", False),
     Field("bytes_per_token", COUNT, "bytes read to decode one token alone, 16 bits; if absent: 2 · parameters", False),
-    Field("flops_per_token", COUNT, "FLOPs per decoded token; if absent: 2 · parameters", False),
+    Field("flops_per_token", COUNT, "FLOPs of the products for one token; if absent: 2 · parameters", False),
+    Field("step_ms", RATE, "milliseconds of a training step of the head alone, median; only if measured", False),
+    Field(
+        "decode_ms", RATE, "milliseconds of the head for one decoded token, batch 1, median; only if measured", False
+    ),
+    Field("timing", OBJECT, "what step_ms and decode_ms were measured on: device, tokens, dtype, versions", False),
     *DETAILS,
     Field("excess_interval", INTERVAL, "95 % interval of loss minus the original head's loss, paired by token", False),
 )
@@ -161,7 +171,7 @@ TARGET = (
     Field("original", OBJECT, "metrics of the backbone's original head, compared with the target"),
 )
 KNEE = (
-    Field("init", TEXT, "start of the heads"),
+    Field("init", TEXT, "start of the heads, with kind and options if that is not low_rank"),
     Field("percent", RATE, "x: the loss may exceed the original head's by x %"),
     Field("rank", NUMBER, "smallest rank that is good enough, interpolated in log2 r; null: none of the trained ranks"),
     Field("low", NUMBER, "smallest over seeds; null with one seed"),

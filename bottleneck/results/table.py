@@ -27,7 +27,7 @@ def show(curves: list[dict[str, Any]], console: Console) -> None:
         console.print(table)
         for line in [*(knee_lines(c) if "knee" in c else ()), *_rates_at_the_end(c["heads"])]:
             console.print(line, highlight=False, soft_wrap=True)
-        lost = [f"rank {h['rank']} lr {h['lr']:.3g} seed {h['seed']}" for h in c["heads"] if h["status"] != "ok"]
+        lost = [f"{_place(h)} lr {h['lr']:.3g} seed {h['seed']}" for h in c["heads"] if h["status"] != "ok"]
         if lost:
             advice = "; all heads diverged: give lower rates (optim.lr)" if len(lost) == len(c["heads"]) else ""
             console.print(f"diverged: {', '.join(lost)}{advice}")
@@ -95,10 +95,16 @@ def _rates_at_the_end(heads: list[dict[str, Any]]) -> list[str]:
         for h in (h for h in heads if h["best"]):
             rates = {o["lr"] for o in heads if (series(o), o["rank"]) == (series(h), h["rank"])}
             if len(rates) > 2 and h["lr"] == pick(rates):
-                ranks.append(str(h["rank"]))
+                ranks.append(_place(h).removeprefix("rank "))
         if ranks:
             out.append(f"the {which} rate tried is the best at rank {', '.join(ranks)}: try {advice} ones")
     return out
+
+
+def _place(h: dict[str, Any]) -> str:
+    """A head's rank, and its kind if that is not W = A B."""
+    kind = series(h).partition(", ")[2]
+    return f"rank {h['rank']}" + (f" ({kind})" if kind else "")
 
 
 def _numbers(row: dict[str, Any]) -> list[str]:

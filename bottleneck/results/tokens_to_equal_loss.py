@@ -30,7 +30,7 @@ from bottleneck.heads.key import HeadKey
 from bottleneck.results import curve
 from bottleneck.results.labels import as_text
 from bottleneck.results.picture import pyplot
-from bottleneck.results.schema import printable
+from bottleneck.results.schema import printable, series
 
 log = logging.getLogger(__name__)
 METRIC = "val/loss"
@@ -78,6 +78,14 @@ def read(folder: Path) -> RaceRun:
     check(not more, f"{folder}: holds several curves; give the folder of one run")
     file = folder / "metrics.csv"
     lines = _validations(file)
+    names = {
+        rank: {series(h) for h in found["heads"] if h["rank"] == rank} for rank in {h["rank"] for h in found["heads"]}
+    }
+    mixed = next((f"{rank} ({'; '.join(sorted(kinds))})" for rank, kinds in names.items() if len(kinds) > 1), None)
+    check(
+        mixed is None,
+        f"{folder}: several kinds of heads at rank {mixed}; a race compares runs of one kind at each rank",
+    )
     for h in (h for h in found["heads"] if h["status"] == "ok"):
         line = lines.get(HeadKey.of(h).name)
         check(line is not None, f"{file}: has no validation of {HeadKey.of(h).name}")

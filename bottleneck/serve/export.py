@@ -1,12 +1,13 @@
 """A trained head for use elsewhere: as a whole Transformers model, as a model to serve, or as its two matrices.
 
-    python -m bottleneck.export RUN_DIR --rank R --to DIR [--form dense|serve|factored]
+    python -m bottleneck.export RUN_DIR --rank R --to DIR [--form dense|serve|factored|modelling]
 
 dense: the run's backbone with W = A B as its output head, untied: AutoModelForCausalLM loads it. serve: the backbone
 with the head as two matrices, logits = up(down(h)), at the cost of the rank: AutoModelForCausalLM loads it with
 trust_remote_code=True, vLLM with the plugin of this package. factored: the two tensors alone, lm_head.down.weight
-[R, D] and lm_head.up.weight [V, R], the layout of low-rank draft heads. A folder is written under another name and
-renamed when it is complete; before that, dense and served models are loaded again and compared.
+[R, D] and lm_head.up.weight [V, R], the layout of low-rank draft heads. modelling: the backbone with a head of any
+built-in kind, computed by a small modelling file in the folder (trust_remote_code=True). A folder is written under
+another name and renamed when it is complete; before that, whole models are loaded again and compared.
 
 Dims: N sequences, T sequence length, D hidden size, R rank, V vocabulary. W_VD = A_VR @ B_RD.
 """
@@ -26,15 +27,17 @@ from torch import Tensor
 from bottleneck.backbone.model import DTYPES, Backbone, label, load_model, load_tokenizer
 from bottleneck.cli import one_line_errors as cli
 from bottleneck.core.errors import Parser, check
-from bottleneck.heads.key import HeadKey
+from bottleneck.heads.head import Head
+from bottleneck.heads.key import LOW_RANK, HeadKey
 from bottleneck.serve import truncated
 from bottleneck.serve.folder import add_older_names, check_same, new_folder, probe, read_back, save_model, write_json
+from bottleneck.serve.modelling import check_kind, check_modelling, write_modelling
 from bottleneck.serve.served import check_served, note_tokenizer, write_served
 from bottleneck.serve.swap import prove, replace_head, set_head
 from bottleneck.training.finished_run import FinishedRun, open_run
 
 __all__ = ["command", "export", "main", "open_run", "prove", "quiet", "set_head"]
-FORMS = ("dense", "serve", "factored")
+FORMS = ("dense", "serve", "factored", "modelling")
 FACTS = "bottleneck.json"  # origin of a head
 HEAD_FACTS = ("rank", "lr", "seed", "init", "parameters", "loss", "perplexity", "bits_per_byte", "initial_loss")
 RUN_FACTS = ("data", "data_hash", "tokens", "validation_tokens", "recipe", "reference", "versions")
@@ -44,7 +47,7 @@ def facts(run: FinishedRun, row: dict[str, Any], *, form: str, dtype: str, famil
     """The provenance of a head, for readers who have only its folder."""
     b = run.backbone
     V, R, D = run.curve["vocab_size"], row["rank"], run.curve["hidden_size"]
-    tensors = {"tensors": {"lm_head.down.weight": [R, D], "lm_head.up.weight": [V, R]}, "bias": False}
+    tensors: dict[str, Any] = {"tensors": {"lm_head.down.weight": [R, D], "lm_head.up.weight": [V, R]}, "bias": False}
     return {
         "format": "bottleneck-head",
         "version": 1,
@@ -53,7 +56,7 @@ def facts(run: FinishedRun, row: dict[str, Any], *, form: str, dtype: str, famil
         "hidden_size": D,
         "vocab_size": V,
         "dtype": dtype,
-        **(tensors if form != "dense" else {}),
+        **(tensors if form in ("serve", "factored") else {}),
         "backbone": {
             "name": label(b) if b.name else run.curve["backbone"],
             "path": b.path,
@@ -62,7 +65,7 @@ def facts(run: FinishedRun, row: dict[str, Any], *, form: str, dtype: str, famil
             "hash": run.curve["backbone_hash"],
             "model_type": family,
         },
-        "head": {k: row[k] for k in HEAD_FACTS},
+        "head": {k: row[k] for k in HEAD_FACTS} | HeadKey.of(row).facts,
         "run": {k: run.curve[k] for k in RUN_FACTS if k in run.curve},
     }
 
@@ -126,6 +129,26 @@ def _served(
         write_json(part / FACTS, facts(run, row, form="serve", dtype=dtype, family=backbone.family))
         del model  # a second copy is loaded
         check_served(part, backbone, factors, ids_NT=ids, hidden=hidden, dtype=DTYPES[dtype])
+
+
+@torch.no_grad()
+def _modelling(run: FinishedRun, row: dict[str, Any], head: Head, *, dtype: str, tokenizer: Any, to: Path) -> None:
+    model, backbone = run.model(_dtype_to_load(run, dtype))
+    _prepare(model, backbone.name, dtype)
+    ids = probe(model)
+    hidden = backbone(ids).float()
+
+    def fresh() -> Any:
+        again = load_model(dataclasses.replace(run.backbone, dtype=cast(Any, _dtype_to_load(run, dtype))))
+        _prepare(again, backbone.name, dtype)
+        return again
+
+    with new_folder(to) as part:
+        write_modelling(model, backbone, HeadKey.of(row), head.tensors(), fresh=fresh, part=part)
+        tokenizer.save_pretrained(part)
+        write_json(part / FACTS, facts(run, row, form="modelling", dtype=dtype, family=backbone.family))
+        del model  # a second copy is loaded
+        check_modelling(part, backbone, head, ids_NT=ids, hidden=hidden, dtype=DTYPES[dtype])
 
 
 def _prepare(model: Any, name: str, dtype: str) -> None:
@@ -199,6 +222,15 @@ def export(run: FinishedRun, row: dict[str, Any], to: Path, *, form: str = "dens
     to = to.expanduser().resolve()
     free = not to.exists() or (to.is_dir() and not any(to.iterdir()))
     check(free, f"--to {to}: exists and is not empty; give another folder")
+    kind, other = HeadKey.of(row).kind, "--form modelling writes every built-in kind"
+    if form == "modelling":
+        check_kind(HeadKey.of(row))
+        _modelling(run, row, run.head(row), dtype=dtype, tokenizer=load_tokenizer(run.backbone), to=to)
+        return to
+    matrix = form != "dense" or run.is_matrix(row)
+    check(matrix, f"--form dense: a head of kind {kind} is not one matrix; {other}")
+    factored = form == "dense" or kind == LOW_RANK or (form == "factored" and kind in truncated.KINDS)
+    check(factored, f"--form {form}: a head of kind {kind} has no factors A and B; {other}")
     tokenizer = load_tokenizer(run.backbone)
     if form == "factored" and HeadKey.of(row).kind in truncated.KINDS:
         _truncated(run, row, dtype=dtype, tokenizer=tokenizer, to=to)
@@ -226,13 +258,15 @@ def _parser() -> Parser:
         description="Write a trained head as a Transformers model, as a model for vLLM, or as its two matrices.",
     )
     parser.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of a finished run")
-    parser.add_argument("--rank", type=int, required=True, help="rank of the head")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--rank", type=int, help="rank of the head; the best of this rank, of any kind")
+    which.add_argument("--head", metavar="NAME", help="name of the head, as in RUN_DIR/heads")
     parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="new or empty folder")
     parser.add_argument(
         "--form",
         choices=FORMS,
         default="dense",
-        help="whole model, model with the head as two matrices, or these alone (default: dense)",
+        help="whole model, model with the head as two matrices, these alone, or model with any kind (default: dense)",
     )
     parser.add_argument("--lr", type=float, help="the head of this rate (default: the best of the rank)")
     parser.add_argument("--seed", type=int, help="the head of this seed (default: the best of the rank)")
@@ -256,9 +290,12 @@ def command(argv: list[str]) -> Path:
     run = open_run(args.run, args.backbone)
     if args.trust_remote_code:  # the run's own setting is not followed: its folder may come from somebody else
         run.backbone = dataclasses.replace(run.backbone, trust_remote_code=True)
-    row = run.pick(args.rank, args.lr, args.seed)
+    if args.head is not None:
+        check(args.lr is None and args.seed is None, "--head: names a rate and a seed; leave --lr and --seed out")
+    row = run.named(args.head) if args.head is not None else run.pick(args.rank, args.lr, args.seed)
     to = export(run, row, args.to, form=args.form, dtype=args.dtype)
-    head = f"rank {row['rank']}, lr {row['lr']:.6g}, seed {row['seed']}"
+    kind = HeadKey.of(row).kind
+    head = ("" if kind == LOW_RANK else f"{kind}, ") + f"rank {row['rank']}, lr {row['lr']:.6g}, seed {row['seed']}"
     print(f"{to}\n{head}: loss {row['loss']:.4f} on {run.curve['data']}; {args.form}, {args.dtype}")
     return to
 

@@ -35,17 +35,8 @@ def write_served(
     Args: factors: A [V, R], B [R, D]. fresh: loads the model anew, see `write_dense`.
     Raises: UserError if the family cannot be served so.
     """
-    architecture, family = type(model).__name__, backbone.family
-    check(
-        getattr(transformers, architecture, None) is type(model),
-        f"backbone {backbone.name}: family {family} has code of its own ({architecture}); --form serve cannot wrap it",
-    )
-    place = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), "")
-    check(
-        place == "lm_head",
-        f"backbone {backbone.name}: family {family} keeps its head in {place or 'no module'}, "
-        "--form serve needs lm_head",
-    )
+    check_wrappable(model, backbone, "serve")
+    architecture = type(model).__name__
     A, B = factors
     scale = set_head(model, A @ B)
     if backbone.rewrites_weights:
@@ -60,7 +51,7 @@ def write_served(
         "--dtype: cannot hold all values of the head; use a wider one",
     )
     save_model(model, part, without="lm_head.")
-    _add_head(part, up, down)
+    add_head(part, {DOWN: down, UP: up})
     config = json.loads((part / "config.json").read_text(encoding="utf-8"))
     name = PREFIX + architecture
     config |= {
@@ -82,8 +73,23 @@ def note_tokenizer(part: Path) -> None:
         write_json(part / "config.json", config)
 
 
-def _add_head(part: Path, up: Tensor, down: Tensor) -> None:
-    """Add the head to the index as one more file; loaders ignore files that the index does not list."""
+def check_wrappable(model: Any, backbone: Backbone, form: str) -> None:
+    """Raises UserError for a model whose head cannot be replaced by a module, as `--form` wants it."""
+    architecture, family = type(model).__name__, backbone.family
+    check(
+        getattr(transformers, architecture, None) is type(model),
+        f"backbone {backbone.name}: family {family} has code of its own ({architecture}); --form {form} cannot wrap it",
+    )
+    place = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), "")
+    check(
+        place == "lm_head",
+        f"backbone {backbone.name}: family {family} keeps its head in {place or 'no module'}, "
+        f"--form {form} needs lm_head",
+    )
+
+
+def add_head(part: Path, tensors: dict[str, Tensor]) -> None:
+    """Add the head's tensors to the index as one more file; loaders ignore files that the index does not list."""
     if (part / INDEX).is_file():
         index = json.loads((part / INDEX).read_text(encoding="utf-8"))
     else:
@@ -92,8 +98,8 @@ def _add_head(part: Path, up: Tensor, down: Tensor) -> None:
         (part / WHOLE).rename(part / BODY_FILE)
         with safe_open(part / BODY_FILE, "pt") as f:
             index = {"metadata": {}, "weight_map": dict.fromkeys(f.keys(), BODY_FILE)}
-    save_file({DOWN: down.clone(), UP: up.clone()}, part / HEAD_FILE, metadata={"format": "pt"})
-    index["weight_map"] |= {DOWN: HEAD_FILE, UP: HEAD_FILE}
+    save_file({name: t.clone() for name, t in tensors.items()}, part / HEAD_FILE, metadata={"format": "pt"})
+    index["weight_map"] |= dict.fromkeys(tensors, HEAD_FILE)
     files = sorted(set(index["weight_map"].values()))
     index["metadata"]["total_size"] = sum((part / name).stat().st_size for name in files)
     write_json(part / INDEX, index)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Optional
 
-from bottleneck.config.checks import as_count
 from bottleneck.config.declare import key
+from bottleneck.config.numbers import as_count
 from bottleneck.core.extensions import STUDIES, Study
 from bottleneck.results.picture import as_text
 from bottleneck.studies.shared.config import CheckpointKeys, StudyConfig, check_checkpoints

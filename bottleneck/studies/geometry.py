@@ -18,8 +18,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bottleneck.config.checks import as_count, as_list
 from bottleneck.config.declare import key
+from bottleneck.config.numbers import as_count, as_list
 from bottleneck.core.errors import UserError, check
 from bottleneck.core.extensions import STUDIES, Study
 from bottleneck.results.picture import as_text

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bottleneck.config.checks import as_count
 from bottleneck.config.declare import key
+from bottleneck.config.numbers import as_count
 from bottleneck.core.extensions import STUDIES, Study
 from bottleneck.results.picture import as_text
 from bottleneck.studies.shared.config import StudyConfig, StudyKeys, check_ranks, check_starts

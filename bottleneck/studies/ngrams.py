@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from bottleneck.config.checks import as_count, as_list
 from bottleneck.config.declare import key
+from bottleneck.config.numbers import as_count, as_list
 from bottleneck.core.errors import UserError, check
 from bottleneck.core.extensions import STUDIES, Study
 from bottleneck.results.picture import as_text

@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bottleneck.config.checks import as_count, as_list
 from bottleneck.config.declare import key
+from bottleneck.config.numbers import as_count, as_list
 from bottleneck.core.errors import check
 from bottleneck.core.extensions import STARTS, STUDIES, Study
 from bottleneck.results.picture import as_text

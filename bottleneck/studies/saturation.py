@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Optional
 
-from bottleneck.config.checks import as_count, as_rate
 from bottleneck.config.declare import key
+from bottleneck.config.numbers import as_count, as_rate
 from bottleneck.core.errors import check
 from bottleneck.core.extensions import STUDIES, Study
 from bottleneck.results.picture import as_text

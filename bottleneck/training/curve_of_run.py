@@ -10,6 +10,7 @@ from bottleneck.core.environment import environment
 from bottleneck.data.cache import Corpus
 from bottleneck.evaluation.sums import derived, finite
 from bottleneck.results import curve
+from bottleneck.results.cost import LINEAR
 from bottleneck.training.module import HeadSweep
 from bottleneck.training.recipe import recipe
 
@@ -48,14 +49,17 @@ def _heads(c: TrainConfig, module: HeadSweep, corpus: Corpus) -> list[dict[str, 
         initial = finite(module.initial.get(key.name))
         limit = DIVERGED * max(initial or 0.0, math.log(module.backbone.vocab_size))
         ok = not flag and numbers["loss"] is not None and numbers["loss"] <= limit
+        head = module.bank[key]
+        costs = {"bytes_per_token": 2 * head.parameters_count, "flops_per_token": head.flops_per_token}
         rows.append(
             {
                 **key.facts,
+                **(costs if key.kind not in LINEAR else {}),
                 "rank": key.rank,
                 "lr": key.lr,
                 "seed": key.seed,
                 "init": c.head.init,
-                "parameters": module.bank[key].parameters_count,
+                "parameters": head.parameters_count,
                 **numbers,
                 "initial_loss": initial,
                 "status": "ok" if ok else "diverged",

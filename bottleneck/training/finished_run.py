@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional, cast
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -39,8 +40,27 @@ class FinishedRun:
         """Ranks with at least one head that did not diverge, ascending."""
         return sorted({h["rank"] for h in self.curve["heads"] if h["status"] == "ok"})
 
+    def matrices(self) -> list[dict[str, Any]]:
+        """The curve's rows of the best heads that are one matrix, ascending in rank. Raises UserError for none."""
+        rows = [h for h in self.curve["heads"] if h["best"] and h["status"] == "ok" and self.is_matrix(h)]
+        kinds = ", ".join(sorted({HeadKey.of(h).kind for h in self.curve["heads"]}))
+        check(bool(rows), f"{self.folder}: no head that is one matrix and did not diverge; its kinds are {kinds}")
+        return sorted(rows, key=lambda h: (h["rank"], -h["loss"]))
+
+    def is_matrix(self, row: dict[str, Any]) -> bool:
+        """Whether a head's logits are W h. Reads no file."""
+        with torch.device("meta"):
+            return build_head(HeadKey.of(row), self.curve["vocab_size"], self.curve["hidden_size"]).dense() is not None
+
+    def named(self, name: str) -> dict[str, Any]:
+        """The curve's row of a head by its name. Raises UserError that lists the names, or if the head diverged."""
+        rows = {HeadKey.of(h).name: h for h in self.curve["heads"]}
+        check(name in rows, f"--head {name}: {self.folder} has no such head; its heads are {', '.join(rows)}")
+        check(rows[name]["status"] == "ok", f"--head {name}: diverged in {self.folder}, nothing to export")
+        return rows[name]
+
     def pick(self, rank: int, lr: Optional[float] = None, seed: Optional[int] = None) -> dict[str, Any]:
-        """The curve's row of the best head at a rank, among those of a rate and a seed if given.
+        """The curve's row of the best head at a rank, of any kind, among those of a rate and a seed if given.
 
         Raises: UserError that lists the existing heads, if there is no such head or all of them diverged.
         """

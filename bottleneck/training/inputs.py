@@ -13,10 +13,8 @@ from bottleneck.backbone import sharding
 from bottleneck.backbone.documents import Documents
 from bottleneck.backbone.model import Backbone, label, load_shape, load_tokenizer
 from bottleneck.config import checks
-from bottleneck.config.head_options import head_options
 from bottleneck.config.schema import TrainConfig
 from bottleneck.core.errors import check
-from bottleneck.core.extensions import HEAD_KINDS
 from bottleneck.data.cache import Corpus
 from bottleneck.data.module import TextData, leading_bos
 from bottleneck.data.prepare import prepare
@@ -55,9 +53,8 @@ class Inputs:
 def load_inputs(c: TrainConfig, teacher: Teacher) -> Inputs:
     """Read the backbone's config and prepare the text. Raises UserError if they do not fit the run or each other."""
     hidden_size, context, vocab_size = load_shape(c.backbone)
-    ranks = checks.check_shapes(c, hidden_size, context)
-    options = head_options(c.head, HEAD_KINDS[c.head.kind].options)
-    keys = bank_keys(c.optim, c.head.init, ranks, c.seed, hidden_size, vocab_size, kind=c.head.kind, options=options)
+    groups = checks.check_shapes(c, hidden_size, context)
+    keys = bank_keys(c.optim, c.head.init, groups, c.seed, hidden_size, vocab_size)
     if isinstance(teacher, EarlierHead):
         teacher.check_shape(hidden_size, vocab_size)
     if c.head.teacher == "trained":

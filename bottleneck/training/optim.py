@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, Optional
+from collections.abc import Callable, Sequence
+from typing import Optional
 
 import torch
 from torch import Tensor, nn
 
-from bottleneck.config.checks import as_list
+from bottleneck.config.head_groups import HeadGroup
+from bottleneck.config.numbers import as_list
 from bottleneck.config.schema import OptimConfig
-from bottleneck.core.extensions import HEAD_KINDS, STARTS
+from bottleneck.core.extensions import STARTS
 from bottleneck.heads.bank import HeadBank
 from bottleneck.heads.head import count_parameters
 from bottleneck.heads.key import LOW_RANK, HeadKey, as_options
@@ -20,19 +21,27 @@ from bottleneck.training.fused_adamw import HeadAdamW, group_norms
 
 
 def power_rate(
-    c: OptimConfig, init: str, rank: int, hidden_size: int, vocab_size: int, *, parameters: Optional[int] = None
+    c: OptimConfig,
+    init: str,
+    rank: int,
+    hidden_size: int,
+    vocab_size: int,
+    *,
+    parameters: Optional[int] = None,
+    kind: str = LOW_RANK,
 ) -> float:
     """lr = lr_ref · (n_ref / n)^γ with n trainable parameters, to 3 significant digits.
 
     The paper searches a rate per rank because n changes with r (its Fig. 11); this is the rule through such a search.
 
-    Args: parameters: n; default: r (V + d), those of a low-rank head.
+    Args: parameters: n; default: r (V + d), those of a low-rank head. kind: whose lr_ref, if it is given, is used.
     """
     start = STARTS[init]
     lr_ref, gamma = (
         float(given.get(init, declared) if isinstance(given, dict) else given)
         for given, declared in ((c.lr_ref, start.lr_ref), (c.gamma, start.gamma))
     )
+    lr_ref = float(c.kind_lr_ref.get(kind, lr_ref))
     n_ref = hidden_size * (vocab_size + hidden_size) if c.n_ref is None else c.n_ref
     n = rank * (vocab_size + hidden_size) if parameters is None else parameters
     rate = lr_ref * (n_ref / n) ** gamma
@@ -41,44 +50,44 @@ def power_rate(
 
 
 def rates(
-    c: OptimConfig, init: str, rank: int, hidden_size: int, vocab_size: int, *, parameters: Optional[int] = None
+    c: OptimConfig,
+    init: str,
+    rank: int,
+    hidden_size: int,
+    vocab_size: int,
+    *,
+    parameters: Optional[int] = None,
+    kind: str = LOW_RANK,
 ) -> list[float]:
-    """The learning rates of one rank. Args: parameters: see `power_rate`."""
+    """The learning rates of one rank. Args: parameters, kind: see `power_rate`."""
     if c.lr is not None:
         return list(as_list(c.lr))
     if c.lr_rule == "table":
         return list((c.table or {})[rank])
-    power = power_rate(c, init, rank, hidden_size, vocab_size, parameters=parameters)
+    power = power_rate(c, init, rank, hidden_size, vocab_size, parameters=parameters, kind=kind)
     if c.lr_rule == "power":
         return [power]
     return list(c.lrs) if c.lrs is not None else [float(f"{power * f:.3g}") for f in c.grid_factors]
 
 
 def bank_keys(
-    c: OptimConfig,
-    init: str,
-    ranks: list[int],
-    seeds: list[int],
-    hidden_size: int,
-    vocab_size: int,
-    *,
-    kind: str = LOW_RANK,
-    options: Mapping[str, Any] | None = None,
+    c: OptimConfig, init: str, groups: Sequence[HeadGroup], seeds: list[int], hidden_size: int, vocab_size: int
 ) -> list[HeadKey]:
-    """The keys of the bank: ranks x rates x seeds.
+    """The keys of the bank: for each group ranks x rates x seeds.
 
-    Args:
-        kind: `head.kind`.
-        options: values of the kind's options; those that differ from the default become part of the keys.
+    Args: groups: with ranks as lists. Options that differ from their default become part of the keys.
     """
-    declared = HEAD_KINDS[kind].options
-    chosen = as_options({name: value for name, value in (options or {}).items() if value != declared[name]})
     keys = []
-    for rank in ranks:
-        first = HeadKey(rank, 1.0, 0, kind, chosen)
-        parameters = count_parameters(first, vocab_size, hidden_size)
-        for lr in rates(c, init, rank, hidden_size, vocab_size, parameters=parameters):
-            keys += [dataclasses.replace(first, lr=lr, seed=seed) for seed in seeds]
+    for group in groups:
+        declared = group.declared.options
+        chosen = as_options({name: value for name, value in group.options.items() if value != declared[name]})
+        for rank in group.ranks:
+            assert isinstance(rank, int)  # auto is resolved
+            first = HeadKey(rank, 1.0, 0, group.kind, chosen)
+            parameters = count_parameters(first, vocab_size, hidden_size)
+            shape = rank, hidden_size, vocab_size
+            for lr in group.lr or rates(c, init, *shape, parameters=parameters, kind=group.kind):
+                keys += [dataclasses.replace(first, lr=lr, seed=seed) for seed in seeds]
     return keys
 
 

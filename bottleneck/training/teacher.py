@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class EarlierHead(NamedTuple):
-    """A finished run and its best head of the highest rank."""
+    """A finished run and its best head of the highest rank, among those that are one matrix."""
 
     run: FinishedRun
     row: dict[str, Any]
@@ -136,4 +136,4 @@ def open_teacher(value: str) -> Optional[EarlierHead]:
         return None
     run = open_run(Path(value).expanduser())
     check(bool(run.ranks), f"head.teacher={value}: all heads there diverged")
-    return EarlierHead(run, run.pick(run.ranks[-1]))
+    return EarlierHead(run, run.matrices()[-1])

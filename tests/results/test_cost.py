@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import io
+import json
 import random
 from typing import Any
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from bottleneck.benchmark import __main__ as benchmark
+from bottleneck.heads.head import build_head
+from bottleneck.heads.key import HeadKey
 from bottleneck.results import curve, picture
-from bottleneck.results.cost import AXES, pareto
+from bottleneck.results.cost import AXES, MEASURED, pareto
+from bottleneck.results.schema import fault
+from conftest import HIDDEN, VOCAB, composed
 from support.curves import made, save
+from train import train
 
 
 @pytest.fixture
@@ -38,7 +47,7 @@ def test_costs_are_those_of_the_shapes():
     assert AXES["flops"].of(other) is None and AXES["flops"].of(other | {"flops_per_token": 9}) == 9
 
 
-@pytest.mark.parametrize("x", AXES)
+@pytest.mark.parametrize("x", [x for x in AXES if x not in MEASURED])
 def test_heads_and_knees_stand_at_their_cost(drawn, x):
     c = made({8: 2.5, 16: 2.1, 64: 2.01})
     picture.draw([c], io.BytesIO(), x)
@@ -74,3 +83,44 @@ def test_the_command_draws_against_cost(tmp_path, capsys, drawn):
     assert curve.main([*runs, "--out", str(tmp_path / "no"), "--x", "bytes"]) == 2
     error = capsys.readouterr().err
     assert "--x bytes: not known for heads of kind mixture" in error and not (tmp_path / "no").exists()
+
+
+@pytest.fixture
+def mixed_run(toy, tmp_path):
+    """A small run of three kinds."""
+    heads = "heads=[{rank: 4}, {kind: mos, rank: 4, components: 3}, {kind: gated, rank: 4}]"
+    words = [*toy, "tokens=1536", "data.validation_tokens=600", "ranks=auto", heads]
+    train(composed(words), tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_costs_of_other_kinds(mixed_run):
+    """Every weight of gated is used once; A of a mixture once for each component. PyTorch counts the products."""
+    rows = {h.get("kind", "low_rank"): h for h in json.loads((mixed_run / "curve.json").read_text())["heads"]}
+    for kind, h in rows.items():
+        head = build_head(HeadKey.of(h), VOCAB, HIDDEN)
+        with FlopCounterMode(display=False) as counted, torch.no_grad():
+            head.logits(torch.randn(1, HIDDEN))
+        assert AXES["flops"].of(h) == counted.get_total_flops(), kind
+        assert AXES["bytes"].of(h) == 2 * h["parameters"]
+    assert rows["mos"]["flops_per_token"] > 2 * rows["mos"]["parameters"]
+
+
+def test_milliseconds_are_measured_only_when_asked_for(mixed_run, tmp_path, capsys):
+    """No run has them; --x refuses; the benchmark writes them with hardware; then the picture can be drawn."""
+    assert not any("step_ms" in h for h in json.loads((mixed_run / "curve.json").read_text())["heads"])
+    words = [str(mixed_run), "--out", str(tmp_path / "out"), "--x", "step_ms"]
+    assert curve.main(words) == 2
+    assert "--x step_ms: not measured for heads of kind gated, low_rank, mos" in capsys.readouterr().err
+    assert benchmark.main(["cost", str(mixed_run), "--tokens", "64", "--repeats", "2"]) == 0
+    content = json.loads((mixed_run / "curve.json").read_text())
+    assert fault(content) is None
+    for h in content["heads"]:
+        assert h["step_ms"] > 0 and h["decode_ms"] > 0 and h["timing"]["tokens"] == 64 and h["timing"]["device"]
+    for x in ("step_ms", "decode_ms"):
+        assert curve.main([*words[:-1], x]) == 0
+    content["heads"][0]["timing"]["device"] = "another machine"
+    (mixed_run / "curve.json").write_text(json.dumps(content))
+    capsys.readouterr()
+    assert curve.main(words) == 2
+    assert "--x step_ms: measured in different ways: " in capsys.readouterr().err

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from bottleneck.studies.formulas.extraction import common_block, recovered_rank
 from support.study_runs import QUICK, edit_head, run_study, toy_series
@@ -73,3 +75,24 @@ def test_exported_ranks_are_recovered(toy_backbone, toy_text, tmp_path):
     assert entries[0]["verdict"].endswith("as exported") and entries[2]["verdict"].endswith("but exported as 21")
     entries = run_study(tmp_path / "top", *words, "study.top=310", "study.steps=[3,8]")["checkpoints"]
     assert [e["rank"] for e in entries] == [3, 8] and entries[0]["tokens_of_block"] < 310
+
+
+@pytest.mark.slow
+def test_every_rank_from_8_to_512_is_recovered_from_an_export(toy_backbone, toy_text, tmp_path):
+    """A backbone with d = 576 and random factors of each rank as its head: the study finds exactly that rank."""
+    ranks, folder = (8, 64, 256, 512), tmp_path / "wide"
+    shutil.copytree(toy_backbone, folder)
+    torch.manual_seed(0)
+    shape = GPTNeoXConfig.from_pretrained(toy_backbone)
+    shape.update({"vocab_size": 720, "hidden_size": 576, "num_hidden_layers": 2, "intermediate_size": 1152})
+    GPTNeoXForCausalLM(shape).save_pretrained(folder)
+    series = toy_series(folder, tmp_path / "series", {f"step{r}": 0.0 for r in ranks})
+    for r in ranks:
+        factors = torch.randn(720, r, generator=g(r)), torch.randn(r, 576, generator=g(r + 1)) / (576 * r) ** 0.5
+        edit_head(series / f"step{r}", lambda W, factors=factors: factors[0] @ factors[1])
+        (series / f"step{r}" / "bottleneck.json").write_text(json.dumps({"rank": r}))
+    source = ["data=local", f"data.files={toy_text}", f"data.cache_dir={tmp_path / 'cache'}"]
+    words = [*QUICK, *source, "backbone=local", f"backbone.path={series}", "study=extract"]
+    entries = run_study(tmp_path / "all", *words)["checkpoints"]
+    assert [(e["rank"], e["known_rank"]) for e in entries] == [(r, r) for r in ranks]
+    assert all(e["gap"] > 100 for e in entries)

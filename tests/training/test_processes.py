@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import resource
@@ -301,3 +302,28 @@ def test_gradients_sent_in_bfloat16(toy, tmp_path):
     whole, half = (json.loads((tmp_path / n / "curve.json").read_text()) for n in "01")
     gaps = [abs(a["loss"] - b["loss"]) for a, b in zip(whole["heads"], half["heads"])]
     assert 1e-6 < max(gaps) < 2e-3, gaps
+
+
+@pytest.mark.slow
+def test_a_mixed_bank_on_two_processes_is_that_of_one(toy, tmp_path):
+    """Every kind under DDP (gloo) and with sharded moments: the losses of one process to rounding, as many tokens."""
+    kinds = (
+        "{rank: 4}, {kind: mos, rank: 4, components: 2}, {kind: plif, rank: 4}, {kind: gated, rank: 4}, {kind: full}"
+    )
+    more = "{kind: low_rank_bias, rank: 4}, {kind: low_rank_sparse, rank: 4, rows: 9}, {kind: sigsoftmax, rank: 4}"
+    last = "{kind: block, rank: 4, bands: [50]}, {kind: context_temperature, rank: 4}"
+    words = [*toy, "tokens=5120", "data.validation_tokens=1000", "ranks=auto", f"heads=[{kinds}, {more}, {last}]"]
+    ways = [["trainer.devices=1"], ["trainer.devices=2"]]
+    if importlib.util.find_spec("deepspeed") is not None:
+        ways.append(["trainer=deepspeed_zero2", "trainer.accelerator=cpu", "trainer.devices=2"])
+    curves = []
+    for i, way in enumerate(ways):
+        done = shell(*words, *way, f"hydra.run.dir={tmp_path / str(i)}")
+        assert done.returncode == 0, done.stderr[-2000:]
+        curves.append(json.loads((tmp_path / str(i) / "curve.json").read_text()))
+    for other in curves[1:]:
+        assert len(other["heads"]) == 10 and other["validation_tokens"] == curves[0]["validation_tokens"]
+        for a, b in zip(curves[0]["heads"], other["heads"]):
+            assert (a.get("kind"), a["lr"]) == (b.get("kind"), b["lr"])
+            assert abs(a["loss"] - b["loss"]) < 1e-5 and abs(a["initial_loss"] - b["initial_loss"]) < 1e-5, a
+            assert a["loss"] != a["initial_loss"]

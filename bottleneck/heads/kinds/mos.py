@@ -37,6 +37,11 @@ class MixtureOfSoftmaxes(Head):
         self.B = nn.Parameter(torch.zeros(components, rank, hidden_size))
         self.G = nn.Parameter(torch.zeros(components, hidden_size))
 
+    @property
+    def flops_per_token(self) -> int:
+        """A is used by every component."""
+        return 2 * (len(self.B) * self.A.numel() + self.B.numel() + self.G.numel())
+
     def logits(self, h_nD: Tensor) -> Tensor:
         """log p [n, V]."""
         log_prior_nK = torch.log_softmax(product(h_nD, self.G), -1)

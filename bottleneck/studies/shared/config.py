@@ -16,8 +16,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from bottleneck.config import schema
-from bottleneck.config.checks import RANK_LADDER, as_count, as_list, check_config
+from bottleneck.config.checks import RANK_LADDER, check_config
 from bottleneck.config.declare import composable, freeze, group, key
+from bottleneck.config.numbers import as_count, as_list
 from bottleneck.config.schema import BackboneConfig, DataConfig, TrainConfig, TrainerConfig, TrainNode
 from bottleneck.core.errors import check
 from bottleneck.core.extensions import STARTS, STUDIES, Study
