@@ -94,8 +94,7 @@ def _token_files(args: argparse.Namespace, backbone: BackboneConfig) -> list[Row
             tokens = max(token_files.DOCUMENT, args.shard_tokens // token_files.DOCUMENT * token_files.DOCUMENT)
             token_files.write_shards(folder, args.shards, tokens, eos, parquet)
             for order in ("chunks",) if parquet else token_files.ORDERS:
-                for block in (512, 2048):
-                    rows += _apart(token_files.read, order, block, folder, backbone, args.repeats)
+                rows += _apart(token_files.read, order, folder, backbone, args.repeats)
     return rows
 
 

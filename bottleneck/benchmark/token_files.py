@@ -24,6 +24,7 @@ DOCUMENT = 500  # ids of a document, about
 READ = 20_000_000  # most tokens of one timed pass
 ORDERS = ("shuffled", "chunks", "source")
 BATCH = 256  # sequences in a step
+BLOCKS = (512, 2048)  # tokens in a sequence
 
 
 def peak_mib() -> float:
@@ -110,8 +111,12 @@ def forget(folder: Path) -> None:
                 os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def read(order: str, block: int, folder: Path, backbone: BackboneConfig, repeats: int) -> list[Row]:
+def read(order: str, folder: Path, backbone: BackboneConfig, repeats: int) -> list[Row]:
     """Measure the training loader over the files of a folder in one order, from a cold cache."""
+    return [one for block in BLOCKS for one in _read(order, block, folder, backbone, repeats)]
+
+
+def _read(order: str, block: int, folder: Path, backbone: BackboneConfig, repeats: int) -> list[Row]:
     cfg = DataConfig(tokens=str(folder), block_size=block, order=order)  # type: ignore[arg-type]
     data = prepare(cfg, load_tokenizer(backbone))
     available = len(data.order(0, block)) // BATCH
