@@ -7,6 +7,7 @@ results. The parts are in bottleneck/training. Modules that import torch are imp
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,8 +67,10 @@ def _train(cfg: DictConfig, run_dir: Path, *, session: Session) -> Result:
     backbone = inputs.load_backbone(c, given, trainer=trainer)
 
     # module, fit, results
-    module = build.build_module(c, given, backbone=backbone, flag=session.flag, resume_step=begun.step)
-    run_results.describe(run_dir, c, trainer=trainer)
+    accepted = functools.partial(run_results.begin, run_dir, c, trainer=trainer, resume=begun.path)
+    module = build.build_module(
+        c, given, backbone=backbone, flag=session.flag, resume_step=begun.step, accepted=accepted
+    )
     fit.fit(trainer, module, c=c, data=given.data, resume=begun.path)
     result = run_results.write_results(c, given, module=module, run_dir=run_dir)
     session.finish(result.curve)

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import math
 import os
-import shutil
 import sys
 import traceback
 from pathlib import Path
@@ -21,15 +20,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bottleneck.cli.hydra_messages import explain
 from bottleneck.cli.plugin_option import load_plugins
+from bottleneck.cli.refused_run import HYDRA, folder_before_job
 from bottleneck.config.schema import register
 from bottleneck.core.errors import Stopped, UserError, how_to_resume
 from bottleneck.core.files import write_atomic
+from bottleneck.core.held_log import write_held_logs
 from bottleneck.core.paths import CONF
 
 SHOW = "HYDRA_FULL_ERROR"  # Hydra's switch for full tracebacks; where the user sets it they are shown
 OURS = "BOTTLENECK_ONE_LINE"
 NO_SLURM = 'Could not detect "srun"'  # submitit's words
-HYDRA = ".hydra"  # Hydra's folder in a run's folder: the composed config, the overrides
 
 started: list[int] = []  # numbers of the jobs that this process started
 folders: list[Path] = []  # folders of these jobs
@@ -41,7 +41,7 @@ def job(work: Callable[[], Any]) -> Any:
     """Run one Hydra job. Returns the result of `work`, or NaN if the job failed; a multirun then continues.
 
     A UserError is printed here as one line and kept in `failures`, because Hydra would add a second line. On a cluster
-    the error is raised, so that the job counts as failed there.
+    the error is raised, so that the job counts as failed there. A refused job leaves its folder as it was.
     """
     run = HydraConfig.get()
     started.append(run.job.num if run.mode == RunMode.MULTIRUN else 0)
@@ -49,19 +49,21 @@ def job(work: Callable[[], Any]) -> Any:
     folders.append(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
     if run.mode == RunMode.MULTIRUN:
         sweeps.append(Path(run.sweep.dir))
+    before = folder_before_job()
     here = "BasicLauncher" in run.launcher.get("_target_", "")
     try:
         # hydra.job.chdir=true has changed to the run's folder, but paths are relative to the folder of the command
         with contextlib.chdir(run.runtime.cwd):
-            return work()
+            value = work()
+        write_held_logs()
+        return value
     except UserError as error:
+        before.restore()
         if not here:
             raise
         name = f"job {run.job.num} ({run.job.override_dirname}): " if run.mode == RunMode.MULTIRUN else ""
         failures.append(f"{name}{error}")
         print(f"error: {failures[-1]}", file=sys.stderr)
-        if run.mode != RunMode.MULTIRUN:
-            _remove_empty_run(folder)
     except Exception as error:  # a defect, ours or a library's
         if run.mode != RunMode.MULTIRUN or not here:
             raise
@@ -84,17 +86,6 @@ def keep_hydra_files(cfg: DictConfig) -> None:
     files = {"config.yaml": cfg, "hydra.yaml": OmegaConf.create({"hydra": run}), "overrides.yaml": run.overrides.task}
     for name, content in files.items():
         write_atomic(folder / HYDRA / name, functools.partial(OmegaConf.save, content))
-
-
-def _remove_empty_run(folder: Path) -> None:
-    """Remove the folder of a refused run if it holds nothing but Hydra's files and an empty log."""
-    names = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
-    known = {HYDRA, ".lock", "train.log", "study.log"}
-    if names <= known and not any(p.stat().st_size for p in folder.glob("*.log")):
-        shutil.rmtree(folder, ignore_errors=True)
-        if folder.parent.parent.name == "outputs":
-            with contextlib.suppress(OSError):  # fails if the day's folder holds other runs
-                folder.parent.rmdir()
 
 
 def composed(overrides: list[str]) -> DictConfig:

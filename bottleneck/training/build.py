@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import Optional, Union
+from typing import Callable, Optional, Union
 
 import torch
 
@@ -51,13 +51,20 @@ def build_bank(c: TrainConfig, inputs: Inputs, *, objective: Optional[BoundObjec
 
 
 def build_module(
-    c: TrainConfig, inputs: Inputs, *, backbone: Backbone, flag: Flag, resume_step: Optional[int]
+    c: TrainConfig,
+    inputs: Inputs,
+    *,
+    backbone: Backbone,
+    flag: Flag,
+    resume_step: Optional[int],
+    accepted: Callable[[], None],
 ) -> HeadSweep:
     """The module that trains the run's heads on the backbone's hidden states.
 
     Args:
         flag: notes signals.
         resume_step: step of the checkpoint that the run resumes from.
+        accepted: called once the heads have started or have been restored, before anything is logged.
     """
     teacher, data = inputs.teacher, inputs.data
     head = teacher.head(backbone) if isinstance(teacher, EarlierHead) else backbone.head
@@ -82,6 +89,7 @@ def build_module(
         cuda_graphs=c.trainer.cuda_graphs,
         resume_step=resume_step,
         target=target,
+        accepted=accepted,
     )
 
 
@@ -108,8 +116,10 @@ def _objective(c: TrainConfig, inputs: Inputs, head: Union[FullHead, Target]) ->
 
 def _start_heads(c: TrainConfig, inputs: Inputs, *, backbone: Backbone, head: FullHead, bank: HeadBank) -> None:
     """Set every head to its start, computed on the first sequences of the training order. Starts approximate `head`."""
-    log.info("starting heads: %s, %d calibration tokens", c.head.init, c.head.calibration_tokens)
     ids = inputs.data.calibration(c.head.calibration_tokens).to(backbone.lm_head.weight.device)
+    found = ids.shape[0] * (ids.shape[1] - 1)
+    few = f" (all; head.calibration_tokens={c.head.calibration_tokens})" if found < c.head.calibration_tokens else ""
+    log.info("starting heads: %s, %d calibration tokens%s", c.head.init, found, few)
     batches = report_progress("calibrating", ids.split(c.trainer.micro_batch_size))
     start_bank(
         bank,

@@ -56,6 +56,7 @@ class HeadSweep(pl.LightningModule):
         cuda_graphs: record micro-steps where possible, see `heads.micro_steps`.
         resume_step: step of the checkpoint that this process resumes from.
         target: the model of head.teacher=model:PATH, run on the same tokens as the backbone.
+        accepted: called once the heads have started or have been restored, before anything is logged.
 
     Attributes:
         details: comparison of the final heads with the original head, from `agreement.compare`.
@@ -84,6 +85,7 @@ class HeadSweep(pl.LightningModule):
         cuda_graphs: bool = True,
         resume_step: Optional[int] = None,
         target: Optional[Target] = None,
+        accepted: Callable[[], None] = lambda: None,
     ):
         super().__init__()
         self.automatic_optimization = False  # a step is several forward passes and one reduction of gradients
@@ -105,7 +107,7 @@ class HeadSweep(pl.LightningModule):
         self.reference: Optional[float] = None
         self.validation_tokens = 0
         self.step_tokens, self.timer = 0, StepTimer()
-        self.resume_step = resume_step
+        self.resume_step, self.accepted = resume_step, accepted
         self._clock: Optional[tuple[float, int]] = None  # time and step of the last logged row
 
     def configure_optimizers(self) -> Any:
@@ -152,6 +154,8 @@ class HeadSweep(pl.LightningModule):
             if torch.distributed.is_initialized():  # starts computed on different devices may differ in rounding
                 for p in [*self.bank.parameters(), *self.bank.buffers()]:
                     torch.distributed.broadcast(p.data, 0)
+        self.accepted()
+        if self.global_step == 0:
             self.initial = self.validate()
 
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
@@ -206,7 +210,8 @@ class HeadSweep(pl.LightningModule):
         self.conclude()
 
     def on_fit_end(self) -> None:
-        if not self.final:  # resumed after its last step: Lightning skips on_train_end
+        if not self.final:  # resumed after its last step: Lightning skips on_train_start and on_train_end
+            self.accepted()
             self.to(self.trainer.strategy.root_device)
             self.conclude()
 

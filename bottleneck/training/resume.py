@@ -24,7 +24,6 @@ from bottleneck.core.run_file import read_run_file
 from bottleneck.heads.bank import HeadBank
 from bottleneck.results import curve
 from bottleneck.training.checkpoint import CHECKSUM, read_checkpoint
-from bottleneck.training.cluster import global_rank
 from bottleneck.training.optim import trained_parameters
 from bottleneck.training.run_folder import LAST, PREVIOUS, has_checkpoint, has_results
 
@@ -104,14 +103,9 @@ def find(c: TrainConfig, run_dir: Path) -> StartingPoint:
 
 
 def verify(found: StartingPoint, c: TrainConfig, *, run_dir: Path, bank: HeadBank) -> StartingPoint:
-    """Check the checkpoint's content against the bank, and log where the run resumes.
-
-    Process 0 renames a damaged last.ckpt that is not used.
-    """
+    """Check the checkpoint's content against the bank, and log where the run resumes."""
     begun = _verified(found, dataclasses.asdict(c), run_dir, steps=total_steps(c), bank=bank)
     if begun.path is not None:
-        if global_rank() == 0:
-            set_damaged_aside(run_dir, begun.path)
         log.info("resuming from %s, step %d of %d", begun.path, begun.step, total_steps(c))
     return begun
 
@@ -169,7 +163,7 @@ def wanted_checkpoint(ckpt_path: Optional[str], run_dir: Path, restarted: bool) 
     return "last" if restarted and (ckpt_path is None or has_checkpoint(run_dir)) else ckpt_path
 
 
-def set_damaged_aside(run_dir: Path, used: Path) -> None:
+def set_damaged_aside(run_dir: Path, used: Optional[Path]) -> None:
     """If a run resumes from previous.ckpt, rename the damaged last.ckpt to last.ckpt.damaged.
 
     Otherwise the next save would replace the good previous.ckpt by the damaged file.

@@ -15,6 +15,7 @@ from rich.console import Console
 from bottleneck.config.schema import TrainConfig
 from bottleneck.core.environment import environment
 from bottleneck.core.errors import check
+from bottleneck.core.held_log import write_held_logs
 from bottleneck.core.run_file import write_run_file
 from bottleneck.results import files, table
 from bottleneck.training.cluster import global_rank
@@ -22,6 +23,7 @@ from bottleneck.training.curve_of_run import build_curve
 from bottleneck.training.head_files import save_heads
 from bottleneck.training.inputs import Inputs
 from bottleneck.training.module import HeadSweep
+from bottleneck.training.resume import set_damaged_aside
 
 log = logging.getLogger("bottleneck")
 
@@ -41,11 +43,16 @@ class Result:
     run_dir: Path
 
 
-def describe(run_dir: Path, c: TrainConfig, *, trainer: pl.Trainer) -> None:
-    """Write run.json, which holds the run's config. Process 0 writes it once the run has been accepted."""
+def begin(run_dir: Path, c: TrainConfig, *, trainer: pl.Trainer, resume: Optional[Path]) -> None:
+    """The run is accepted, since its heads have started: from here on it writes into its folder. Process 0 does.
+
+    Writes run.json, which holds the run's config, and the log; renames a damaged last.ckpt that is not resumed from.
+    """
     if trainer.is_global_zero:
         run_dir.mkdir(parents=True, exist_ok=True)
+        set_damaged_aside(run_dir, resume)
         write_run_file(run_dir, dataclasses.asdict(c), environment(trainer.strategy.root_device))
+        write_held_logs()
 
 
 def write_results(c: TrainConfig, inputs: Inputs, *, module: HeadSweep, run_dir: Path) -> Result:

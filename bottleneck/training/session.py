@@ -8,7 +8,8 @@ import signal
 from pathlib import Path
 from typing import Any, Iterator, Optional
 
-from bottleneck.core.errors import Stopped
+from bottleneck.core.errors import Stopped, UserError
+from bottleneck.core.held_log import drop_held_logs
 from bottleneck.training import cluster, library_warnings, processes, run_folder, signals, tracking
 
 
@@ -52,5 +53,7 @@ def open_session(run_dir: Path) -> Iterator[Session]:
             signals.requeue()
         raise
     except BaseException as error:
+        if isinstance(error, UserError):
+            drop_held_logs()
         processes.leave_at_once(error)
         raise

@@ -10,6 +10,7 @@ from typing import Any, Callable, Optional
 
 from bottleneck.core.errors import UserError
 from bottleneck.core.files import write_atomic
+from bottleneck.core.held_log import write_held_logs
 from bottleneck.studies.shared.output import SCHEMA, plain
 
 
@@ -52,6 +53,7 @@ class PartialResults:
         """Store a result. Returns: the result as `get` will return it."""
         content = plain(content)
         raw = json.dumps({"key": key, "identity": self.identity, "content": content}, allow_nan=False).encode()
+        write_held_logs()  # with a first result the study is accepted
         write_atomic(self._path(key), lambda part: part.write_bytes(raw))
         return content
 
