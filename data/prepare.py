@@ -226,7 +226,8 @@ def command(overrides: list[str], write: Optional[str] = None, out: Optional[Pat
 def main(argv: Optional[list[str]] = None) -> int:
     """Returns the exit code: 2 for bad input, which is reported in one line."""
     parser = Parser(
-        prog="python -m data.prepare", description="Prepare the tokens of a run, without weights or training."
+        prog="python -m bottleneck.data.prepare",
+        description="Prepare the tokens of a run, without weights or training.",
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="as for train.py: backbone=… data=… data.files=…"

@@ -59,6 +59,8 @@ def _check_path(cfg: BackboneConfig) -> None:
     path = Path(cfg.path).expanduser()
     local = path.is_absolute() or cfg.path.startswith((".", "~")) or cfg.path.count("/") > 1
     check(not local or path.is_dir(), f"backbone.path={cfg.path}: no such folder")
+    only = f"is for a Hub name; backbone.path={cfg.path} is a folder here, which has one revision"
+    check(cfg.revision is None or not path.is_dir(), f"backbone.revision={cfg.revision}: {only}")
     if cfg.gguf_file and path.is_dir():
         found = ", ".join(sorted(p.name for p in path.glob("*.gguf"))) or "none"
         check(

@@ -17,7 +17,7 @@ from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
-from bottleneck.cli.quoting import in_quotes, unreadable
+from bottleneck.cli.quoting import check_choices, in_quotes, unreadable
 from bottleneck.core import plugins
 from bottleneck.core.errors import UserError
 
@@ -39,7 +39,7 @@ def load_plugins(words: Sequence[str]) -> list[str]:
     Args: words: the command line's arguments, such as `plugin=mine.py`, `+plugin=mine.py`, `plugin=[a.py,folder]`.
     Returns: the arguments for Hydra. `plugin` is a key of the config, so a `+` before it is removed; paths become
         absolute.
-    Raises: UserError if a plugin does not exist or cannot be imported.
+    Raises: UserError if a plugin does not exist or cannot be imported, or if a choice of a group is not a name.
     """
     out: list[str] = []
     given: list[str] = []
@@ -48,6 +48,7 @@ def load_plugins(words: Sequence[str]) -> list[str]:
         paths = [str(Path(p).expanduser().absolute()) for p in _named(match.group(1))] if match else []
         given += paths
         out.append(f"plugin=[{','.join(map(in_quotes, paths))}]" if paths else word)
+    check_choices(out)
     plugins.load(given)
     plugins.load_installed()
     _paths[:] = given

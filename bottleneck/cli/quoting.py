@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
-from typing import Any, Optional
+from typing import Any, Optional, Sequence
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+
+from bottleneck.core.errors import UserError
+from bottleneck.core.paths import CONF
 
 
 def parsed(override: str) -> Optional[str]:
@@ -72,3 +75,18 @@ def unreadable(override: str, reason: str) -> str:
     special = sorted(set(re.sub(r"[A-Za-z0-9_/.,:*?@%+|\- \\$]", "", value)))
     what = f"the value contains {' '.join(special)}, so it" if special else "the value"
     return f"{override}: {what} must be quoted, for Hydra and for the shell: {line}"
+
+
+def check_choices(words: Sequence[str]) -> None:
+    """Raises UserError if a choice of a config group is a number or another value that is no name.
+
+    Hydra ends in a TypeError or a ValueError that names neither the group nor the value.
+    """
+    for word in words:
+        group = word.partition("=")[0].lstrip("+").partition("@")[0]
+        value = _read(word) if "=" in word and re.fullmatch(r"\w+(/\w+)*", group) else None
+        names = value if isinstance(value, list) else [value]
+        wrong = [n for n in names if isinstance(n, (bool, int, float, dict, list))]
+        if wrong and (CONF / group).is_dir():
+            allowed = ", ".join(sorted(p.stem for p in (CONF / group).glob("*.yaml")))
+            raise UserError(f"{word}: {wrong[0]} is not a name of a choice; allowed are {allowed}")

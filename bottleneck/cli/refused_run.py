@@ -74,4 +74,6 @@ def folder_before_job() -> FolderBefore:
     if _before is not None and _before.folder == folder:
         return _before
     found = FolderBefore.of(folder)  # a job of a multirun: Hydra has just made its folder
-    return FolderBefore(folder, found.names, () if found.names else (folder,))
+    # and may work in it, with hydra.job.chdir: then it stays, empty
+    made = () if found.names or HydraConfig.get().job.chdir else (folder,)
+    return FolderBefore(folder, found.names, made)

@@ -101,6 +101,8 @@ def _check_data(d: Any) -> None:
     d.epochs = as_count("data.epochs", d.epochs)
     for name in ("files", "validation_files", "tokens"):
         value = getattr(d, name)
+        empty = isinstance(value, list) and not all(isinstance(v, (str, int, float)) for v in value)
+        check(not empty, f"data.{name}={value}: must hold paths; leave out null and lists in it")
         check("" not in as_list(value), f"data.{name}: holds an empty path; an unset shell variable gives one")
         if value is not None:  # Hydra parses a folder name such as 2024 as a number
             setattr(d, name, [str(v) for v in value] if isinstance(value, list) else str(value))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import signal
-from typing import NoReturn, Optional
+import sys
+from typing import Any, NoReturn, Optional
 
 
 class UserError(Exception):
@@ -33,7 +34,14 @@ def how_to_resume(folder: object = None, sweep: object = None) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are UserErrors."""
+    """An argument parser whose errors are UserErrors. Usage lines name the command as it was called.
+
+    Args: prog: the name of a command called as a module; `bottleneck NAME` is recognised.
+    """
+
+    def __init__(self, prog: str, **kwargs: Any):
+        called = sys.argv[0]
+        super().__init__(prog=called if called.startswith("bottleneck ") else prog, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} ({self.prog} --help)")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bottleneck.config.head_groups import HeadGroup
 from bottleneck.config.numbers import as_list
 from bottleneck.config.schema import OptimConfig
+from bottleneck.core.errors import check
 from bottleneck.core.extensions import STARTS
 from bottleneck.heads.bank import HeadBank
 from bottleneck.heads.head import count_parameters
@@ -35,6 +36,7 @@ def power_rate(
     The paper searches a rate per rank because n changes with r (its Fig. 11); this is the rule through such a search.
 
     Args: parameters: n; default: r (V + d), those of a low-rank head. kind: whose lr_ref, if it is given, is used.
+    Raises: UserError if the rate is not a number above 0.
     """
     start = STARTS[init]
     lr_ref, gamma = (
@@ -44,9 +46,15 @@ def power_rate(
     lr_ref = float(c.kind_lr_ref.get(kind, lr_ref))
     n_ref = hidden_size * (vocab_size + hidden_size) if c.n_ref is None else c.n_ref
     n = rank * (vocab_size + hidden_size) if parameters is None else parameters
-    rate = lr_ref * (n_ref / n) ** gamma
     # at rank d a closed form equals the original head, and a large rate would only make it worse
-    return float(f"{rate * c.full_rank if start.closed_form and rank == hidden_size else rate:.3g}")
+    factor = c.full_rank if start.closed_form and rank == hidden_size else 1.0
+    try:
+        rate = float(f"{lr_ref * (n_ref / n) ** gamma * factor:.3g}")
+    except OverflowError:
+        rate = math.inf
+    rule = f"optim.lr_ref={lr_ref:g}, optim.gamma={gamma:g}, optim.full_rank={factor:g}"
+    check(0 < rate < math.inf, f"{rule}: the power rule gives the rate {rate:g} at rank {rank}; give other values")
+    return rate
 
 
 def rates(
@@ -59,7 +67,7 @@ def rates(
     parameters: Optional[int] = None,
     kind: str = LOW_RANK,
 ) -> list[float]:
-    """The learning rates of one rank. Args: parameters, kind: see `power_rate`."""
+    """The learning rates of one rank. Args: parameters, kind: see `power_rate`. Raises: UserError as it does."""
     if c.lr is not None:
         return list(as_list(c.lr))
     if c.lr_rule == "table":
@@ -67,7 +75,13 @@ def rates(
     power = power_rate(c, init, rank, hidden_size, vocab_size, parameters=parameters, kind=kind)
     if c.lr_rule == "power":
         return [power]
-    return list(c.lrs) if c.lrs is not None else [float(f"{power * f:.3g}") for f in c.grid_factors]
+    if c.lrs is not None:
+        return list(c.lrs)
+    grid = [float(f"{power * f:.3g}") for f in c.grid_factors]
+    wrong = [rate for rate in grid if not 0 < rate < math.inf]
+    factors = f"optim.grid_factors={list(c.grid_factors)}: gives a rate of {wrong[0] if wrong else 0:g} at rank {rank}"
+    check(not wrong, f"{factors}; give other factors")
+    return grid
 
 
 def bank_keys(

@@ -26,6 +26,7 @@ from bottleneck.results import curve
 from bottleneck.training.checkpoint import CHECKSUM, read_checkpoint
 from bottleneck.training.optim import trained_parameters
 from bottleneck.training.run_folder import LAST, PREVIOUS, has_checkpoint, has_results
+from bottleneck.training.unproven_state import unproven_fault
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ def _verified(
         return found
     own = (run_dir / LAST).resolve(), (run_dir / PREVIOUS).resolve()
     if found.path.resolve() not in own:
-        fault = content_fault(read_checkpoint(found.path, mmap=True), bank)
+        fault = content_fault(read_checkpoint(found.path, mmap=True), bank, steps)
         check(fault is None, f"ckpt_path={found.path}: {fault}")
         return found
     path, saved, unfit = _newest(run_dir, stored, steps, bank=bank)
@@ -144,7 +145,7 @@ def _newest(
         try:
             saved = read_checkpoint(path, mmap=True)
             check_same_run(saved["bottleneck"]["config"], stored, path)
-            fault = step_fault(saved, steps) or (content_fault(saved, bank) if bank is not None else None)
+            fault = step_fault(saved, steps) or (content_fault(saved, bank, steps) if bank is not None else None)
             check(fault is None, f"ckpt_path={path}: {fault}")
             return path, saved, first
         except UserError as error:
@@ -217,7 +218,14 @@ def check_same_run(stored: dict[str, Any], current: dict[str, Any], path: Path) 
         if re.sub(r"^data\.sources\.[^.]+\.", "data.", key).startswith(FREE):
             continue
         hint = "a run is resumed with the settings it began with"
-        check(a.get(key) == b.get(key), f"{key}={b.get(key)}: the run in {path} has {a.get(key)}; {hint}")
+        check(_same(a.get(key), b.get(key)), f"{key}={b.get(key)}: the run in {path} has {a.get(key)}; {hint}")
+
+
+def _same(stored: Any, current: Any) -> bool:
+    try:
+        return bool(stored == current)
+    except (RuntimeError, TypeError, ValueError):  # a damaged checkpoint holds a tensor there
+        return False
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -246,7 +254,7 @@ PARTS = {
 NOTES = {"backbone": str, "data": str, "heads": list, "initial": dict, "step_tokens": int}
 
 
-def content_fault(saved: dict[str, Any], bank: HeadBank) -> Optional[str]:
+def content_fault(saved: dict[str, Any], bank: HeadBank, steps: int) -> Optional[str]:
     """The first fault of a checkpoint's content, or None: names, shapes, optimizer moments, values that are not finite.
 
     Values are checked only without a checksum, which already proves that the run wrote them, and only for heads that
@@ -255,8 +263,8 @@ def content_fault(saved: dict[str, Any], bank: HeadBank) -> Optional[str]:
     try:
         fault = _outline_fault(saved, bank) or _moments_fault(saved, bank)
         if fault is None and CHECKSUM not in saved["bottleneck"]:
-            fault = _finite_fault(saved, bank)
-    except (AttributeError, KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            fault = _finite_fault(saved, bank) or unproven_fault(saved, bank, steps)
+    except Exception as error:  # a foreign tree raises many kinds
         fault = f"{type(error).__name__}: {error}"
     return None if fault is None else f"does not fit this run: {fault}"
 

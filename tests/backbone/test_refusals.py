@@ -302,6 +302,13 @@ def test_an_unknown_quantization_is_not_passed_over(folder):
         refused("quant_method=ternary9, which Transformers .* does not know", lambda call=call: call(cfg))
 
 
+def test_a_revision_of_a_folder_is_refused(folder):
+    """Transformers ignores it: the heads were trained on the folder's weights, under the revision's name."""
+    cfg = BackboneConfig(path=str(folder), revision="step1000")
+    for call in (load_shape, load_tokenizer, load_model):
+        refused("backbone.revision=step1000: is for a Hub name; backbone.path=", lambda call=call: call(cfg))
+
+
 @pytest.mark.parametrize("kind", ["T5Config", "ViTConfig", "CLIPConfig"])
 def test_what_is_no_causal_lm_is_one_line(kind, tmp_path):
     getattr(T, kind)().save_pretrained(tmp_path)

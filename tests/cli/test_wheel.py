@@ -33,6 +33,21 @@ def test_every_command_has_its_function():
         assert function in names, (module, function)
 
 
+@pytest.mark.parametrize(
+    "called, shown",
+    [("bottleneck prepare", "bottleneck prepare"), ("x/prepare.py", "python -m bottleneck.data.prepare")],
+)
+def test_help_names_the_command_as_it_was_called(called, shown, capsys, monkeypatch):
+    from bottleneck.data.prepare import main as prepare
+
+    monkeypatch.setattr(sys, "argv", [called, "--help"])
+    with pytest.raises(SystemExit):
+        prepare()
+    assert f"usage: {shown} [-h]" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [called, "--wrong"])
+    assert prepare() == 2 and f"({shown} --help)" in capsys.readouterr().err
+
+
 def work(words: list, cwd: Path, **env: str) -> subprocess.CompletedProcess:
     done = subprocess.run(list(map(str, words)), cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]

@@ -104,3 +104,11 @@ def test_a_plugin_is_loaded_and_its_choices_compose(plugin, tmp_path, monkeypatc
     (tmp_path / "broken.py").write_text("1 / 0\n")
     with pytest.raises(UserError, match="broken.py: ZeroDivisionError"):
         composed(["plugin=broken.py"])
+
+
+@pytest.mark.parametrize("word", ["data=0.5", "backbone=[1]", "+optim@x=7", "data=true", "head=[fisher,{a:1}]"])
+def test_a_choice_that_is_no_name_is_one_line(word):
+    """Hydra said `argument of type 'float' is not iterable` in a traceback, or `must be a string or a list`."""
+    with pytest.raises(UserError, match="is not a name of a choice; allowed are .*, "):
+        load_plugins([word])
+    assert load_plugins(["experiment=null", "data=sample", "optim.lr=1", "-m", "head=a,b"])[1] == "data=sample"

@@ -131,6 +131,8 @@ def test_counts_and_lists():
         ("data.files=null", "either data.files"),
         ("data.files=", "data.files=: is empty; give a value, or null (an unset shell variable"),
         ("data.files=[a,'']", "data.files: holds an empty path"),
+        ("data.files=[null]", "data.files=[None]: must hold paths; leave out null"),
+        ("data.files=[a,[b]]", "data.files=['a', ['b']]: must hold paths"),
         ("backbone.path=", "backbone.path=: is empty"),
         ("ckpt_path=''", "ckpt_path=: is empty"),
         ("trainer.timeout_minutes=1e300", "trainer.timeout_minutes=1e+300: must be at most a year"),
