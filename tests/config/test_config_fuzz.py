@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from bottleneck.cli.hydra_messages import explain
 from bottleneck.cli.plugin_option import load_plugins
 from bottleneck.config.checks import check_config, check_device, check_shapes, total_steps
-from bottleneck.config.head_options import all_options, head_options
+from bottleneck.config.head_options import all_options
 from bottleneck.config.schema import SCHEMA_KEYS, TrainConfig, TrainNode
 from bottleneck.core.errors import UserError
 from bottleneck.core.extensions import HEAD_KINDS, LOSSES, OBJECTIVES, STARTS
@@ -94,7 +94,7 @@ def fitting(rng: random.Random, hint: Any) -> str:
         ]
         return f"{{{name()}:{fitting(rng, args[1])}}}"
     plain = {bool: ["true", "false"], int: WHOLE, float: REAL, str: NAMES, type(None): ["null"]}
-    return rng.choice(plain[hint])
+    return rng.choice(plain.get(hint, LISTS))
 
 
 def value_of(rng: random.Random, key: str = "") -> str:
@@ -135,9 +135,8 @@ def stored(c: TrainConfig) -> Any:
 def use(c: TrainConfig) -> None:
     """What a run does with its config before it loads anything."""
     check_device(c, "cpu", gpus=0)
-    ranks = check_shapes(c, D, CONTEXT)
-    options = head_options(c.head, HEAD_KINDS[c.head.kind].options)
-    keys = bank_keys(c.optim, c.head.init, ranks, c.seed, D, V, kind=c.head.kind, options=options)
+    groups = check_shapes(c, D, CONTEXT)
+    keys = bank_keys(c.optim, c.head.init, groups, c.seed, D, V)
     names = [key.name for key in keys]
     assert len(set(names)) == len(names) and all(0 < key.lr < float("inf") for key in keys)
     assert all("/" not in name and len(name) < 200 for name in names)
