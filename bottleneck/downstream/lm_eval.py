@@ -198,10 +198,10 @@ class _Scorer:
         return self.lm
 
     def _load(self) -> Any:
-        from bottleneck.downstream.one_bos import OneBOS
+        from bottleneck.downstream.one_bos import OneBOS, without_ending
 
         model, _ = self.run.model(self.run.backbone.dtype, torch.device(self.device).type)
-        tokenizer = load_tokenizer(self.run.backbone)
+        tokenizer = without_ending(load_tokenizer(self.run.backbone))
         return OneBOS(
             pretrained=model.to(self.device), backend="causal", tokenizer=tokenizer, batch_size=self.batch_size
         )

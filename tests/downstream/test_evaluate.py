@@ -262,21 +262,33 @@ metric_list:
 """
 
 
-def test_one_beginning_of_text_token(tmp_path):
-    """A tokenizer that adds the token itself, as Llama's: rolling likelihoods and answers have it once, as by hand."""
+def with_special_tokens(folder: Path, template: str) -> Path:
+    """The embedded backbone with a tokenizer that adds end of text in some places."""
     home = ROOT / "data" / "backbones" / "tiny"
-    model, tasks = tmp_path / "model", tmp_path / "tasks"
-    model.mkdir()
+    folder.mkdir()
     for name in ("model.safetensors", "config.json"):
-        (model / name).symlink_to(home / name)
+        (folder / name).symlink_to(home / name)
     tokenizer = AutoTokenizer.from_pretrained(home)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.bos_token_id)]
+        single=template, special_tokens=[("<|endoftext|>", tokenizer.bos_token_id)]
     )
-    tokenizer.save_pretrained(model)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("front, end", [(True, False), (False, True), (True, True)])
+def test_one_beginning_of_text_token(tmp_path, front, end):
+    """A tokenizer that adds the token itself, as Llama's: rolling likelihoods and answers have it once, as by hand.
+
+    Regression: with one at the end, as Llama's with `add_eos_token`, answers lost their first token.
+    """
+    first = "<|endoftext|> " * front
+    model = with_special_tokens(tmp_path / "model", first + "$A" + " <|endoftext|>" * end)
+    plain, tasks = with_special_tokens(tmp_path / "plain", first + "$A"), tmp_path / "tasks"
     tokenizer = AutoTokenizer.from_pretrained(model)
     bos = tokenizer.bos_token_id
-    assert tokenizer("a")["input_ids"][:1] == [bos] != tokenizer("a")["input_ids"][1:2]
+    some = tokenizer("a")["input_ids"]
+    assert (some[0] == bos) == front and (some[-1] == bos) == end and some.count(bos) == front + end
     shutil.copytree(TASK.parent, tasks)
     (tasks / "rolling.yaml").write_text(ROLLING)
     backbone = Backbone.load(BackboneConfig(path=str(model)))
@@ -291,5 +303,5 @@ def test_one_beginning_of_text_token(tmp_path):
         bits -= logp[:-1].gather(1, ids[1:, None]).sum().item() / math.log(2)
         size += len(doc["question"].encode())
     assert abs(content["results"]["rolling"]["bits_per_byte,none"] - bits / size) < 1e-5
-    want = by_hand(model, LINES[:4])
+    want = by_hand(plain, LINES[:4])
     assert all(abs(content["results"]["everyday"][f"{k},none"] - want[k]) < 1e-5 for k in want)
