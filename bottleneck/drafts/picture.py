@@ -20,7 +20,7 @@ def series_of(content: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def draw(content: dict[str, Any], file: BinaryIO) -> None:
-    """Left: expected accepted tokens of 4 drafted. Right: speed-up at the best number of drafted tokens."""
+    """Left: expected accepted tokens of 4 drafted. Right: speed-up at the best of 1 to 8 drafted tokens."""
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), dpi=130, layout="constrained")
     lines = series_of(content)
@@ -30,14 +30,15 @@ def draw(content: dict[str, Any], file: BinaryIO) -> None:
         x = [r["bytes"] / 1e6 for r in rows]
         left.plot(x, [r["accepted"][3] for r in rows], "o-", ms=4, color=f"C{i}", label=as_text(name))
         for batch, style in zip(content["steps"], ("-", "--", ":", "-.")):
-            y = [r["batches"][batch]["best_speedup"] for r in rows]
+            y = [max(r["batches"][batch]["speedup"]) for r in rows]
             label = f"{name}, batch {batch}"
             right.plot(x, y, style, marker="o", ms=4, color=f"C{i}", label=as_text(label))
     for batch, style in zip(content["steps"], ("-", "--", ":", "-.")):
-        y = original["batches"][batch]["best_speedup"]
+        y = max(original["batches"][batch]["speedup"])
         right.axhline(y, color="0.4", lw=1, ls=style, label=f"original head, batch {batch}")
     left.set_ylabel("expected accepted tokens of 4 drafted")
-    right.set_ylabel("expected speed-up, best number of drafted tokens")
+    right.axhline(1, color="0.8", lw=1, zorder=0)
+    right.set_ylabel("expected speed-up, best of 1 to 8 drafted tokens")
     for axes in (left, right):
         axes.set(xscale="log", xlabel="megabytes of the head in 16 bits")
         axes.grid(alpha=0.25)

@@ -6,7 +6,6 @@ Dims: N sequences, T tokens of a pass, D hidden size, R rank, K rows of a head, 
 from __future__ import annotations
 
 import copy
-import statistics
 import time
 from typing import Any, Callable
 
@@ -19,8 +18,11 @@ from bottleneck.core.errors import check
 REPEATS = 15
 
 
-def median_seconds(work: Callable[[Any], object], fresh: Callable[[], Any] = lambda: None) -> float:
-    """Median time of `work(fresh())`, without the time of `fresh`; two calls before warm up."""
+def fastest_seconds(work: Callable[[Any], object], fresh: Callable[[], Any] = lambda: None) -> float:
+    """Time of `work(fresh())` without that of `fresh`: the fastest of some calls, since other work only slows one down.
+
+    Two calls before warm up.
+    """
     times = []
     for i in range(REPEATS + 2):
         given = fresh()
@@ -30,7 +32,7 @@ def median_seconds(work: Callable[[Any], object], fresh: Callable[[], Any] = lam
         _wait()
         if i > 1:
             times.append(time.perf_counter() - began)
-    return statistics.median(times)
+    return min(times)
 
 
 def _wait() -> None:
@@ -47,7 +49,7 @@ def body_seconds(backbone: Backbone, batch: int, tokens: int, context: int) -> f
     known = "cannot be timed: its body keeps no cache of its own"
     apart = hasattr(first, "last_hidden_state") and getattr(first, "past_key_values", None) is not None
     check(apart, f"{backbone.name}: family {backbone.family} {known}")
-    return median_seconds(
+    return fastest_seconds(
         lambda past: backbone.body(input_ids=ids[:, context:], past_key_values=past, use_cache=True),
         lambda: copy.deepcopy(first.past_key_values),
     )
@@ -68,7 +70,7 @@ def head_seconds(matrices: list[Tensor], batch: int, tokens: int = 1) -> float:
             z = z @ matrix.T
         return z.argmax(-1)
 
-    return median_seconds(work)
+    return fastest_seconds(work)
 
 
 def target_seconds(target: Backbone, batch: int, drafted: int, context: int) -> list[float]:
