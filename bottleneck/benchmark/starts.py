@@ -1,6 +1,7 @@
 """Starts from the true second-order term and from the KL by structured solves, beside `fisher` and `refined`.
 
-    python -m bottleneck.benchmark starts --backbone tiny --ranks 8 32 64 128
+    python -m bottleneck.benchmark starts --ranks 8 32 64 128 256
+    python -m bottleneck.benchmark starts backbone=smollm2_135m_gguf --tokens 16384 --held 4096
 
 A structured solve (here `gauss-newton`) approximates KL(p* ‖ softmax(A C x)) around the current head by a quadratic
 whose Hessian is JᵀFJ, with F = diag(p) − p pᵀ of every context and J the derivative of the logits by (A, C). It is
@@ -9,8 +10,9 @@ surrogate that `fisher` minimises precondition it: rows of A by 1 / E[p_v (1 −
 `second-order`, p is the original head's and the target its logits, which is the second-order term of the KL; with `kl`,
 p is the current head's.
 
-Printed for every rank: KL from the original head on held-out tokens, and seconds (CPU time on a CPU, so that other
-processes do not count). Findings: docs/log.md.
+Printed for every rank: KL from the original head and loss on held-out tokens before any training, and seconds (CPU time
+on a CPU, so that other processes do not count), calibration included. `refined` is also run on fewer tokens, so that
+there is one that takes about as long as a structured solve. Findings: docs/log.md.
 
 Dims: n tokens of a batch, N tokens, D hidden size, R rank, V vocabulary.
 """
@@ -23,6 +25,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -33,10 +36,12 @@ from bottleneck.benchmark.table import Row, row
 from bottleneck.config.checks import check_config
 from bottleneck.core.paths import CONF
 from bottleneck.data.prepare import prepare
+from bottleneck.evaluation.sums import full_head_loss
 from bottleneck.heads.calibration import Calibration, calibrate, roots
 from bottleneck.heads.key import HeadKey
 from bottleneck.heads.starting import Factors, make_start
 from bottleneck.heads.starts.refined import divergence, refine
+from bottleneck.losses import linear_cross_entropy
 
 log = logging.getLogger(__name__)
 NAME = "starts"
@@ -134,7 +139,7 @@ def states(backbone: Backbone, ids: Tensor, device: torch.device) -> Tensor:
     return torch.cat([backbone(part[:, :-1].to(device)).flatten(0, 1) for part in ids.split(8)])
 
 
-def timed(work: Callable[[], list[Factors]], device: torch.device) -> tuple[list[Factors], float]:
+def timed(work: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
     """The result and seconds of a piece of work."""
     if device.type == "cuda":
         work()  # once for libraries to load
@@ -147,63 +152,85 @@ def timed(work: Callable[[], list[Factors]], device: torch.device) -> tuple[list
     return found, clock() - began
 
 
-def methods(h_ND: Tensor, head: FullHead, rank: int) -> Iterator[tuple[str, Callable[[], list[Factors]]]]:
-    """Name and work of everything compared; each includes its own calibration."""
+class Methods:
+    """Everything compared. The `fisher` start of all ranks is computed once for a number of tokens; its seconds count
+    for every method that begins with it.
+    """
 
-    def started(tokens: int) -> tuple[Factors, Calibration]:
-        c = calibrate([h_ND[:tokens]], head)
-        A, B = make_start("fisher", head, c)(HeadKey(rank, 1.0, 0))
-        return (A.contiguous(), B.contiguous()), c
+    def __init__(self, h_ND: Tensor, head: FullHead, batch: int):
+        """Args: batch: tokens of a structured solve's batch."""
+        self.h_ND, self.head, self.batch = h_ND, head, batch
+        self.bases: dict[int, tuple[tuple[Calibration, Callable[[HeadKey], Factors]], float]] = {}
 
-    def refined(tokens: int, passes: int, batch: int) -> list[Factors]:
-        start, c = started(tokens)
-        return refine([start], [h_ND[:tokens]], head, c, passes, batch)
+    def started(self, rank: int, tokens: int) -> tuple[Factors, Calibration, float]:
+        """The `fisher` start, its moments, and the seconds that both took."""
 
-    def solved(solve: Solve) -> list[Factors]:
-        start, c = started(16_384)
-        return [solve.run(start, h_ND, head, c)]
+        def work() -> tuple[Calibration, Callable[[HeadKey], Factors]]:
+            c = calibrate([self.h_ND[:tokens]], self.head)
+            return c, make_start("fisher", self.head, c)
 
-    yield "fisher 16k", lambda: [started(16_384)[0]]
-    yield "refined 65k x 2", lambda: refined(65_536, 2, 1024)
-    yield "refined 16k x 1", lambda: refined(16_384, 1, 1024)
-    yield "refined 8k x 2", lambda: refined(8_192, 2, 512)
-    for solve in (
-        Solve(4_096, 2, 6, 0.03),
-        Solve(4_096, 4, 4, 0.03),
-        Solve(2_048, 8, 4, 0.1),
-        Solve(8_192, 3, 12, 0.03),
-        Solve(8_192, 3, 12, 0.03, second_order=True),
-    ):
-        kind = "second-order" if solve.second_order else "kl"
-        name = f"gauss-newton {kind} {solve.tokens} x {solve.batches}, {solve.steps} steps, damping {solve.damping}"
-        yield name, functools.partial(solved, solve)
+        if tokens not in self.bases:
+            self.bases[tokens] = timed(work, self.h_ND.device)
+        (c, start), seconds = self.bases[tokens]
+        A, B = start(HeadKey(rank, 1.0, 0))
+        return (A.contiguous(), B.contiguous()), c, seconds
+
+    def of_rank(self, rank: int) -> Iterator[tuple[str, Factors, float]]:
+        """Name, factors and seconds of every method."""
+        N, h, device = len(self.h_ND), self.h_ND, self.h_ND.device
+        found, _, seconds = self.started(rank, N)
+        yield f"fisher, {N:,} tokens", found, seconds
+        for tokens, passes, step in ((N, 2, 1024), (N // 4, 1, 1024), (N // 8, 2, 512)):
+            start, c, before = self.started(rank, tokens)
+            step = min(step, max(64, tokens // 4))
+            work = functools.partial(refine, [start], [h[:tokens]], self.head, c, passes, step)
+            (found,), seconds = timed(work, device)
+            yield f"refined, {tokens:,} tokens, {passes} passes", found, before + seconds
+        for second_order in (True, False):
+            solve = Solve(self.batch, 4, 3, 0.1, second_order)
+            start, c, before = self.started(rank, N)
+            found, seconds = timed(functools.partial(solve.run, start, h, self.head, c), device)
+            kind = "second order" if second_order else "KL"
+            yield f"gauss-newton, {kind}, 4 x {self.batch:,} tokens, 3 CG steps", found, before + seconds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this benchmark's options."""
-    parser.add_argument("--backbone", default="tiny", help="a choice of conf/backbone")
+    parser.add_argument("overrides", nargs="*", default=[], help="as for train.py: backbone=…, data=… (default: tiny)")
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 32, 64, 128])
+    parser.add_argument("--tokens", type=int, default=65_536, help="calibration tokens")
+    parser.add_argument("--held", type=int, default=16_384, help="held-out tokens")
+    parser.add_argument("--batch", type=int, default=2_048, help="tokens of a structured solve's batch")
     parser.add_argument("--block", type=int, default=512, help="tokens of a block")
 
 
+def losses(found: Factors, h_ND: Tensor, y_N: Tensor, head: FullHead) -> tuple[float, float]:
+    """KL from the original head and loss of a head over held-out tokens, nats a token."""
+    A, B = (x.to(h_ND.device, torch.float32) for x in found)
+    loss = linear_cross_entropy(h_ND.float(), A, B, y_N, impl="chunked")
+    return divergence([found], h_ND, head)[0], loss.item()
+
+
 def run(args: argparse.Namespace) -> list[Row]:
-    """One row per rank and method, whose note is its KL."""
+    """One row per rank and method, whose note has its KL and loss."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        c = check_config(compose("train", overrides=[f"backbone={args.backbone}"]))
+        c = check_config(compose("train", overrides=args.overrides))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backbone = Backbone.load(c.backbone, device)
     corpus = prepare(c.data, load_tokenizer(c.backbone))
     train, held = (
         torch.from_numpy(tokens[: count * args.block + 1].astype("int64")).unfold(0, args.block + 1, args.block)
-        for tokens, count in ((corpus.train, 65_536 // args.block), (corpus.validation, 16_384 // args.block))
+        for tokens, count in ((corpus.train, args.tokens // args.block), (corpus.validation, args.held // args.block))
     )
     h_ND, held_ND = states(backbone, train, device), states(backbone, held, device)
-    rows = []
+    y_N = held[:, 1:].flatten().to(device)
+    own = full_head_loss(held_ND, backbone.head, y_N).item() / len(y_N)
+    log.warning("%s: the original head's loss on %d held-out tokens is %.4f", backbone.name, len(y_N), own)
+    methods, rows = Methods(h_ND, backbone.head, args.batch), []
     for rank in args.ranks:
-        for name, work in methods(h_ND, backbone.head, rank):
-            found, seconds = timed(work, device)
-            (kl,) = divergence(found, held_ND, backbone.head)
-            log.warning("r = %d: KL %.4f nats, %.2f s, %s", rank, kl, seconds, name)
-            note = f"KL {kl:.4f} nats on {len(held_ND)} held-out tokens"
+        for name, found, seconds in methods.of_rank(rank):
+            kl, loss = losses(found, held_ND, y_N, backbone.head)
+            note = f"KL {kl:.4f}, loss {loss:.4f} on {len(y_N):,} held-out tokens (original head {own:.4f})"
+            log.warning("r = %d: KL %.4f, loss %.4f, %.2f s, %s", rank, kl, loss, seconds, name)
             rows.append(row(NAME, f"{backbone.name} r={rank}", name, [seconds], device=device.type, note=note))
     return rows
