@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -207,3 +208,16 @@ def test_optimizer_is_adamw_and_skips_diverged_heads():
     copy.load_state_dict(ours.state_dict())
     copy.step()
     assert torch.equal(sick.B, frozen)
+
+
+@pytest.mark.parametrize(
+    "change", [{"gamma": 1e300}, {"gamma": -1e300}, {"full_rank": 1e-323}, {"lr_ref": 1e308, "gamma": 9.0}]
+)
+def test_a_rule_beyond_all_numbers_is_refused(change):
+    """A large exponent was an OverflowError in a traceback; a rate of 0 or infinity trained on."""
+    rank = 256 if "full_rank" in change else 8
+    with pytest.raises(UserError, match="the power rule gives the rate (0|inf) at rank"):
+        power_rate(dataclasses.replace(OptimConfig(), **change), "fisher", rank, 256, 8192)
+    factors = dataclasses.replace(OptimConfig(), lr_rule="grid", grid_factors=[1.0, 1e308, 1e-323])
+    with pytest.raises(UserError, match="optim.grid_factors="):
+        rates(factors, "fisher", 8, 256, 8192)
