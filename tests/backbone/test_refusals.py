@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Callable
 
+import peft
 import pytest
 import torch
 import transformers as T
@@ -338,7 +339,6 @@ def test_shape_under_other_names(family, width, context, vocabulary, tmp_path):
 @pytest.fixture
 def adapted(folder, tmp_path):
     """(adapter beside its base, adapter alone, plain base): the adapter changes every layer."""
-    peft = pytest.importorskip("peft")
     base = T.AutoModelForCausalLM.from_pretrained(folder)
     torch.manual_seed(0)
     model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["query_key_value"], init_lora_weights=False))
@@ -373,7 +373,6 @@ def test_an_adapter_is_applied(adapted):
 @pytest.mark.parametrize("beside", [False, True])
 def test_the_magnitudes_of_dora_are_applied(folder, tmp_path, beside):
     """Transformers itself leaves them out."""
-    peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     config = peft.LoraConfig(r=4, target_modules=["dense_h_to_4h"], use_dora=True, init_lora_weights=False)
     model = peft.get_peft_model(T.AutoModelForCausalLM.from_pretrained(folder), config).eval()
@@ -444,7 +443,6 @@ def test_adapters_that_would_be_lost_are_refused(adapted):
 
 
 def test_an_adapter_for_resized_embeddings_is_one_line(folder, tmp_path):
-    peft = pytest.importorskip("peft")
     base = T.AutoModelForCausalLM.from_pretrained(folder)
     base.resize_token_embeddings(330)
     config = peft.LoraConfig(r=4, target_modules=["query_key_value"], modules_to_save=["embed_in"])

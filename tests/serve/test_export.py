@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import peft
 import pytest
 import torch
 import transformers as T
@@ -263,7 +264,6 @@ def test_a_model_with_code_of_its_own(toy_backbone, tmp_path, capsys):
 
 def test_an_adapter_is_merged(toy_backbone, tmp_path):
     """The export of a backbone with a PEFT adapter is a plain model."""
-    peft = pytest.importorskip("peft")
     source, to = tmp_path / "adapter", tmp_path / "out"
     torch.manual_seed(0)
     config = peft.LoraConfig(r=4, target_modules=["query_key_value"], init_lora_weights=False)
