@@ -483,8 +483,8 @@ from bottleneck.data.token_corpus import TokenCorpus
 
 read = TokenCorpus.read
 
-def recorded(self, indices):
-    ids = read(self, indices)
+def recorded(self, indices, block=None):
+    ids = read(self, indices, block)
     with open({log!r}, "a") as f:
         print(json.dumps([indices.tolist(), ids.tolist()]), file=f)
     if {row} in indices and not os.path.exists({log!r} + ".killed"):
