@@ -69,7 +69,7 @@ def as_begun(c: TrainConfig, run_dir: Path) -> TrainConfig:
 
 
 def find(c: TrainConfig, run_dir: Path) -> StartingPoint:
-    """Decide where the run starts. Reads files, writes none.
+    """Decide where the run starts. Reads files, writes none. Warns if inputs of a finished run have other names now.
 
     Raises: UserError if a run would be overwritten, if the folder or file holds another run, or if all checkpoints are
         damaged.
@@ -93,6 +93,7 @@ def find(c: TrainConfig, run_dir: Path) -> StartingPoint:
         return StartingPoint(path, saved["global_step"])
     if not has_checkpoint(run_dir):
         done = _finished_without_checkpoint(stored, run_dir, tokens=steps * c.batch_size * c.data.block_size)
+        _warn_of_unread_inputs(done, stored, read_run_file(run_dir))
         if done is None:
             log.info("ckpt_path=last: no checkpoint in %s yet, starting at step 0", run_dir)
         return StartingPoint(finished=done)
@@ -100,6 +101,7 @@ def find(c: TrainConfig, run_dir: Path) -> StartingPoint:
     if skipped is not None:
         log.warning("%s; resuming from %s, step %d", skipped, path.name, saved["global_step"])
     done = curve.complete(run_dir) if saved["global_step"] >= steps else None
+    _warn_of_unread_inputs(done, stored, saved["bottleneck"]["config"])
     return StartingPoint(path, saved["global_step"], done)
 
 
@@ -191,6 +193,7 @@ def _finished_without_checkpoint(stored: dict[str, Any], run_dir: Path, tokens: 
 
 # Keys that may change when a run is resumed: paths, devices, trackers. Hashes in the checkpoint show whether
 # weights and text are still the same.
+INPUTS = ("backbone.path", "backbone.tokenizer", "data.files", "data.validation_files", "data.prepared", "data.tokens")
 FREE = (
     "trainer.",
     "logger.",
@@ -205,6 +208,17 @@ FREE = (
     "backbone.name",
     "backbone.tokenizer",
 )
+
+
+def _warn_of_unread_inputs(
+    finished: Optional[dict[str, Any]], current: dict[str, Any], begun: Optional[dict[str, Any]]
+) -> None:
+    """Backbone and text of a resumed run are compared by their content; a finished run reads neither."""
+    if finished is None or begun is None:
+        return
+    a, b = _flat(begun), _flat(current)
+    for key in sorted(key for key in a.keys() & b.keys() if key.startswith(INPUTS) and not _same(a[key], b[key])):
+        log.warning("%s=%s was not read: the run is finished, and was trained with %s", key, b[key], a[key])
 
 
 def check_same_run(stored: dict[str, Any], current: dict[str, Any], path: Path) -> None:

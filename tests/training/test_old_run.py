@@ -71,7 +71,8 @@ def test_an_interrupted_old_run_resumes_to_the_undisturbed_heads(copy, caplog):
         assert x["loss"] == (y["loss"] if same_machine() else pytest.approx(y["loss"], abs=1e-5))
     logs = [(copy / d / "metrics.csv").read_text().splitlines() for d in ("finished", "interrupted")]
     rows = [[r.split(",")[:4] for r in log if "second" not in r] for log in logs]
-    assert rows[0] == rows[1]  # every step once
+    known = {metric for *_, metric, _ in rows[0]}  # a later version measures more
+    assert rows[0] == [r for r in rows[1] if r[2] in known]  # every step once
 
 
 def test_a_finished_old_run_is_left_as_it_is(copy):

@@ -55,6 +55,17 @@ def test_a_finished_run_is_left_as_it_is(run, tmp_path):
     assert files == {p: p.stat().st_mtime_ns for p in files}
 
 
+@pytest.mark.parametrize("kept", ["checkpoints", "no checkpoints"])
+def test_inputs_that_a_finished_run_does_not_read_are_named(run, caplog, kept):
+    """The run may be repeated where its backbone lies elsewhere, so another path is no error; but it was silent."""
+    every = ["trainer.checkpoint_every=null"] if kept == "no checkpoints" else []
+    first = run(*every)
+    again = run(*every, "ckpt_path=last")
+    assert "was not read" not in caplog.text
+    again = run(*every, "ckpt_path=last", "data.files=elsewhere.jsonl")
+    assert again.curve == first.curve and "data.files=" in caplog.text and "was not read" in caplog.text
+
+
 def test_a_finished_run_without_checkpoints_is_not_trained_again(run, tmp_path, monkeypatch):
     """The same command, requeued by Slurm or repeated by hand, finds the run finished by comparing run.json."""
     first = run("trainer.checkpoint_every=null")
