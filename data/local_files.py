@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, Iterable, Iterator, Optional
@@ -119,21 +119,34 @@ def _is_link_inside(here: str, folder: Path) -> bool:
 
 
 def _inside(folder: Path) -> list[str]:
-    """Paths of the text files in a folder, relative to it, sorted. Says which hidden text is left out."""
+    """Paths of the text files in a folder, relative to it, sorted. Logs the files that are left out."""
     found: list[str] = []
+    others: Counter[str] = Counter()
     hidden: list[Path] = []
     left_out: dict[str, int] = defaultdict(int)
     for relative, files in walk_once(folder, hidden):
         texts = [name for name in _texts(folder / relative, files) if (folder / relative / name).is_file()]
         found += [str(relative / name) for name in texts if not _is_hidden(name)]
         left_out[""] += sum(map(_is_hidden, texts))
+        others.update(_endings_of_others(files))
     for root in hidden:
         left_out[root.name] += sum(len(_texts(Path(here), files)) for here, _, files in os.walk(root))
     for name, count in sorted(left_out.items()):
         if count:
             where = f"in hidden folders {readable(name)}" if name else "with hidden names"
             log.info("%s: %d files %s are left out", readable(folder), count, where)
+    if found and others:
+        endings = ", ".join(sorted(others))
+        log.info("%s: %d files of other kinds are not read: %s", readable(folder), sum(others.values()), endings)
     return sorted(found)
+
+
+def _endings_of_others(files: list[str]) -> list[str]:
+    """The endings (without one, the names) of the files of one folder that are neither text nor about the text."""
+    if "state.json" in files:  # of `datasets.save_to_disk`, whose files are listed
+        return []
+    plain = (name for name in files if not _is_hidden(name) and name.lower() not in ABOUT)
+    return [PurePath(name).suffix or name for name in plain if not is_text_file(Path(name))]
 
 
 def _texts(folder: Path, files: list[str]) -> list[str]:

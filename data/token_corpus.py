@@ -401,6 +401,7 @@ class TokenCorpus(Corpus):
         log.info("%s: %s in place (%s), %s validation tokens", self.name, kind, taken, f"{len(self.validation):,}")
         sample = tokenizer.decode(self.validation[:40].tolist())
         log.info("token files do not name their tokenizer, so it cannot be checked; decoded, they begin: %r", sample)
+        log.info("copies of validation documents among the training tokens are not looked for: no shard is read ahead")
 
 
 def skipped(cfg: DataConfig) -> int:

@@ -218,8 +218,19 @@ def test_hidden_files_and_folders_are_no_text(tmp_path, caplog):
         assert expand("data.files", str(tmp_path / "t")) == [kept]
     assert "1 files in hidden folders .ipynb_checkpoints are left out" in caplog.text
     assert "3 files with hidden names are left out" in caplog.text
+    assert "3 files of other kinds are not read: .bak, .jsonl#, .jsonl~" in caplog.text
     assert expand("data.files", str(tmp_path / "t/**/*.jsonl")) == [kept]
     assert len(expand("data.files", str(tmp_path / "t/.ipynb_checkpoints/*"))) == 1  # named, so wanted
+
+
+def test_files_of_a_split_that_are_not_read_are_named(tmp_path, caplog):
+    """`validation.csv` beside `train.jsonl` was passed over in silence, and the validation text drawn from training."""
+    jsonl(tmp_path / "train.jsonl", DOCS[:20])
+    (tmp_path / "validation.csv").write_text("text\nA document.\n")
+    (tmp_path / "README.md").write_text("About the text.")
+    with caplog.at_level(logging.INFO):
+        expand("data.files", str(tmp_path))
+    assert "1 files of other kinds are not read: .csv" in caplog.text
 
 
 def test_linked_folders_are_followed_once(tmp_path):
