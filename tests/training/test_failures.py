@@ -35,7 +35,7 @@ def test_a_defect_in_one_job_does_not_stop_the_others(monkeypatch, capsys, launc
     """Its traceback is printed and the next jobs run, as after a UserError. On a cluster or alone it is raised."""
     run = SimpleNamespace(
         runtime=SimpleNamespace(output_dir="out", cwd="."),
-        job=SimpleNamespace(num=1, override_dirname="ranks=8", get=lambda *_: 1),
+        job=SimpleNamespace(num=1, chdir=False, override_dirname="ranks=8", get=lambda *_: 1),
         mode=mode,
         launcher={"_target_": launcher},
         sweep=SimpleNamespace(dir="sweep"),
@@ -185,6 +185,6 @@ def test_an_interrupted_benchmark_ends_its_run(deaf, monkeypatch, tmp_path):
 
     threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
-        ours._call(["bash", "-c", f"{trap}; setsid sleep 300 & wait"])
+        ours.call(["bash", "-c", f"{trap}; setsid sleep 300 & wait"])
     assert_gone(pids)
     assert said.exists() != deaf
