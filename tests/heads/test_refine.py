@@ -160,6 +160,7 @@ def test_bias_and_soft_cap_of_the_original_head_are_learned(setting):
     assert brute_force(h, head, *done) < 0.7 * brute_force(h, head, *start)
 
 
+@pytest.mark.slow
 def test_lower_held_out_loss_on_the_embedded_backbone():
     """8,192 tokens of the embedded text to learn from, others to measure on: far ahead of `fisher` at low ranks."""
     folder = ROOT / "data/backbones/tiny"

@@ -154,6 +154,7 @@ STUDIES.register(
 """
 
 
+@pytest.mark.slow
 def test_a_study_of_a_plugin_is_one_file_and_one_yaml(tmp_path):
     """A study outside the package is listed, has its own keys and checks, and runs."""
     folder = tmp_path / "my plugin"

@@ -86,6 +86,7 @@ def test_any_number_of_processes_in_any_job_of_a_multirun(toy, tmp_path):
     assert not left
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_named_and_nothing_is_lost(longer, whole, tmp_path):
     run = start(*longer, f"hydra.run.dir={tmp_path / 'cut'}")
     wait_for(tmp_path / "cut" / LAST, run)
