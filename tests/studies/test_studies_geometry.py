@@ -129,6 +129,7 @@ def test_numbers_are_the_same_in_every_process(tmp_path):
     assert (tmp_path / "1" / "geometry.csv").read_text() == (tmp_path / "2" / "geometry.csv").read_text()
 
 
+@pytest.mark.slow
 def test_geometry_reads_the_results_of_other_studies(toy_backbone, toy_text, tmp_path):
     series = toy_series(toy_backbone, tmp_path / "toy", {f"step{n}": 0.1 * n for n in range(4)})
     words = [
@@ -149,6 +150,7 @@ def test_geometry_reads_the_results_of_other_studies(toy_backbone, toy_text, tmp
     }
 
 
+@pytest.mark.slow
 def test_single_models_are_joined_across_studies(toy_backbone, toy_text, tmp_path):
     """Models without steps, one named with invalid mathematics: no study invents a step; geometry finds both rows."""
     models = toy_series(toy_backbone, tmp_path / "toys", {"a": 0.0, "b": 0.3, r"$\bad$": 0.6})

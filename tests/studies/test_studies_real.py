@@ -38,6 +38,7 @@ def test_anisotropy_of_the_embedded_backbone(tmp_path):
     assert e["layers"][0]["mean_cosine"] < 0.15 < e["layers"][-1]["mean_cosine"]
 
 
+@pytest.mark.slow
 def test_the_estimate_orders_the_starts_and_ranks(tmp_path):
     c = run_study(
         tmp_path,

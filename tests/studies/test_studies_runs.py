@@ -89,6 +89,7 @@ def test_an_interrupted_series_resumes_with_the_same_result(tmp_path, quick, ste
         run_study(tmp_path / "cut", "study=saturation", f"backbone.path={steps}", *quick, "tokens=700")
 
 
+@pytest.mark.slow
 def test_a_series_holds_one_model_at_a_time(tmp_path, quick, steps, monkeypatch):
     alive: list = []
     real = loading.Backbone.load

@@ -57,7 +57,7 @@ def assert_nothing_left(folder: Path, processes: list[psutil.Process]) -> None:
     assert not list(folder.glob(f"{WORKERS}*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_stopped_run_does_not_wait_for_torchs_timeout(tmp_path, number):
     """Once, workers waited 60 s for an agent that never collects their results: SIGTERM took 61 s, although the
     checkpoint was written after 0.01 s. Preemption allows 30 s.
