@@ -23,6 +23,7 @@ BENCHMARKS = {
     "heads": "one head step against PyTorch, QuACK, Liger and cut-cross-entropy: time, memory, error",
     "decode": "the head's step in decoding: one matrix against two of rank r",
     "sweep": "one pass that trains all ranks against one ordinary Lightning run per rank",
+    "taught": "heads taught by a target beside the backbone against the same heads without: tokens/s, memory",
     "scale": "one sweep on 1, 2, 4 … GPUs: tokens/s, where a step's time goes, memory",
     "killed": "one process of a run killed under torchrun: time lost, heads compared",
     "data": "preparing tokens against datasets.map, loading prepared tokens, opening and reading token files",

@@ -95,6 +95,13 @@ def backbone_folder(name: str, folder: Path) -> Path:
     return folder
 
 
+def weights_folder(name: str, folder: Path, device: str) -> Path:
+    """Write that shape as a folder with random weights; the embedded tokenizer stands in."""
+    random_backbone(name, device).save_pretrained(folder)
+    _tokenizer().save_pretrained(folder)
+    return folder
+
+
 def _tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(ROOT / "data/backbones/tiny")
 

@@ -185,6 +185,16 @@ def test_a_sweep_on_one_and_two_processes(tmp_path):
 
 
 @pytest.mark.slow
+def test_heads_taught_by_a_target_are_compared_with_heads_without(tmp_path):
+    words = ["taught", *SMALL, "--target", "tiny", "--steps", "2", "--objectives", "lk"]
+    assert benchmark.main([*words, "--csv", str(tmp_path / "rows.csv")]) == 0
+    with open(tmp_path / "rows.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert [r["implementation"] for r in rows] == ["ce, no target", "lk, by tiny"]
+    assert all("forward" in r["note"] and "heads" in r["note"] for r in rows)
+
+
+@pytest.mark.slow
 def test_one_pass_is_compared_with_one_stock_run_per_rank(tmp_path):
     assert (
         benchmark.main(
@@ -232,6 +242,7 @@ def test_a_killed_process_is_reported_with_its_cost(tmp_path):
         (["scale", "--shape", "gpt5"], "--shape gpt5: there is no such shape; allowed are pythia-70m"),
         (["scale", "--processes", "1,x"], "--processes 1,x: must be whole numbers with commas between"),
         (["sweep", "--ranks", "8,x"], "--ranks 8,x: must be whole numbers"),
+        (["taught", "--shape", "llama-3.2-1b"], "--target pythia-1b: has 50304 rows, --shape llama-3.2-1b has 128256"),
         (["sweep", "--ranks", "8,1024"], "--ranks 8,1024: allowed are 1 to 768, the hidden size of pythia-160m"),
         (["scale", "--steps", "2"], "--steps: the first step is warm-up"),
         (["killed", "--steps", "12"], "--steps 12: give 13 or more"),
