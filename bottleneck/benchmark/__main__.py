@@ -30,6 +30,7 @@ BENCHMARKS = {
     "starts": "structured solves for a start beside fisher and refined: KL and time",
     "startup": "seconds until the first optimizer step, part by part, and of --help",
     "cost": "milliseconds of a training step and of a decoded token for each head of runs, written into their curves",
+    "forecast": "the stored curves of study=forecast, and how its law fares on ranks, backbones and texts left out",
     "forward": "hidden states per second of the frozen backbone, eager and compiled",
 }
 
