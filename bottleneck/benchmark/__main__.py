@@ -21,6 +21,8 @@ from bottleneck.core.errors import Parser, check
 WIDTH = 130  # of the table at least, also if the output is a file
 BENCHMARKS = {
     "heads": "one head step against PyTorch, QuACK, Liger and cut-cross-entropy: time, memory, error",
+    "objectives": "one head step under each objective, in units of cross-entropy's",
+    "tiles": "the best tiles of the low-rank kernels, by search",
     "decode": "the head's step in decoding: one matrix against two of rank r",
     "sweep": "one pass that trains all ranks against one ordinary Lightning run per rank",
     "taught": "heads taught by a target beside the backbone against the same heads without: tokens/s, memory",

@@ -118,7 +118,8 @@ def as_graph(work: Work) -> Work:
     return replayed
 
 
-def _numbers(name: str, text: str) -> list[int]:
+def whole_numbers(name: str, text: str) -> list[int]:
+    """Return the numbers of an argument. Raises UserError."""
     whole = all(w.strip().isdigit() for w in text.split(","))
     check(whole, f"{name} {text}: must be whole numbers with commas between")
     return [as_count(name, int(w)) for w in text.split(",")]
@@ -143,8 +144,8 @@ def run(args: argparse.Namespace) -> list[Row]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for name in ("tokens", "vocab", "repeats"):
         as_count(f"--{name}", getattr(args, name))
-    ranks = _numbers("--ranks", args.ranks)
-    memories: list[Optional[int]] = [*_numbers("--memory", args.memory)] if args.memory else [None]
+    ranks = whole_numbers("--ranks", args.ranks)
+    memories: list[Optional[int]] = [*whole_numbers("--memory", args.memory)] if args.memory else [None]
     make = _cases(args, ranks, device)
     rows: list[Row] = []
     for R in ranks:

@@ -82,7 +82,8 @@ class Objective:
             option `temperature` (1 where the objective has none).
         options: the `head.*` keys it reads besides `teacher`, with their defaults.
         impls: values of `head.loss_impl` that can compute it; None: any.
-        fast: (options) -> m, the share of the KL, with which `losses.distill.steps` computes the same loss faster.
+        fast: (options) -> fields of `losses.distill.Distillation` with which `losses.distill.steps` computes the same
+            loss faster.
         refuses: (**options) -> why these values are impossible, or None; see `HeadKind`.
     """
 
@@ -92,7 +93,7 @@ class Objective:
     teacher: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     impls: Optional[tuple[str, ...]] = ("auto", "chunked", "fused")
-    fast: Optional[Callable[[Mapping[str, Any]], float]] = None
+    fast: Optional[Callable[[Mapping[str, Any]], Mapping[str, Any]]] = None
     refuses: Optional[Callable[..., Optional[str]]] = None
 
 

@@ -7,8 +7,8 @@ For a token with the teacher's logits s* and a head's logits s = A z, z = B h (H
 
 The factor T² keeps the gradient of the KL about as large at every temperature. Tokens are processed in chunks. The
 teacher's softmax is computed once for all heads of a bank, which share nothing else, so each head has the same bits
-alone and in a bank. For heads on `fused` one Triton kernel turns a chunk of their logits into its gradient; the rest
-is plain PyTorch on any device.
+alone and in a bank. Heads on `fused` run the Triton kernels of `losses.taught`; the rest is plain PyTorch on any
+device.
 
 Dims: n tokens of a chunk, D hidden size, R rank, V vocabulary.
 """
@@ -16,14 +16,14 @@ Dims: n tokens of a chunk, D hidden size, R rank, V vocabulary.
 from __future__ import annotations
 
 import functools
+import importlib
 from typing import Any, Callable, Iterator, NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
-from bottleneck.losses.choice import fused
 from bottleneck.losses.chunked import chunk_rows
-from bottleneck.losses.linear import Weights
+from bottleneck.losses.linear import Weights, logit_step
 from bottleneck.losses.products import add_product, matmul_f32
 
 
@@ -34,11 +34,14 @@ class Distillation(NamedTuple):
         teacher_logits: hidden states that the teacher reads [n, D'] -> its logits [n, V], float32.
         temperature: T.
         mix: m, the share of the KL; 0: cross-entropy alone, 1: KL alone.
+        overlap: in place of the KL, the loss of `objectives.lk`: η, and whether it is the form −log α; then T = m = 1.
+            Only for heads on `fused`.
     """
 
     teacher_logits: Callable[[Tensor], Tensor]
-    temperature: float
-    mix: float
+    temperature: float = 1.0
+    mix: float = 1.0
+    overlap: Optional[tuple[float, bool]] = None
 
 
 class Goal(NamedTuple):
@@ -94,10 +97,12 @@ def steps(
     teacher_ND = h_ND if teacher_ND is None else teacher_ND
     N, V = len(h_ND), len(heads[0].A)
     losses = torch.zeros(len(heads), N, dtype=torch.float32, device=h_ND.device)
-    kernels = fused() if all(w.impl == "fused" for w in heads) else None
-    # with a teacher more V-wide buffers are held, so chunks are smaller
-    rows = kernels.goal_rows(N, V, h_ND.element_size()) if kernels else max(1, chunk_rows(V, h_ND.device.type) // 2)
-    work: Callable[..., None] = functools.partial(_fast, kernels) if kernels else _plain
+    kernels = importlib.import_module("bottleneck.losses.taught") if all(w.impl == "fused" for w in heads) else None
+    if kernels is not None:
+        rows = kernels.rows(N, V, h_ND.element_size(), min((w.memory for w in heads), default=0))
+    else:  # with a teacher more V-wide buffers are held, so chunks are smaller
+        rows = max(1, chunk_rows(V, h_ND.device.type) // 2)
+    work: Callable[..., None] = functools.partial(_fast, kernels) if kernels is not None else _plain
     for start in range(0, N, rows):
         part = slice(start, start + rows)
         work(h_ND[part], heads, y_N[part], gradients, scale, o, losses[:, part], teacher_ND[part])
@@ -115,15 +120,24 @@ def _fast(
     losses_Hn: Tensor,
     teacher_nD: Tensor,
 ) -> None:
-    """One chunk of tokens in few kernel launches. Ignored tokens are zero in G, and so in all gradients."""
-    p, entropy = kernels.teach(o.teacher_logits(teacher_nD), o.temperature, h_nD.element_size())
-    for w, (dA, dB), loss in zip(heads, gradients, losses_Hn):
+    """One chunk of tokens in few kernel launches. With T ≠ 1 the cross-entropy is a step of its own."""
+    T, m = o.temperature, o.mix
+    apart = T != 1 and m < 1
+    taught = kernels.prepare(o.teacher_logits(teacher_nD), y_n, T, 1.0 if apart else m, h_nD.dtype)
+    overlap = None if o.overlap is None else kernels.Overlap(*o.overlap)
+    for w, (dA, dB), loss_n in zip(heads, gradients, losses_Hn):
         z = h_nD @ w.B.T
-        G = z @ w.A.T
-        kernels.follow(G, p, entropy, y_n, o.temperature, o.mix, loss)
-        add_product(dA, G.T, z[:, : w.rank], scale)
-        add_product(dB, (G @ w.A)[:, : w.rank].T, h_nD, scale)
-        del G  # free it before the next head allocates its own
+        share = scale * m if apart else scale
+        loss, dz = kernels.step(z, w.A, y_n, taught, dA, share, T, overlap)
+        add_product(dB, dz[:, : w.rank].T, h_nD, share)
+        if apart:
+            loss_n.copy_(loss).mul_(m)
+            loss, dz = logit_step(z, w.A, y_n, w.impl, dA, scale * (1 - m), w.memory)
+            assert dz is not None
+            add_product(dB, dz[:, : w.rank].T, h_nD, scale * (1 - m))
+            loss_n.add_(loss, alpha=1 - m)
+        else:
+            loss_n.copy_(loss)
 
 
 def _plain(

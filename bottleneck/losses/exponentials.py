@@ -91,21 +91,17 @@ def step(
 
 def _chunk(z: Tensor, A: Tensor, y: Tensor, dA: Tensor, scale: float, loss: Tensor, E: Tensor, tma: bool) -> None:
     (M, R), V, device = z.shape, len(A), z.device
-    precise = z.dtype == torch.float32
     offset, own, weight, excess = (torch.empty(M, dtype=torch.float32, device=device) for _ in range(4))
     BR = min(1024, triton.next_power_of_2(R))
     sample = matmul_f32(z, A[:: max(1, V // SAMPLE)][:SAMPLE].T)
     kernels.anchor[(M,)](z, A, y, sample, offset, own, V, R, sample.shape[1], BS=SAMPLE, BR=BR, num_warps=4)
-    sums = exponentials(z, A, E, offset, tma)
+    sums = repaired(z, A, E, offset, tma)
     T = sums.shape[1]
-    kernels.repair[(triton.cdiv(M, 64),)](
-        z, A, E, offset, sums, M, V, R, E.stride(0), T, BM=64, BT=64, BV=128, BK=32, PRECISE=precise, num_warps=4
-    )
     weighted = torch.empty_like(z)
     kernels.settle[(M,)](
         z, E, y, offset, own, sums, loss, weight, excess, weighted, V, R, E.stride(0), T, BT=256, BR=BR, num_warps=4
     )
-    for part in _aligned(V):
+    for part in aligned(V):
         add_product(dA[part], E[:, part].T, weighted[:, : dA.shape[1]], scale)
     del weighted
     order = torch.empty(M, dtype=torch.int32, device=device)
@@ -114,17 +110,42 @@ def _chunk(z: Tensor, A: Tensor, y: Tensor, dA: Tensor, scale: float, loss: Tens
     kernels.add_targets[(M, triton.cdiv(R, BR))](
         z, y, excess, order, dA, M, V, R, dA.shape[1], scale, BM=16, BR=BR, num_warps=4
     )
-    whole, *rest = _aligned(V)
+    whole, *rest = aligned(V)
     dz32 = matmul_f32(E[:, whole], A[whole])
     for part in rest:
         add_product(dz32, E[:, part], A[part], 1.0)
     kernels.finish[(M,)](dz32, A, y, weight, excess, z, V, R, BR=BR, num_warps=4)
 
 
-def _aligned(V: int) -> list[slice]:
+def aligned(V: int) -> list[slice]:
     """Parts of the vocabulary for the products: a library product over an odd V takes twice as long or more."""
     whole = V // ALIGN * ALIGN
     return [slice(0, V)] if V % 8 == 0 or not whole else [slice(0, whole), slice(whole, V)]
+
+
+def repaired(z: Tensor, A: Tensor, E: Tensor, offset: Tensor, tma: bool) -> Tensor:
+    """Write E [M, V] and return the sums [M, T] of its tiles' rows; raises the offsets of rows that need it."""
+    (M, R), V = z.shape, len(A)
+    sums = exponentials(z, A, E, offset, tma)
+    kernels.repair[(triton.cdiv(M, 64),)](
+        z,
+        A,
+        E,
+        offset,
+        sums,
+        M,
+        V,
+        R,
+        E.stride(0),
+        sums.shape[1],
+        BM=64,
+        BT=64,
+        BV=128,
+        BK=32,
+        PRECISE=z.dtype == torch.float32,
+        num_warps=4,
+    )
+    return sums
 
 
 def exponentials(z: Tensor, A: Tensor, E: Tensor, offset: Tensor, tma: bool) -> Tensor:

@@ -11,7 +11,6 @@ Dims: N tokens, R rank (padded, see `padded_rank`), V vocabulary.
 
 from __future__ import annotations
 
-import math
 import os
 from typing import NamedTuple, Optional
 
@@ -26,7 +25,6 @@ from bottleneck.losses.products import add_product, matmul_f32
 
 FLASH_RANK = 256  # without QuACK; with it, gradients of ranks above QUACK_RANK are faster through `losses.exponentials`
 QUACK_RANK = 128
-GOAL_MEMORY = 240 << 20  # bytes of a chunk where a full head teaches
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -191,56 +189,3 @@ def chunk_rows(N: int, row_bytes: int, memory: int) -> int:
     most = max(128, memory // row_bytes // 128 * 128)
     chunks = max(1, triton.cdiv(N, most))
     return min(N, triton.cdiv(triton.cdiv(N, chunks), 128) * 128)
-
-
-def goal_rows(N: int, V: int, itemsize: int) -> int:
-    """Tokens of a chunk where a full head teaches: its float32 logits, its softmax, and a head's logits."""
-    return chunk_rows(N, V * (4 + itemsize), GOAL_MEMORY)
-
-
-def teach(logits_nV: Tensor, temperature: float, itemsize: int) -> tuple[Tensor, Tensor]:
-    """Return a full head's softmax at a temperature p [n, V], and Σ p log p [n] in float32.
-
-    Args: itemsize: bytes of an entry of p: 4, or 2 for float16, which has three bits more than bfloat16 below 1.
-    """
-    n, V = logits_nV.shape
-    p = torch.empty(n, V, dtype=torch.float16 if itemsize == 2 else torch.float32, device=logits_nV.device)
-    least = torch.empty(n, dtype=torch.float32, device=logits_nV.device)
-    with torch.cuda.device_of(logits_nV):
-        kernels.teach[(n,)](
-            logits_nV,
-            p,
-            least,
-            V,
-            logits_nV.stride(0),
-            math.log2(math.e) / temperature,
-            BLOCK=ROW.entries,
-            num_warps=ROW.warps,
-        )
-    return p, least
-
-
-def follow(
-    logits_nV: Tensor, p_nV: Tensor, least_n: Tensor, y_n: Tensor, temperature: float, mix: float, loss_n: Tensor
-) -> None:
-    """Write the loss of a head taught by `teach`, see `losses.distill`; d loss / d logits replaces the logits."""
-    if INTERPRETED and logits_nV.dtype == torch.bfloat16:  # Triton's interpreter rounds it towards zero
-        wide = logits_nV.float()
-        follow(wide, p_nV, least_n, y_n, temperature, mix, loss_n)
-        logits_nV.copy_(wide)
-        return
-    with torch.cuda.device_of(logits_nV):
-        kernels.follow[(len(logits_nV),)](
-            logits_nV,
-            p_nV,
-            least_n,
-            y_n,
-            loss_n,
-            logits_nV.shape[1],
-            logits_nV.stride(0),
-            mix,
-            temperature,
-            BLOCK=ROW.entries,
-            HOT=temperature != 1,
-            num_warps=ROW.warps,
-        )

@@ -82,9 +82,9 @@ def steps(
     """
     if o.declared.fast is not None:
         assert o.teacher_logits is not None
-        T, share = o.options.get("temperature", 1.0), o.declared.fast(o.options)
-        goal = distill.Distillation(o.teacher_logits, T, share)
-        return distill.steps(h_ND, heads, y_N, gradients, scale, goal, o.read_by_teacher(h_ND))
+        goal = distill.Distillation(o.teacher_logits, **o.declared.fast(o.options))
+        if goal.overlap is None or all(w.impl == "fused" for w in heads):
+            return distill.steps(h_ND, heads, y_N, gradients, scale, goal, o.read_by_teacher(h_ND))
     N, V = len(h_ND), len(heads[0].A)
     losses = torch.zeros(len(heads), N, dtype=torch.float32, device=h_ND.device)
     rows = max(1, chunk_rows(V, h_ND.device.type) // 2)

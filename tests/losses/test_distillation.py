@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-import bottleneck.losses.fused as fused
+import bottleneck.losses.taught as taught
 from bottleneck.core.errors import UserError
 from bottleneck.core.extensions import OBJECTIVES
 from bottleneck.heads.bank import HeadBank, HeadKey
@@ -59,8 +59,8 @@ def problem(N, D, V, ranks):
 def test_distillation_gradients_are_those_of_the_definition(impl, temperature, mix, monkeypatch):
     """Against autograd in float64: loss and both gradients of two heads, with masked tokens, in several chunks and
     blocks of a row."""
-    monkeypatch.setattr(fused, "GOAL_MEMORY", 0)  # chunks of 128
-    monkeypatch.setattr(fused, "ROW", fused.Tile(1, 64, 4, 1))
+    monkeypatch.setattr(taught, "LEAST_MEMORY", 0)  # chunks of 128
+    monkeypatch.setattr(taught, "ROW", taught.Tile(1, 64, 4, 1))
     heads, W, h, y = problem(129 if impl == "fused" else 700, 12, 90, (1, 7))
     losses, grads = distilled(heads, W, h, y, temperature, mix, impl)
     for found, (dA, dB), (want, want_A, want_B) in zip(

@@ -67,6 +67,7 @@ OBJECTIVE = OBJECTIVES.register(
         loss,
         teacher=True,
         options={"form": "hybrid", "eta": 3.0},
+        fast=lambda options: {"overlap": (options["eta"], options["form"] == "log")},
         refuses=refuses,
     )
 )

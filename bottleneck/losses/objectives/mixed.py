@@ -30,6 +30,6 @@ OBJECTIVE = OBJECTIVES.register(
         loss,
         teacher=True,
         options={"temperature": 1.0, "mix": 0.5},
-        fast=lambda options: float(options["mix"]),
+        fast=lambda options: {"temperature": options["temperature"], "mix": options["mix"]},
     )
 )

@@ -1,0 +1,505 @@
+"""Triton kernels of a head that learns from a teacher's distribution, see `losses.taught` for the algorithm.
+
+They follow those of cross-entropy: `scan` along the vocabulary, `spread` along the tokens, with a tile of the targets
+t read beside each tile of logits. A row's largest target is kept apart in float32 (`top`, `share`), and is 0 in t.
+Logarithms are of base 2 inside; heat is log2(e) / temperature. No atomics: equal inputs give equal bits.
+
+Dims: N tokens, R rank padded with zeros, V vocabulary, S parts of V, BN and BV rows of a tile. Rows of t are `pitch`
+apart.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from bottleneck.losses.kernels import _add_product, _product
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+TINY = tl.constexpr(1.1754943508222875e-38)  # least normal number
+NEGLIGIBLE = tl.constexpr(1e-9)  # targets below it do not move the loss, whatever their logit
+
+
+@triton.jit
+def teach(
+    logits_ptr,
+    y_ptr,
+    t_ptr,
+    top_ptr,
+    share_ptr,
+    least_ptr,
+    V,
+    stride,
+    pitch,
+    heat,
+    mix,
+    BLOCK: tl.constexpr,
+):
+    """One row of a teacher's logits [n, V]: the targets mix · softmax + (1 − mix) · onehot(y), 0 where y < 0.
+
+    top, share: the largest target, whose entry of t is 0; all targets sum to 1 as they are stored.
+    least: mix · Σ p log p in nats, for the softmax p.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    at = logits_ptr + row * stride
+    y = tl.load(y_ptr + row)
+    counts = y >= 0
+    m = tl.full([BLOCK], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK], tl.float32)
+    mean = tl.zeros([BLOCK], tl.float32)  # Σ exp(s − m) s
+    best = tl.zeros([BLOCK], tl.int32)
+    for v0 in range(0, V, BLOCK):
+        cols = v0 + tl.arange(0, BLOCK)
+        s = tl.load(at + cols, mask=cols < V, other=float("-inf")).to(tl.float32) * heat
+        best = tl.where(s > m, cols, best)
+        highest = tl.maximum(m, s)
+        base = tl.where(highest == float("-inf"), 0.0, highest)
+        shrink, e = tl.exp2(m - base), tl.exp2(s - base)
+        l = l * shrink + e
+        mean = mean * shrink + e * tl.where(cols < V, s, 0.0)
+        m = highest
+    highest = tl.max(m, 0)
+    weight = tl.exp2(m - highest)
+    total = tl.sum(l * weight, 0)
+    lse = highest + tl.log2(total)
+    tl.store(least_ptr + row, tl.where(counts, mix * (tl.sum(mean * weight, 0) / total - lse) * LN2, 0.0))
+    top = tl.min(tl.where(m == highest, best, V), 0)
+    known = counts & (y < V)
+    p_y = tl.exp2(tl.load(at + y, mask=known, other=float("-inf")).to(tl.float32) * heat - lse)
+    top = tl.where(known & (mix * p_y + (1.0 - mix) > mix / total), y, top)
+    rest = tl.zeros([BLOCK], tl.float32)
+    for v0 in range(0, V, BLOCK):
+        cols = v0 + tl.arange(0, BLOCK)
+        s = tl.load(at + cols, mask=cols < V, other=float("-inf")).to(tl.float32) * heat
+        t = mix * tl.exp2(s - lse) + tl.where(cols == y, 1.0 - mix, 0.0)
+        t = tl.where((cols == top) | (cols >= V) | (y < 0), 0.0, t).to(t_ptr.dtype.element_ty)
+        rest += t.to(tl.float32)
+        tl.store(t_ptr + row * pitch + cols, t, mask=cols < V)
+    tl.store(top_ptr + row, top)
+    # a target outside the vocabulary makes the loss NaN, as it does without a teacher
+    share = tl.where(y >= V, float("nan"), 1.0 - tl.sum(rest, 0))
+    tl.store(share_ptr + row, tl.where(counts, share, 0.0))
+
+
+@triton.jit
+def _targets(t_ptr, rows, cols, N, V, pitch):
+    at = t_ptr + rows.to(tl.int64) * pitch + cols
+    return tl.load(at, mask=(rows < N) & (cols < V), other=0.0)
+
+
+@triton.jit
+def scan(
+    z_ptr,
+    A_ptr,
+    t_ptr,
+    m_ptr,
+    l_ptr,
+    own_ptr,
+    taught_ptr,
+    N,
+    V,
+    part,
+    pitch,
+    heat,
+    R: tl.constexpr,
+    BN: tl.constexpr,
+    BV: tl.constexpr,
+    PRECISE: tl.constexpr,
+):
+    """One part of V: maximum m and l = Σ exp2(s − m) [S, N]; own = Σ exp2(s − m) a_v, taught = Σ t_v a_v [S, N, R]."""
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    split = tl.program_id(1)
+    ranks = tl.arange(0, R)
+    z = tl.load(z_ptr + rows[:, None] * R + ranks[None, :], mask=rows[:, None] < N, other=0.0)
+    m = tl.full([BN], float("-inf"), tl.float32)
+    l = tl.zeros([BN], tl.float32)
+    own = tl.zeros([BN, R], tl.float32)
+    taught = tl.zeros([BN, R], tl.float32)
+    for v0 in range(split * part, tl.minimum(split * part + part, V), BV):
+        cols = v0 + tl.arange(0, BV)
+        at = A_ptr + cols[:, None].to(tl.int64) * R + ranks[None, :]
+        a = tl.load(at, mask=cols[:, None] < V, other=0.0)
+        t = _targets(t_ptr, rows[:, None], cols[None, :], N, V, pitch)
+        s = _product(z, a, PRECISE) * heat
+        s = tl.where(cols[None, :] < V, s, float("-inf"))
+        highest = tl.maximum(m, tl.max(s, 1))
+        e = tl.exp2(s - highest[:, None])
+        shrink = tl.exp2(m - highest)
+        l = l * shrink + tl.sum(e, 1)
+        own = _add_product(own * shrink[:, None], e.to(a.dtype), a, PRECISE)
+        taught = _add_product(taught, t, a, PRECISE)
+        m = highest
+    out = split.to(tl.int64) * N + rows
+    tl.store(m_ptr + out, m, mask=rows < N)
+    tl.store(l_ptr + out, l, mask=rows < N)
+    wide = out[:, None] * R + ranks[None, :]
+    tl.store(own_ptr + wide, own, mask=rows[:, None] < N)
+    tl.store(taught_ptr + wide, taught, mask=rows[:, None] < N)
+
+
+@triton.jit
+def merge(
+    z_ptr,
+    A_ptr,
+    y_ptr,
+    top_ptr,
+    share_ptr,
+    least_ptr,
+    m_ptr,
+    l_ptr,
+    own_ptr,
+    taught_ptr,
+    lse_ptr,
+    first_ptr,
+    loss_ptr,
+    dz_ptr,
+    N,
+    heat,
+    weight,
+    slope,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    BN: tl.constexpr,
+    KEEP: tl.constexpr,
+):
+    """Parts of V to loss [N] = weight · KL, base-2 lse [N] (inf where the token does not count) and dz [N, R].
+
+    KEEP: instead of dz, write q of `top` to first [N], and Σ q a and Σ t a to the first parts of own
+    and taught.
+    """
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    ranks = tl.arange(0, R)
+    inside = rows < N
+    counts = inside & (tl.load(y_ptr + rows, mask=inside, other=-1) >= 0)
+    top = tl.load(top_ptr + rows, mask=inside, other=0)
+    share = tl.load(share_ptr + rows, mask=inside, other=0.0)
+    at = rows[:, None] * R + ranks[None, :]
+    z = tl.load(z_ptr + at, mask=inside[:, None], other=0.0).to(tl.float32)
+    a = tl.load(A_ptr + top[:, None].to(tl.int64) * R + ranks[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
+    highest = tl.full([BN], float("-inf"), tl.float32)
+    for s in tl.static_range(S):
+        highest = tl.maximum(highest, tl.load(m_ptr + s * N + rows, mask=inside, other=0.0))
+    l = tl.zeros([BN], tl.float32)
+    own = tl.zeros([BN, R], tl.float32)
+    taught = share[:, None] * a
+    for s in tl.static_range(S):
+        part = tl.exp2(tl.load(m_ptr + s * N + rows, mask=inside, other=0.0) - highest)
+        l += part * tl.load(l_ptr + s * N + rows, mask=inside, other=1.0)
+        own += part[:, None] * tl.load(own_ptr + s * N * R + at, mask=inside[:, None], other=0.0)
+        taught += tl.load(taught_ptr + s * N * R + at, mask=inside[:, None], other=0.0)
+    own = own / l[:, None]
+    least = tl.load(least_ptr + rows, mask=inside, other=0.0)
+    # subtract the mean logit from the largest first: both may be large and nearly equal
+    loss = least + ((highest - tl.sum(z * taught, 1) * heat) + tl.log2(l)) * LN2
+    tl.store(loss_ptr + rows, tl.where(counts, weight * loss, 0.0), mask=inside)
+    tl.store(lse_ptr + rows, tl.where(counts, highest + tl.log2(l), float("inf")), mask=inside)
+    if KEEP:
+        first = tl.exp2(tl.sum(z * a, 1) * heat - highest) / l
+        tl.store(first_ptr + rows, tl.where(counts, first, 0.0), mask=inside)
+        tl.store(own_ptr + at, own, mask=inside[:, None])
+        tl.store(taught_ptr + at, taught, mask=inside[:, None])
+    else:
+        dz = tl.where(counts[:, None], slope * (own - taught), 0.0)
+        tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit
+def scan_overlap(
+    z_ptr,
+    A_ptr,
+    t_ptr,
+    top_ptr,
+    share_ptr,
+    lse_ptr,
+    first_ptr,
+    both_ptr,
+    below_ptr,
+    short_ptr,
+    N,
+    V,
+    part,
+    pitch,
+    heat,
+    R: tl.constexpr,
+    BN: tl.constexpr,
+    BV: tl.constexpr,
+    PRECISE: tl.constexpr,
+):
+    """One part of V: both = Σ min(t, q), below = Σ_{q<t} q [S, N], and short = Σ_{q<t} q a [S, N, R] without `top`."""
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    split = tl.program_id(1)
+    ranks = tl.arange(0, R)
+    z = tl.load(z_ptr + rows[:, None] * R + ranks[None, :], mask=rows[:, None] < N, other=0.0)
+    lse = tl.load(lse_ptr + rows, mask=rows < N, other=float("inf"))
+    top = tl.load(top_ptr + rows, mask=rows < N, other=-1)
+    share = tl.load(share_ptr + rows, mask=rows < N, other=0.0)
+    first = tl.load(first_ptr + rows, mask=rows < N, other=0.0)
+    both = tl.zeros([BN], tl.float32)
+    below = tl.zeros([BN], tl.float32)
+    short = tl.zeros([BN, R], tl.float32)
+    for v0 in range(split * part, tl.minimum(split * part + part, V), BV):
+        cols = v0 + tl.arange(0, BV)
+        at = A_ptr + cols[:, None].to(tl.int64) * R + ranks[None, :]
+        a = tl.load(at, mask=cols[:, None] < V, other=0.0)
+        t = _targets(t_ptr, rows[:, None], cols[None, :], N, V, pitch).to(tl.float32)
+        q = tl.exp2(_product(z, a, PRECISE) * heat - lse[:, None])
+        # near 1, q and t of `top` may differ by less than products round: decided once, by `merge`
+        largest = cols[None, :] == top[:, None]
+        q = tl.where(largest, first[:, None], q)
+        t = tl.where(largest, share[:, None], t)
+        both += tl.sum(tl.where(cols[None, :] < V, tl.minimum(q, t), 0.0), 1)
+        q = tl.where(q < t, q, 0.0)  # beyond V, t is 0
+        below += tl.sum(q, 1)
+        short = _add_product(short, tl.where(largest, 0.0, q).to(a.dtype), a, PRECISE)
+    out = split.to(tl.int64) * N + rows
+    tl.store(both_ptr + out, both, mask=rows < N)
+    tl.store(below_ptr + out, below, mask=rows < N)
+    tl.store(short_ptr + out[:, None] * R + ranks[None, :], short, mask=rows[:, None] < N)
+
+
+@triton.jit
+def _lk(both, below, divergence, eta, LOG: tl.constexpr):
+    """Loss, and the gradient's coefficients: G = q (whole − part · [q < t]) − pull · t. See `objectives.lk`."""
+    if LOG:
+        both = tl.maximum(both, TINY)
+        return -tl.log2(both) * LN2, below / both, 1.0 / both, 0.0 * both
+    pull = tl.exp2(-eta * both * LOG2E)
+    return pull * divergence + (1.0 - pull) * (1.0 - both), pull + (1.0 - pull) * below, 1.0 - pull, pull
+
+
+@triton.jit
+def merge_overlap(
+    A_ptr,
+    y_ptr,
+    top_ptr,
+    share_ptr,
+    first_ptr,
+    own_ptr,
+    taught_ptr,
+    both_ptr,
+    below_ptr,
+    short_ptr,
+    whole_ptr,
+    part_ptr,
+    pull_ptr,
+    loss_ptr,
+    dz_ptr,
+    N,
+    eta,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    BN: tl.constexpr,
+    LOG: tl.constexpr,
+):
+    """Parts of V to loss [N], which holds the KL before, the coefficients of `_lk` [N] and dz [N, R]."""
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    ranks = tl.arange(0, R)
+    inside = rows < N
+    counts = inside & (tl.load(y_ptr + rows, mask=inside, other=-1) >= 0)
+    at = rows[:, None] * R + ranks[None, :]
+    both = tl.zeros([BN], tl.float32)
+    below = tl.zeros([BN], tl.float32)
+    top = tl.load(top_ptr + rows, mask=inside, other=0)
+    a = tl.load(A_ptr + top[:, None].to(tl.int64) * R + ranks[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
+    q = tl.load(first_ptr + rows, mask=inside, other=0.0)
+    q = tl.where(q < tl.load(share_ptr + rows, mask=inside, other=0.0), q, 0.0)
+    short = q[:, None] * a
+    for s in tl.static_range(S):
+        both += tl.load(both_ptr + s * N + rows, mask=inside, other=0.0)
+        below += tl.load(below_ptr + s * N + rows, mask=inside, other=0.0)
+        short += tl.load(short_ptr + s * N * R + at, mask=inside[:, None], other=0.0)
+    divergence = tl.load(loss_ptr + rows, mask=inside, other=0.0)
+    loss, whole, part, pull = _lk(both, below, divergence, eta, LOG)
+    tl.store(loss_ptr + rows, tl.where(counts, loss, 0.0), mask=inside)
+    tl.store(whole_ptr + rows, tl.where(counts, whole, 0.0), mask=inside)
+    tl.store(part_ptr + rows, tl.where(counts, part, 0.0), mask=inside)
+    tl.store(pull_ptr + rows, tl.where(counts, pull, 0.0), mask=inside)
+    own = tl.load(own_ptr + at, mask=inside[:, None], other=0.0)
+    taught = tl.load(taught_ptr + at, mask=inside[:, None], other=0.0)
+    dz = whole[:, None] * own - part[:, None] * short - pull[:, None] * taught
+    tl.store(dz_ptr + at, tl.where(counts[:, None], dz, 0.0).to(dz_ptr.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit
+def spread(
+    z_ptr,
+    A_ptr,
+    t_ptr,
+    top_ptr,
+    share_ptr,
+    lse_ptr,
+    first_ptr,
+    whole_ptr,
+    part_ptr,
+    pull_ptr,
+    dA_ptr,
+    N,
+    V,
+    scale,
+    width,
+    pitch,
+    heat,
+    R: tl.constexpr,
+    BN: tl.constexpr,
+    BV: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    PRECISE: tl.constexpr,
+):
+    """dA [V, width] += scale · Σ_n G_nv z_n for a block of entries; width ≤ R columns.
+
+    G = q − t, or with OVERLAP that of `_lk`.
+    """
+    cols = tl.program_id(0) * BV + tl.arange(0, BV)
+    ranks = tl.arange(0, R)
+    a = tl.load(A_ptr + cols[:, None].to(tl.int64) * R + ranks[None, :], mask=cols[:, None] < V, other=0.0)
+    acc = tl.zeros([BV, R], tl.float32)
+    for n0 in range(0, N, BN):
+        rows = n0 + tl.arange(0, BN)
+        z = tl.load(z_ptr + rows[:, None] * R + ranks[None, :], mask=rows[:, None] < N, other=0.0)
+        t = _targets(t_ptr, rows[None, :], cols[:, None], N, V, pitch).to(tl.float32)
+        lse = tl.load(lse_ptr + rows, mask=rows < N, other=float("inf"))
+        top = tl.load(top_ptr + rows, mask=rows < N, other=-1)
+        share = tl.load(share_ptr + rows, mask=rows < N, other=0.0)
+        q = tl.exp2(_product(a, z, PRECISE) * heat - lse[None, :])
+        t = tl.where(cols[:, None] == top[None, :], share[None, :], t)
+        if OVERLAP:
+            first = tl.load(first_ptr + rows, mask=rows < N, other=0.0)
+            q = tl.where(cols[:, None] == top[None, :], first[None, :], q)
+            whole = tl.load(whole_ptr + rows, mask=rows < N, other=0.0)
+            part = tl.load(part_ptr + rows, mask=rows < N, other=0.0)
+            pull = tl.load(pull_ptr + rows, mask=rows < N, other=0.0)
+            g = q * (whole[None, :] - tl.where(q < t, part[None, :], 0.0)) - pull[None, :] * t
+        else:
+            g = q - t
+        acc = _add_product(acc, g.to(z.dtype), z, PRECISE)
+    at = dA_ptr + cols[:, None].to(tl.int64) * width + ranks[None, :]
+    inside = (cols[:, None] < V) & (ranks[None, :] < width)
+    tl.store(at, acc * scale + tl.load(at, mask=inside, other=0.0), mask=inside)
+
+
+@triton.jit
+def _logarithm(x, t, offset, z_ptr, A_ptr, row, cols, V, R):
+    """log2 of exponentials: logits in base 2 without the offset. Underflown ones that matter are computed again."""
+    s = tl.log2(tl.maximum(x, TINY))
+    lost = (x <= TINY) & (t > NEGLIGIBLE) & (cols < V)
+    if tl.sum(lost.to(tl.int32), 0) > 0:
+        again = tl.zeros_like(s)
+        for r in range(0, R):
+            z = tl.load(z_ptr + row * R + r).to(tl.float32)
+            again += z * tl.load(A_ptr + cols.to(tl.int64) * R + r, mask=lost, other=0.0).to(tl.float32)
+        s = tl.where(lost, again * LOG2E - offset, s)
+    return s
+
+
+@triton.jit
+def shape(
+    x_ptr,
+    z_ptr,
+    A_ptr,
+    y_ptr,
+    t_ptr,
+    top_ptr,
+    share_ptr,
+    least_ptr,
+    offset_ptr,
+    peak_ptr,
+    sums_ptr,
+    loss_ptr,
+    V,
+    R,
+    stride,
+    pitch,
+    T,
+    heat,
+    weight,
+    eta,
+    BLOCK: tl.constexpr,
+    BT: tl.constexpr,
+    LOGITS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    LOG: tl.constexpr,
+):
+    """One row: loss and gradient G at the logits, in the place of x [M, V]; 0 where the token does not count.
+
+    x: LOGITS: logits. Otherwise exponentials exp2(log2(e) logit − offset), which sum to Σ sums [M, T]; peak [M] is then
+    the logit of `top` in base 2.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    at, t_at = x_ptr + row * stride, t_ptr + row * pitch
+    counts = tl.load(y_ptr + row) >= 0
+    top = tl.load(top_ptr + row)
+    share = tl.load(share_ptr + row)
+    if LOGITS:
+        m = tl.full([BLOCK], float("-inf"), tl.float32)
+        l = tl.zeros([BLOCK], tl.float32)
+        for v0 in range(0, V, BLOCK):
+            cols = v0 + tl.arange(0, BLOCK)
+            s = tl.load(at + cols, mask=cols < V, other=float("-inf")).to(tl.float32) * heat
+            highest = tl.maximum(m, s)
+            base = tl.where(highest == float("-inf"), 0.0, highest)
+            l = l * tl.exp2(m - base) + tl.exp2(s - base)
+            m = highest
+        highest = tl.max(m, 0)
+        lse = highest + tl.log2(tl.sum(l * tl.exp2(m - highest), 0))
+        offset = lse
+        factor = 1.0
+        peak = tl.load(at + top).to(tl.float32) * heat
+    else:
+        sums = tl.zeros([BT], tl.float32)
+        for t0 in range(0, T, BT):
+            place = t0 + tl.arange(0, BT)
+            sums += tl.load(sums_ptr + row * T + place, mask=place < T, other=0.0)
+        total = tl.sum(sums, 0)
+        offset = tl.load(offset_ptr + row)
+        lse = offset + tl.log2(total)
+        factor = 1.0 / total
+        peak = tl.load(peak_ptr + row)
+    first = tl.exp2(peak - lse)  # q of `top`, not rounded to 16 bits
+    mean = tl.zeros([BLOCK], tl.float32)  # Σ t (s − offset)
+    both = tl.zeros([BLOCK], tl.float32)
+    below = tl.zeros([BLOCK], tl.float32)
+    whole, part, pull = 1.0, 0.0, 1.0
+    if OVERLAP:
+        for v0 in range(0, V, BLOCK):
+            cols = v0 + tl.arange(0, BLOCK)
+            x = tl.load(at + cols, mask=cols < V, other=0.0).to(tl.float32)
+            t = tl.load(t_at + cols, mask=cols < V, other=0.0).to(tl.float32)
+            if LOGITS:
+                s = x * heat - offset
+                q = tl.exp2(s)
+            else:
+                s = _logarithm(x, t, offset, z_ptr, A_ptr, row, cols, V, R)
+                q = x * factor
+            mean += t * s
+            q = tl.where(cols == top, first, q)
+            t = tl.where(cols == top, share, t)
+            both += tl.where(cols < V, tl.minimum(q, t), 0.0)
+            below += tl.where(q < t, q, 0.0)
+        divergence = tl.load(least_ptr + row) + (lse - offset - tl.sum(mean, 0) - share * (peak - offset)) * LN2
+        loss, whole, part, pull = _lk(tl.sum(both, 0), tl.sum(below, 0), divergence, eta, LOG)
+        tl.store(loss_ptr + row, tl.where(counts, loss, 0.0))
+    for v0 in range(0, V, BLOCK):
+        cols = v0 + tl.arange(0, BLOCK)
+        x = tl.load(at + cols, mask=cols < V, other=0.0).to(tl.float32)
+        t = tl.load(t_at + cols, mask=cols < V, other=0.0).to(tl.float32)
+        if LOGITS:
+            s = x * heat - offset
+            q = tl.exp2(s)
+        else:
+            if not OVERLAP:
+                s = _logarithm(x, t, offset, z_ptr, A_ptr, row, cols, V, R)
+            q = x * factor
+        if not OVERLAP:
+            mean += t * s
+        q = tl.where(cols == top, first, q)
+        t = tl.where(cols == top, share, t)
+        if OVERLAP:
+            g = q * (whole - tl.where(q < t, part, 0.0)) - pull * t
+        else:
+            g = q - t
+        g = tl.where(counts, g, 0.0)
+        tl.store(at + cols, g.to(x_ptr.dtype.element_ty), mask=cols < V)
+    if not OVERLAP:
+        loss = tl.load(least_ptr + row) + (lse - offset - tl.sum(mean, 0) - share * (peak - offset)) * LN2
+        tl.store(loss_ptr + row, tl.where(counts, weight * loss, 0.0))

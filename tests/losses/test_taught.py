@@ -1,0 +1,88 @@
+"""Kernels of heads that learn from a teacher: against autograd of the definition, on both ways to hold the logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import bottleneck.losses.taught as taught
+from bottleneck.core.extensions import OBJECTIVES
+from bottleneck.losses.linear import targets, weights
+from bottleneck.losses.objective import BoundObjective, steps
+from bottleneck.losses.products import matmul_f32
+from bottleneck.losses.taught import Tile
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CASES = [
+    ("distill", {"temperature": 1.0}),
+    ("mixed", {"temperature": 1.0, "mix": 0.5}),
+    ("lk", {"form": "hybrid", "eta": 3.0}),
+    ("lk", {"form": "log", "eta": 3.0}),
+]
+
+
+def problem(N, D, V, ranks, peaked=1.0):
+    """Heads [(A, B)], hidden states, the teacher's W, and targets of which some are ignored."""
+    g = torch.Generator().manual_seed(3)
+    h, W = torch.randn(N, D, generator=g), peaked * torch.randn(V, D, generator=g) / 2
+    y = torch.randint(0, V, (N,), generator=g)
+    y[::9] = -100
+    heads = [(torch.randn(V, r, generator=g), torch.randn(r, D, generator=g) / 3) for r in ranks]
+    return [(A.to(DEVICE), B.to(DEVICE)) for A, B in heads], h.to(DEVICE), W.to(DEVICE), y.to(DEVICE)
+
+
+def by_kernels(name, options, heads, h, W, y, dtype):
+    """Losses [H, N] and gradients [(dA, dB)] of the summed losses."""
+    o = BoundObjective(OBJECTIVES[name], options, lambda x: matmul_f32(x, W.to(dtype).T))
+    grads = [(torch.zeros_like(A), torch.zeros_like(B)) for A, B in heads]
+    cast = [weights(A, B, dtype, "fused") for A, B in heads]
+    return steps(h.to(dtype), cast, targets(y), grads, 1.0, o), grads
+
+
+def by_definition(name, options, head, h, W, y, dtype):
+    """(loss [N], dA, dB) by autograd; logits in `dtype`, the rest in float32 or float64."""
+    A, B = (t.to(dtype).requires_grad_() for t in head)
+    keep, wide = y >= 0, torch.promote_types(dtype, torch.float32)
+    T = options.get("temperature", 1.0)
+    log_p = torch.log_softmax((h.to(dtype) @ W.to(dtype).T).to(wide) / T, -1)
+    logits = ((h.to(dtype) @ B.T) @ A.T).to(wide)
+    loss = OBJECTIVES[name].loss(logits, y.clamp(min=0), log_p, options) * keep
+    return loss.detach(), *torch.autograd.grad(loss.sum(), (A, B))
+
+
+@pytest.fixture(params=["flash", "exponentials", "logits"])
+def way(request, monkeypatch):
+    """In several chunks, and blocks of a row."""
+    monkeypatch.setattr(taught, "rows", lambda *a: 16)
+    monkeypatch.setattr(taught, "ROW", Tile(1, 64, 4, 1))
+    if request.param != "flash":
+        monkeypatch.setattr(taught, "FLASH_RANK", 0)
+    if request.param == "logits":
+        monkeypatch.setattr(taught, "EXPONENTS", None)
+    return request.param
+
+
+@pytest.mark.parametrize("name, options", CASES)
+def test_gradients_are_those_of_the_definition(name, options, way):
+    heads, h, W, y = problem(24, 12, 150, (3, 16))
+    losses, grads = by_kernels(name, options, heads, h, W, y, torch.float32)
+    for head, loss, (dA, dB) in zip(heads, losses, grads):
+        for found, want in zip((loss, dA, dB), by_definition(name, options, head, h, W, y, torch.float64)):
+            assert (found - want).norm() <= 2e-5 * want.norm()
+    loss, ((dA, dB),) = by_kernels(name, options, heads[1:], h, W, y, torch.float32)  # alone: the same bits
+    assert torch.equal(loss[0], losses[1]) and torch.equal(dA, grads[1][0]) and torch.equal(dB, grads[1][1])
+
+
+@pytest.mark.parametrize("peaked", [1.0, 8.0])
+@pytest.mark.parametrize("name, options", CASES)
+def test_sixteen_bits_are_as_close_as_plain_pytorch(name, options, peaked, way):
+    """Three ways; also for a teacher that is nearly certain, where rounding its largest probability would dominate."""
+    heads, h, W, y = problem(20, 24, 300, (16,), peaked)
+    if peaked > 1:  # a head that agrees with it, but not quite
+        heads = [(W + 0.05 * torch.randn_like(W), torch.eye(24, device=DEVICE))]
+    heads = [tuple(t.bfloat16().float() for t in head) for head in heads]
+    h, W = h.bfloat16().float(), W.bfloat16().float()
+    losses, grads = by_kernels(name, options, heads, h, W, y, torch.bfloat16)
+    exact, plain = (by_definition(name, options, heads[0], h, W, y, d) for d in (torch.float64, torch.bfloat16))
+    for found, want, other in zip((losses[0], *grads[0]), exact, plain):
+        assert (found - want).norm() <= 1.05 * (other - want).norm()
