@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -30,7 +31,7 @@ from bottleneck.losses.products import matmul_f32
 
 NAME = "objectives"
 MORE = 4  # heads of the larger bank beyond the first
-SETTINGS = {
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "distill": ("distill", {"temperature": 1.0}),
     "distill, T = 2": ("distill", {"temperature": 2.0}),
     "mixed": ("mixed", {"temperature": 1.0, "mix": 0.5}),
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> list[Row]:
         base = _head_seconds(functools.partial(_bank, c, None), device, args.repeats)[1]
         rows.append(row(NAME, case, "ce", [base], device=device))
         for label, (name, options) in SETTINGS.items():
-            o = BoundObjective(OBJECTIVES[name], options, lambda x, W=W: matmul_f32(x, W.T))
+            o = BoundObjective(OBJECTIVES[name], options, functools.partial(_logits, W.T))
             try:
                 shared, own = _head_seconds(functools.partial(_bank, c, o), device, args.repeats)
                 dA, dB, plain_A, plain_B = _errors(c, o)
@@ -71,6 +72,10 @@ def run(args: argparse.Namespace) -> list[Row]:
             except torch.OutOfMemoryError as error:
                 said.print(f"r={R} {label}: {error}", highlight=False)
     return rows
+
+
+def _logits(W_DV: Tensor, h_ND: Tensor) -> Tensor:
+    return matmul_f32(h_ND, W_DV)
 
 
 def _bank(c: Case, o: BoundObjective | None, heads: int, tokens: int | None = None) -> Work:

@@ -38,9 +38,9 @@ MOST_TOKENS = 1 << 14  # of a chunk, so that z and its gradient stay small
 EXPONENTS = torch.float32 if INTERPRETED else torch.bfloat16  # dtype with exponents for any exponential
 FLASH_RANK = 128  # above, two sums of R columns no longer fit into registers
 
-# Measured on an H100 with bfloat16, N = 8,192, V = 50,304, by padded rank.
-SCAN = {16: Tile(64, 128, 4, 3, 2), 32: Tile(64, 128, 4, 3, 2), 64: Tile(64, 128, 4, 3, 2), 128: Tile(64, 64, 4, 2, 2)}
-SPREAD = {16: Tile(64, 128, 4, 3), 32: Tile(64, 128, 4, 3), 64: Tile(64, 128, 4, 3), 128: Tile(64, 64, 4, 2)}
+# By padded rank; chosen by instructions of the compiled loops, see the log.
+SCAN = {16: Tile(64, 128, 4, 3, 2), 32: Tile(64, 128, 4, 3, 2), 64: Tile(64, 128, 4, 3, 2), 128: Tile(64, 64, 4, 3, 2)}
+SPREAD = {16: Tile(64, 128, 4, 3), 32: Tile(64, 128, 4, 3), 64: Tile(128, 64, 4, 3), 128: Tile(64, 64, 4, 3)}
 
 
 class Overlap(NamedTuple):
@@ -54,7 +54,7 @@ class Targets(NamedTuple):
     """Targets of a chunk of tokens, the same for all heads.
 
     Attributes:
-        t_nV: dtype of the products; 0 at `top_n` and in ignored rows. Its rows may be longer in memory.
+        t_nV: dtype of the products; 0 at `top_n` and in ignored rows. Padded with zeros to a multiple of 64 columns.
         top_n: the largest target, int32.
         share_n: its value, float32; 0 where the token does not count.
         least_n: the least value of the cross-entropy with the teacher's part of the targets, nats, float32.
@@ -95,7 +95,7 @@ def prepare(logits_nV: Tensor, y_n: Tensor, temperature: float, mix: float, dtyp
             BLOCK=ROW.entries,
             num_warps=ROW.warps,
         )
-    return Targets(t[:, :V], top, share, least)
+    return Targets(t, top, share, least)
 
 
 def step(
@@ -187,9 +187,7 @@ def _flash(
         whole, less, pull = torch.empty(3, N, dtype=torch.float32, device=device)
         both, below = torch.empty(2, S, N, dtype=torch.float32, device=device)
         short = torch.empty(S, N, R, dtype=torch.float32, device=device)
-        kernels.scan_overlap[(blocks, S)](
-            z, A, t, top, share, lse, first, both, below, short, N, V, part, t.stride(0), heat, **how
-        )
+        kernels.scan_overlap[(blocks, S)](z, A, t, top, lse, both, below, short, N, V, part, t.stride(0), heat, **how)
         kernels.merge_overlap[grid](
             A,
             y,

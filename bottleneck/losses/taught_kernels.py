@@ -5,7 +5,7 @@ t read beside each tile of logits. A row's largest target is kept apart in float
 Logarithms are of base 2 inside; heat is log2(e) / temperature. No atomics: equal inputs give equal bits.
 
 Dims: N tokens, R rank padded with zeros, V vocabulary, S parts of V, BN and BV rows of a tile. Rows of t are `pitch`
-apart.
+apart, a multiple of 64, and zero beyond V.
 """
 
 from __future__ import annotations
@@ -69,13 +69,13 @@ def teach(
     p_y = tl.exp2(tl.load(at + y, mask=known, other=float("-inf")).to(tl.float32) * heat - lse)
     top = tl.where(known & (mix * p_y + (1.0 - mix) > mix / total), y, top)
     rest = tl.zeros([BLOCK], tl.float32)
-    for v0 in range(0, V, BLOCK):
+    for v0 in range(0, pitch, BLOCK):
         cols = v0 + tl.arange(0, BLOCK)
         s = tl.load(at + cols, mask=cols < V, other=float("-inf")).to(tl.float32) * heat
         t = mix * tl.exp2(s - lse) + tl.where(cols == y, 1.0 - mix, 0.0)
         t = tl.where((cols == top) | (cols >= V) | (y < 0), 0.0, t).to(t_ptr.dtype.element_ty)
         rest += t.to(tl.float32)
-        tl.store(t_ptr + row * pitch + cols, t, mask=cols < V)
+        tl.store(t_ptr + row * pitch + cols, t, mask=cols < pitch)
     tl.store(top_ptr + row, top)
     # a target outside the vocabulary makes the loss NaN, as it does without a teacher
     share = tl.where(y >= V, float("nan"), 1.0 - tl.sum(rest, 0))
@@ -83,9 +83,57 @@ def teach(
 
 
 @triton.jit
-def _targets(t_ptr, rows, cols, N, V, pitch):
+def _entries(A_ptr, cols, ranks, V, R: tl.constexpr, TAIL: tl.constexpr):
+    at = A_ptr + cols[:, None].to(tl.int64) * R + ranks[None, :]
+    if TAIL:
+        return tl.load(at, mask=cols[:, None] < V, other=0.0)
+    return tl.load(at)
+
+
+@triton.jit
+def _targets(t_ptr, rows, cols, N, pitch, TAIL: tl.constexpr):
+    """A tile of t. Masks that hold for whole vectors of a row leave loads wide, also where V is odd."""
     at = t_ptr + rows.to(tl.int64) * pitch + cols
-    return tl.load(at, mask=(rows < N) & (cols < V), other=0.0)
+    if TAIL:
+        return tl.load(at, mask=(rows < N) & (cols < pitch), other=0.0)
+    return tl.load(at, mask=rows < N, other=0.0)
+
+
+@triton.jit
+def _scan_tile(
+    z,
+    m,
+    l,
+    own,
+    taught,
+    A_ptr,
+    t_ptr,
+    rows,
+    v0,
+    N,
+    V,
+    pitch,
+    heat,
+    R: tl.constexpr,
+    BV: tl.constexpr,
+    TAIL: tl.constexpr,
+    PRECISE: tl.constexpr,
+):
+    """One tile of `scan`: entries v0 … v0 + BV for a block of tokens."""
+    cols = v0 + tl.arange(0, BV)
+    a = _entries(A_ptr, cols, tl.arange(0, R), V, R, TAIL)
+    t = _targets(t_ptr, rows[:, None], cols[None, :], N, pitch, TAIL)
+    s = _product(z, a, PRECISE)
+    if TAIL:
+        s = tl.where(cols[None, :] < V, s, float("-inf"))
+    highest = tl.maximum(m, tl.max(s, 1))
+    base = highest * heat
+    e = tl.exp2(s * heat - base[:, None])
+    shrink = tl.exp2(m * heat - base)
+    l = l * shrink + tl.sum(e, 1)
+    own = _add_product(own * shrink[:, None], e.to(a.dtype), a, PRECISE)
+    taught = _add_product(taught, t, a, PRECISE)
+    return highest, l, own, taught
 
 
 @triton.jit
@@ -107,7 +155,7 @@ def scan(
     BV: tl.constexpr,
     PRECISE: tl.constexpr,
 ):
-    """One part of V: maximum m and l = Σ exp2(s − m) [S, N]; own = Σ exp2(s − m) a_v, taught = Σ t_v a_v [S, N, R]."""
+    """One part of V: maximum m and l = Σ exp(s − m) [S, N]; own = Σ exp(s − m) a_v, taught = Σ t_v a_v [S, N, R]."""
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     split = tl.program_id(1)
     ranks = tl.arange(0, R)
@@ -116,20 +164,17 @@ def scan(
     l = tl.zeros([BN], tl.float32)
     own = tl.zeros([BN, R], tl.float32)
     taught = tl.zeros([BN, R], tl.float32)
-    for v0 in range(split * part, tl.minimum(split * part + part, V), BV):
-        cols = v0 + tl.arange(0, BV)
-        at = A_ptr + cols[:, None].to(tl.int64) * R + ranks[None, :]
-        a = tl.load(at, mask=cols[:, None] < V, other=0.0)
-        t = _targets(t_ptr, rows[:, None], cols[None, :], N, V, pitch)
-        s = _product(z, a, PRECISE) * heat
-        s = tl.where(cols[None, :] < V, s, float("-inf"))
-        highest = tl.maximum(m, tl.max(s, 1))
-        e = tl.exp2(s - highest[:, None])
-        shrink = tl.exp2(m - highest)
-        l = l * shrink + tl.sum(e, 1)
-        own = _add_product(own * shrink[:, None], e.to(a.dtype), a, PRECISE)
-        taught = _add_product(taught, t, a, PRECISE)
-        m = highest
+    first = split * part
+    last = tl.minimum(first + part, V)
+    whole = first + (last - first) // BV * BV
+    for v0 in range(first, whole, BV):
+        m, l, own, taught = _scan_tile(
+            z, m, l, own, taught, A_ptr, t_ptr, rows, v0, N, V, pitch, heat, R, BV, False, PRECISE
+        )
+    if whole < last:
+        m, l, own, taught = _scan_tile(
+            z, m, l, own, taught, A_ptr, t_ptr, rows, whole, N, V, pitch, heat, R, BV, True, PRECISE
+        )
     out = split.to(tl.int64) * N + rows
     tl.store(m_ptr + out, m, mask=rows < N)
     tl.store(l_ptr + out, l, mask=rows < N)
@@ -179,12 +224,12 @@ def merge(
     a = tl.load(A_ptr + top[:, None].to(tl.int64) * R + ranks[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
     highest = tl.full([BN], float("-inf"), tl.float32)
     for s in tl.static_range(S):
-        highest = tl.maximum(highest, tl.load(m_ptr + s * N + rows, mask=inside, other=0.0))
+        highest = tl.maximum(highest, tl.load(m_ptr + s * N + rows, mask=inside, other=0.0) * heat)
     l = tl.zeros([BN], tl.float32)
     own = tl.zeros([BN, R], tl.float32)
     taught = share[:, None] * a
     for s in tl.static_range(S):
-        part = tl.exp2(tl.load(m_ptr + s * N + rows, mask=inside, other=0.0) - highest)
+        part = tl.exp2(tl.load(m_ptr + s * N + rows, mask=inside, other=0.0) * heat - highest)
         l += part * tl.load(l_ptr + s * N + rows, mask=inside, other=1.0)
         own += part[:, None] * tl.load(own_ptr + s * N * R + at, mask=inside[:, None], other=0.0)
         taught += tl.load(taught_ptr + s * N * R + at, mask=inside[:, None], other=0.0)
@@ -205,14 +250,48 @@ def merge(
 
 
 @triton.jit
+def _overlap_tile(
+    z,
+    lse,
+    both,
+    below,
+    short,
+    A_ptr,
+    t_ptr,
+    top,
+    rows,
+    v0,
+    N,
+    V,
+    pitch,
+    heat,
+    R: tl.constexpr,
+    BV: tl.constexpr,
+    TAIL: tl.constexpr,
+    PRECISE: tl.constexpr,
+):
+    """One tile of `scan_overlap`."""
+    cols = v0 + tl.arange(0, BV)
+    a = _entries(A_ptr, cols, tl.arange(0, R), V, R, TAIL)
+    t = _targets(t_ptr, rows[:, None], cols[None, :], N, pitch, TAIL).to(tl.float32)
+    q = tl.exp2(_product(z, a, PRECISE) * heat - lse[:, None])
+    # `top` is added by `merge_overlap`: near 1, its q and t may differ by less than products round
+    if tl.max(((top >= v0) & (top < v0 + BV)).to(tl.int32), 0) > 0:
+        q = tl.where(cols[None, :] == top[:, None], 0.0, q)
+    both += tl.sum(tl.minimum(q, t), 1)
+    q = tl.where(q < t, q, 0.0)
+    below += tl.sum(q, 1)
+    short = _add_product(short, q.to(a.dtype), a, PRECISE)
+    return both, below, short
+
+
+@triton.jit
 def scan_overlap(
     z_ptr,
     A_ptr,
     t_ptr,
     top_ptr,
-    share_ptr,
     lse_ptr,
-    first_ptr,
     both_ptr,
     below_ptr,
     short_ptr,
@@ -226,32 +305,27 @@ def scan_overlap(
     BV: tl.constexpr,
     PRECISE: tl.constexpr,
 ):
-    """One part of V: both = Σ min(t, q), below = Σ_{q<t} q [S, N], and short = Σ_{q<t} q a [S, N, R] without `top`."""
+    """One part of V without `top`: both = Σ min(t, q), below = Σ_{q<t} q [S, N], and short = Σ_{q<t} q a [S, N, R]."""
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     split = tl.program_id(1)
     ranks = tl.arange(0, R)
     z = tl.load(z_ptr + rows[:, None] * R + ranks[None, :], mask=rows[:, None] < N, other=0.0)
     lse = tl.load(lse_ptr + rows, mask=rows < N, other=float("inf"))
     top = tl.load(top_ptr + rows, mask=rows < N, other=-1)
-    share = tl.load(share_ptr + rows, mask=rows < N, other=0.0)
-    first = tl.load(first_ptr + rows, mask=rows < N, other=0.0)
     both = tl.zeros([BN], tl.float32)
     below = tl.zeros([BN], tl.float32)
     short = tl.zeros([BN, R], tl.float32)
-    for v0 in range(split * part, tl.minimum(split * part + part, V), BV):
-        cols = v0 + tl.arange(0, BV)
-        at = A_ptr + cols[:, None].to(tl.int64) * R + ranks[None, :]
-        a = tl.load(at, mask=cols[:, None] < V, other=0.0)
-        t = _targets(t_ptr, rows[:, None], cols[None, :], N, V, pitch).to(tl.float32)
-        q = tl.exp2(_product(z, a, PRECISE) * heat - lse[:, None])
-        # near 1, q and t of `top` may differ by less than products round: decided once, by `merge`
-        largest = cols[None, :] == top[:, None]
-        q = tl.where(largest, first[:, None], q)
-        t = tl.where(largest, share[:, None], t)
-        both += tl.sum(tl.where(cols[None, :] < V, tl.minimum(q, t), 0.0), 1)
-        q = tl.where(q < t, q, 0.0)  # beyond V, t is 0
-        below += tl.sum(q, 1)
-        short = _add_product(short, tl.where(largest, 0.0, q).to(a.dtype), a, PRECISE)
+    start = split * part
+    last = tl.minimum(start + part, V)
+    whole = start + (last - start) // BV * BV
+    for v0 in range(start, whole, BV):
+        both, below, short = _overlap_tile(
+            z, lse, both, below, short, A_ptr, t_ptr, top, rows, v0, N, V, pitch, heat, R, BV, False, PRECISE
+        )
+    if whole < last:
+        both, below, short = _overlap_tile(
+            z, lse, both, below, short, A_ptr, t_ptr, top, rows, whole, N, V, pitch, heat, R, BV, True, PRECISE
+        )
     out = split.to(tl.int64) * N + rows
     tl.store(both_ptr + out, both, mask=rows < N)
     tl.store(below_ptr + out, below, mask=rows < N)
@@ -298,13 +372,13 @@ def merge_overlap(
     inside = rows < N
     counts = inside & (tl.load(y_ptr + rows, mask=inside, other=-1) >= 0)
     at = rows[:, None] * R + ranks[None, :]
-    both = tl.zeros([BN], tl.float32)
-    below = tl.zeros([BN], tl.float32)
     top = tl.load(top_ptr + rows, mask=inside, other=0)
+    share = tl.load(share_ptr + rows, mask=inside, other=0.0)
     a = tl.load(A_ptr + top[:, None].to(tl.int64) * R + ranks[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
     q = tl.load(first_ptr + rows, mask=inside, other=0.0)
-    q = tl.where(q < tl.load(share_ptr + rows, mask=inside, other=0.0), q, 0.0)
-    short = q[:, None] * a
+    both = tl.minimum(q, share)
+    below = tl.where(q < share, q, 0.0)
+    short = below[:, None] * a
     for s in tl.static_range(S):
         both += tl.load(both_ptr + s * N + rows, mask=inside, other=0.0)
         below += tl.load(below_ptr + s * N + rows, mask=inside, other=0.0)
@@ -350,29 +424,33 @@ def spread(
 
     G = q − t, or with OVERLAP that of `_lk`.
     """
-    cols = tl.program_id(0) * BV + tl.arange(0, BV)
+    v0 = tl.program_id(0) * BV
+    cols = v0 + tl.arange(0, BV)
     ranks = tl.arange(0, R)
     a = tl.load(A_ptr + cols[:, None].to(tl.int64) * R + ranks[None, :], mask=cols[:, None] < V, other=0.0)
     acc = tl.zeros([BV, R], tl.float32)
     for n0 in range(0, N, BN):
         rows = n0 + tl.arange(0, BN)
         z = tl.load(z_ptr + rows[:, None] * R + ranks[None, :], mask=rows[:, None] < N, other=0.0)
-        t = _targets(t_ptr, rows[None, :], cols[:, None], N, V, pitch).to(tl.float32)
+        # tokens are the rows of a tile, as they are in t: loads stay wide, and only g is turned
+        t = _targets(t_ptr, rows[:, None], cols[None, :], N, pitch, True).to(tl.float32)
         lse = tl.load(lse_ptr + rows, mask=rows < N, other=float("inf"))
         top = tl.load(top_ptr + rows, mask=rows < N, other=-1)
         share = tl.load(share_ptr + rows, mask=rows < N, other=0.0)
-        q = tl.exp2(_product(a, z, PRECISE) * heat - lse[None, :])
-        t = tl.where(cols[:, None] == top[None, :], share[None, :], t)
+        q = tl.exp2(_product(z, a, PRECISE) * heat - lse[:, None])
+        if tl.max(((top >= v0) & (top < v0 + BV)).to(tl.int32), 0) > 0:  # few tiles hold a largest target
+            t = tl.where(cols[None, :] == top[:, None], share[:, None], t)
+            if OVERLAP:
+                first = tl.load(first_ptr + rows, mask=rows < N, other=0.0)
+                q = tl.where(cols[None, :] == top[:, None], first[:, None], q)
         if OVERLAP:
-            first = tl.load(first_ptr + rows, mask=rows < N, other=0.0)
-            q = tl.where(cols[:, None] == top[None, :], first[None, :], q)
             whole = tl.load(whole_ptr + rows, mask=rows < N, other=0.0)
             part = tl.load(part_ptr + rows, mask=rows < N, other=0.0)
             pull = tl.load(pull_ptr + rows, mask=rows < N, other=0.0)
-            g = q * (whole[None, :] - tl.where(q < t, part[None, :], 0.0)) - pull[None, :] * t
+            g = q * (whole[:, None] - tl.where(q < t, part[:, None], 0.0)) - pull[:, None] * t
         else:
             g = q - t
-        acc = _add_product(acc, g.to(z.dtype), z, PRECISE)
+        acc = _add_product(acc, tl.trans(g.to(z.dtype)), z, PRECISE)
     at = dA_ptr + cols[:, None].to(tl.int64) * width + ranks[None, :]
     inside = (cols[:, None] < V) & (ranks[None, :] < width)
     tl.store(at, acc * scale + tl.load(at, mask=inside, other=0.0), mask=inside)
