@@ -21,7 +21,7 @@ Dims: n tokens of a chunk, R rank (padded), V vocabulary.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 import triton
@@ -90,7 +90,7 @@ def prepare(logits_nV: Tensor, y_n: Tensor, temperature: float, mix: float, dtyp
             V,
             logits_nV.stride(0),
             t.stride(0),
-            math.log2(math.e) / temperature,
+            _heat(temperature),
             mix,
             BLOCK=ROW.entries,
             num_warps=ROW.warps,
@@ -120,7 +120,7 @@ def step(
     with torch.cuda.device_of(z):
         if z.shape[1] <= FLASH_RANK:
             return _flash(z, A, y, targets, dA, scale, temperature, overlap)
-        return _rows(z, A, y, targets, dA, scale, temperature, overlap)
+        return _rows(z, A, targets, dA, scale, temperature, overlap)
 
 
 def _parts(N: int, V: int, t: Tile, device: torch.device) -> tuple[int, int, int]:
@@ -129,6 +129,23 @@ def _parts(N: int, V: int, t: Tile, device: torch.device) -> tuple[int, int, int
     wanted = max(1, min(8, multiprocessors(device) * t.resident // blocks))
     part = triton.cdiv(triton.cdiv(V, wanted), t.entries) * t.entries
     return blocks, triton.cdiv(V, part), part
+
+
+class _Sums(NamedTuple):
+    """What the passes of `_flash` hand on, see `kernels.merge`.
+
+    The last three are the coefficients of the gradient, see `kernels._lk`; without an overlap they are not read.
+    """
+
+    lse: Tensor
+    loss: Tensor
+    first: Tensor
+    dz: Tensor
+    own: Tensor
+    taught: Tensor
+    whole: Tensor
+    part: Tensor
+    pull: Tensor
 
 
 def _flash(
@@ -143,21 +160,43 @@ def _flash(
     scan_tile: Optional[Tile] = None,
     spread_tile: Optional[Tile] = None,
 ) -> tuple[Tensor, Tensor]:
+    fast = z.element_size() == 2 and hopper(z.device)
+    tile = scan_tile or (SCAN[z.shape[1]] if fast else PLAIN)
+    sums = _scan(z, A, y, targets, temperature, overlap is not None, tile)
+    if overlap is not None:
+        _overlap(z, A, y, targets, overlap, sums, tile)
+    tile = spread_tile or (SPREAD[z.shape[1]] if fast else PLAIN)
+    _spread(z, A, targets, dA, scale, temperature, overlap is not None, sums, tile)
+    return sums.loss, sums.dz
+
+
+def _how(z: Tensor, t: Tile) -> dict[str, Any]:
+    """Compile-time arguments of a pass."""
+    how = {"R": z.shape[1], "BN": t.tokens, "BV": t.entries, "PRECISE": z.dtype == torch.float32}
+    return how | {"num_warps": t.warps, "num_stages": t.stages}
+
+
+def _heat(temperature: float) -> float:
+    return math.log2(math.e) / temperature
+
+
+def _merging(N: int, R: int) -> tuple[tuple[int], int]:
+    """Grid and tokens of a program that merges parts of V."""
+    BN = max(1, 2048 // R)
+    return (triton.cdiv(N, BN),), BN
+
+
+def _scan(z: Tensor, A: Tensor, y: Tensor, targets: Targets, temperature: float, keep: bool, tile: Tile) -> _Sums:
     (N, R), V, device = z.shape, len(A), z.device
     t, top, share, least = targets
-    fast = z.element_size() == 2 and hopper(device)
-    tile = scan_tile or (SCAN[R] if fast else PLAIN)
     blocks, S, part = _parts(N, V, tile, device)
-    heat, precise = math.log2(math.e) / temperature, z.dtype == torch.float32
-    how = {"R": R, "BN": tile.tokens, "BV": tile.entries, "PRECISE": precise}
-    how |= {"num_warps": tile.warps, "num_stages": tile.stages}
     m, l = torch.empty(2, S, N, dtype=torch.float32, device=device)
     own, taught = torch.empty(2, S, N, R, dtype=torch.float32, device=device)
-    kernels.scan[(blocks, S)](z, A, t, m, l, own, taught, N, V, part, t.stride(0), heat, **how)
+    kernels.scan[(blocks, S)](z, A, t, m, l, own, taught, N, V, part, t.stride(0), _heat(temperature), **_how(z, tile))
     lse, loss, first = torch.empty(3, N, dtype=torch.float32, device=device)
-    dz = torch.empty_like(z)
-    BN = max(1, 2048 // R)
-    grid = (triton.cdiv(N, BN),)
+    coefficients = torch.empty(3, N, dtype=torch.float32, device=device) if keep else lse.expand(3, N)
+    sums = _Sums(lse, loss, first, torch.empty_like(z), own, taught, *coefficients)
+    grid, BN = _merging(N, R)
     kernels.merge[grid](
         z,
         A,
@@ -172,79 +211,91 @@ def _flash(
         lse,
         first,
         loss,
-        dz,
+        sums.dz,
         N,
-        heat,
-        temperature**2,
+        _heat(temperature),
         temperature,
         R=R,
         S=S,
         BN=BN,
-        KEEP=overlap is not None,
+        KEEP=keep,
     )
-    whole = pull = less = lse  # not read without an overlap
-    if overlap is not None:
-        whole, less, pull = torch.empty(3, N, dtype=torch.float32, device=device)
-        both, below = torch.empty(2, S, N, dtype=torch.float32, device=device)
-        short = torch.empty(S, N, R, dtype=torch.float32, device=device)
-        kernels.scan_overlap[(blocks, S)](z, A, t, top, lse, both, below, short, N, V, part, t.stride(0), heat, **how)
-        kernels.merge_overlap[grid](
-            A,
-            y,
-            top,
-            share,
-            first,
-            own,
-            taught,
-            both,
-            below,
-            short,
-            whole,
-            less,
-            pull,
-            loss,
-            dz,
-            N,
-            overlap.eta,
-            R=R,
-            S=S,
-            BN=BN,
-            LOG=overlap.log,
-        )
-    tile = spread_tile or (SPREAD[R] if fast else PLAIN)
-    kernels.spread[(triton.cdiv(V, tile.entries),)](
+    return sums
+
+
+def _overlap(z: Tensor, A: Tensor, y: Tensor, targets: Targets, o: Overlap, sums: _Sums, tile: Tile) -> None:
+    (N, R), V, device = z.shape, len(A), z.device
+    t, top, share, _ = targets
+    blocks, S, part = _parts(N, V, tile, device)
+    both, below = torch.empty(2, S, N, dtype=torch.float32, device=device)
+    short = torch.empty(S, N, R, dtype=torch.float32, device=device)
+    kernels.scan_overlap[(blocks, S)](
+        z, A, t, top, sums.lse, both, below, short, N, V, part, t.stride(0), _heat(1.0), **_how(z, tile)
+    )
+    grid, BN = _merging(N, R)
+    kernels.merge_overlap[grid](
+        A,
+        y,
+        top,
+        share,
+        sums.first,
+        sums.own,
+        sums.taught,
+        both,
+        below,
+        short,
+        sums.whole,
+        sums.part,
+        sums.pull,
+        sums.loss,
+        sums.dz,
+        N,
+        o.eta,
+        R=R,
+        S=S,
+        BN=BN,
+        LOG=o.log,
+    )
+
+
+def _spread(
+    z: Tensor,
+    A: Tensor,
+    targets: Targets,
+    dA: Tensor,
+    scale: float,
+    temperature: float,
+    overlap: bool,
+    sums: _Sums,
+    tile: Tile,
+) -> None:
+    t, top, share, _ = targets
+    kernels.spread[(triton.cdiv(len(A), tile.entries),)](
         z,
         A,
         t,
         top,
         share,
-        lse,
-        first,
-        whole,
-        less,
-        pull,
+        sums.lse,
+        sums.first,
+        sums.whole,
+        sums.part,
+        sums.pull,
         dA,
-        N,
-        V,
+        len(z),
+        len(A),
         scale * temperature,
         dA.shape[1],
         t.stride(0),
-        heat,
-        R=R,
-        BN=tile.tokens,
-        BV=tile.entries,
-        OVERLAP=overlap is not None,
-        PRECISE=precise,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
+        _heat(temperature),
+        OVERLAP=overlap,
+        **_how(z, tile),
     )
-    return loss, dz
 
 
 def _rows(
     z: Tensor,
     A: Tensor,
-    y: Tensor,
     targets: Targets,
     dA: Tensor,
     scale: float,
@@ -265,7 +316,6 @@ def _rows(
         x,
         z,
         A,
-        y,
         t,
         top,
         share,
@@ -279,11 +329,9 @@ def _rows(
         x.stride(0),
         t.stride(0),
         1 if logits else sums.shape[1],
-        math.log2(math.e) / temperature,
-        temperature**2,
+        _heat(temperature),
         overlap.eta if overlap is not None else 0.0,
         BLOCK=ROW.entries,
-        BT=256,
         LOGITS=logits,
         OVERLAP=overlap is not None,
         LOG=overlap is not None and overlap.log,

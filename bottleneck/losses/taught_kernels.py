@@ -201,24 +201,21 @@ def merge(
     dz_ptr,
     N,
     heat,
-    weight,
-    slope,
+    temperature,
     R: tl.constexpr,
     S: tl.constexpr,
     BN: tl.constexpr,
     KEEP: tl.constexpr,
 ):
-    """Parts of V to loss [N] = weight · KL, base-2 lse [N] (inf where the token does not count) and dz [N, R].
+    """Parts of V to loss [N], base-2 lse [N] (inf where the token does not count) and dz [N, R].
 
-    KEEP: instead of dz, write q of `top` to first [N], and Σ q a and Σ t a to the first parts of own
-    and taught.
+    KEEP: instead of dz, write q of `top` to first [N], and Σ q a and Σ t a to the first parts of own and taught.
     """
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     ranks = tl.arange(0, R)
     inside = rows < N
     counts = inside & (tl.load(y_ptr + rows, mask=inside, other=-1) >= 0)
     top = tl.load(top_ptr + rows, mask=inside, other=0)
-    share = tl.load(share_ptr + rows, mask=inside, other=0.0)
     at = rows[:, None] * R + ranks[None, :]
     z = tl.load(z_ptr + at, mask=inside[:, None], other=0.0).to(tl.float32)
     a = tl.load(A_ptr + top[:, None].to(tl.int64) * R + ranks[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
@@ -227,25 +224,25 @@ def merge(
         highest = tl.maximum(highest, tl.load(m_ptr + s * N + rows, mask=inside, other=0.0) * heat)
     l = tl.zeros([BN], tl.float32)
     own = tl.zeros([BN, R], tl.float32)
-    taught = share[:, None] * a
+    taught = tl.load(share_ptr + rows, mask=inside, other=0.0)[:, None] * a
     for s in tl.static_range(S):
         part = tl.exp2(tl.load(m_ptr + s * N + rows, mask=inside, other=0.0) * heat - highest)
         l += part * tl.load(l_ptr + s * N + rows, mask=inside, other=1.0)
         own += part[:, None] * tl.load(own_ptr + s * N * R + at, mask=inside[:, None], other=0.0)
         taught += tl.load(taught_ptr + s * N * R + at, mask=inside[:, None], other=0.0)
-    own = own / l[:, None]
-    least = tl.load(least_ptr + rows, mask=inside, other=0.0)
+    own /= l[:, None]
     # subtract the mean logit from the largest first: both may be large and nearly equal
-    loss = least + ((highest - tl.sum(z * taught, 1) * heat) + tl.log2(l)) * LN2
-    tl.store(loss_ptr + rows, tl.where(counts, weight * loss, 0.0), mask=inside)
+    loss = ((highest - tl.sum(z * taught, 1) * heat) + tl.log2(l)) * LN2
+    loss += tl.load(least_ptr + rows, mask=inside, other=0.0)
+    tl.store(loss_ptr + rows, tl.where(counts, temperature * temperature * loss, 0.0), mask=inside)
     tl.store(lse_ptr + rows, tl.where(counts, highest + tl.log2(l), float("inf")), mask=inside)
     if KEEP:
-        first = tl.exp2(tl.sum(z * a, 1) * heat - highest) / l
-        tl.store(first_ptr + rows, tl.where(counts, first, 0.0), mask=inside)
+        first = tl.where(counts, tl.exp2(tl.sum(z * a, 1) * heat - highest) / l, 0.0)
+        tl.store(first_ptr + rows, first, mask=inside)
         tl.store(own_ptr + at, own, mask=inside[:, None])
         tl.store(taught_ptr + at, taught, mask=inside[:, None])
     else:
-        dz = tl.where(counts[:, None], slope * (own - taught), 0.0)
+        dz = tl.where(counts[:, None], temperature * (own - taught), 0.0)
         tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=inside[:, None])
 
 
@@ -457,17 +454,61 @@ def spread(
 
 
 @triton.jit
-def _logarithm(x, t, offset, z_ptr, A_ptr, row, cols, V, R):
+def _logits_row(at, top, V, width, heat, BLOCK: tl.constexpr):
+    """lse of a row of logits and the logit of `top`, base 2."""
+    m = tl.full([BLOCK], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK], tl.float32)
+    for v0 in range(0, V, BLOCK):
+        cols = v0 + tl.arange(0, BLOCK)
+        s = tl.load(at + cols, mask=cols < width, other=0.0).to(tl.float32) * heat
+        s = tl.where(cols < V, s, float("-inf"))
+        highest = tl.maximum(m, s)
+        base = tl.where(highest == float("-inf"), 0.0, highest)
+        l = l * tl.exp2(m - base) + tl.exp2(s - base)
+        m = highest
+    highest = tl.max(m, 0)
+    lse = highest + tl.log2(tl.sum(l * tl.exp2(m - highest), 0))
+    return lse, tl.load(at + top).to(tl.float32) * heat
+
+
+@triton.jit
+def _sum(sums_ptr, T, BT: tl.constexpr):
+    sums = tl.zeros([BT], tl.float32)
+    for t0 in range(0, T, BT):
+        at = t0 + tl.arange(0, BT)
+        sums += tl.load(sums_ptr + at, mask=at < T, other=0.0)
+    return tl.sum(sums, 0)
+
+
+@triton.jit
+def _logarithm(x, t, offset, z_at, A_ptr, cols, V, R):
     """log2 of exponentials: logits in base 2 without the offset. Underflown ones that matter are computed again."""
     s = tl.log2(tl.maximum(x, TINY))
     lost = (x <= TINY) & (t > NEGLIGIBLE) & (cols < V)
     if tl.sum(lost.to(tl.int32), 0) > 0:
         again = tl.zeros_like(s)
         for r in range(0, R):
-            z = tl.load(z_ptr + row * R + r).to(tl.float32)
-            again += z * tl.load(A_ptr + cols.to(tl.int64) * R + r, mask=lost, other=0.0).to(tl.float32)
+            a = tl.load(A_ptr + cols.to(tl.int64) * R + r, mask=lost, other=0.0).to(tl.float32)
+            again += tl.load(z_at + r).to(tl.float32) * a
         s = tl.where(lost, again * LOG2E - offset, s)
     return s
+
+
+@triton.jit
+def _block(places, sizes, cols, offset, factor, heat, top, first, share, LOGITS: tl.constexpr, MEAN: tl.constexpr):
+    """q and t of some columns of a row, and t (s − offset) for its logits s, without `top`."""
+    at, t_at, z_at, A_ptr = places
+    V, R, stride, pitch = sizes
+    x = tl.load(at + cols, mask=cols < stride, other=0.0).to(tl.float32)
+    t = tl.load(t_at + cols, mask=cols < pitch, other=0.0).to(tl.float32)
+    x = tl.where(cols < V, x, 0.0)
+    if LOGITS:
+        s = x * heat - offset
+        q = tl.where(cols < V, tl.exp2(s), 0.0)
+    else:
+        s = _logarithm(x, t, offset, z_at, A_ptr, cols, V, R) if MEAN else x
+        q = x * factor
+    return tl.where(cols == top, first, q), tl.where(cols == top, share, t), t * s
 
 
 @triton.jit
@@ -475,7 +516,6 @@ def shape(
     x_ptr,
     z_ptr,
     A_ptr,
-    y_ptr,
     t_ptr,
     top_ptr,
     share_ptr,
@@ -490,94 +530,45 @@ def shape(
     pitch,
     T,
     heat,
-    weight,
     eta,
     BLOCK: tl.constexpr,
-    BT: tl.constexpr,
     LOGITS: tl.constexpr,
     OVERLAP: tl.constexpr,
     LOG: tl.constexpr,
 ):
     """One row: loss and gradient G at the logits, in the place of x [M, V]; 0 where the token does not count.
 
-    x: LOGITS: logits. Otherwise exponentials exp2(log2(e) logit − offset), which sum to Σ sums [M, T]; peak [M] is then
-    the logit of `top` in base 2.
+    x: exponentials exp2(log2(e) logit − offset), which sum to Σ sums [M, T], or logits; peak: logits of `top`, base 2.
     """
     row = tl.program_id(0).to(tl.int64)
-    at, t_at = x_ptr + row * stride, t_ptr + row * pitch
-    counts = tl.load(y_ptr + row) >= 0
-    top = tl.load(top_ptr + row)
-    share = tl.load(share_ptr + row)
+    at, t_at, z_at = x_ptr + row * stride, t_ptr + row * pitch, z_ptr + row * R
+    top, share = tl.load(top_ptr + row), tl.load(share_ptr + row)
     if LOGITS:
-        m = tl.full([BLOCK], float("-inf"), tl.float32)
-        l = tl.zeros([BLOCK], tl.float32)
-        for v0 in range(0, V, BLOCK):
-            cols = v0 + tl.arange(0, BLOCK)
-            s = tl.load(at + cols, mask=cols < V, other=float("-inf")).to(tl.float32) * heat
-            highest = tl.maximum(m, s)
-            base = tl.where(highest == float("-inf"), 0.0, highest)
-            l = l * tl.exp2(m - base) + tl.exp2(s - base)
-            m = highest
-        highest = tl.max(m, 0)
-        lse = highest + tl.log2(tl.sum(l * tl.exp2(m - highest), 0))
-        offset = lse
-        factor = 1.0
-        peak = tl.load(at + top).to(tl.float32) * heat
+        lse, peak = _logits_row(at, top, V, stride, heat, BLOCK)
+        offset, factor = lse, 1.0
     else:
-        sums = tl.zeros([BT], tl.float32)
-        for t0 in range(0, T, BT):
-            place = t0 + tl.arange(0, BT)
-            sums += tl.load(sums_ptr + row * T + place, mask=place < T, other=0.0)
-        total = tl.sum(sums, 0)
-        offset = tl.load(offset_ptr + row)
+        total = _sum(sums_ptr + row * T, T, 256)
+        offset, peak, factor = tl.load(offset_ptr + row), tl.load(peak_ptr + row), 1.0 / total
         lse = offset + tl.log2(total)
-        factor = 1.0 / total
-        peak = tl.load(peak_ptr + row)
+    places, sizes = (at, t_at, z_at, A_ptr), (V, R, stride, pitch)
     first = tl.exp2(peak - lse)  # q of `top`, not rounded to 16 bits
-    mean = tl.zeros([BLOCK], tl.float32)  # Σ t (s − offset)
-    both = tl.zeros([BLOCK], tl.float32)
-    below = tl.zeros([BLOCK], tl.float32)
-    whole, part, pull = 1.0, 0.0, 1.0
+    mean = both = below = tl.zeros([BLOCK], tl.float32)
     if OVERLAP:
         for v0 in range(0, V, BLOCK):
             cols = v0 + tl.arange(0, BLOCK)
-            x = tl.load(at + cols, mask=cols < V, other=0.0).to(tl.float32)
-            t = tl.load(t_at + cols, mask=cols < V, other=0.0).to(tl.float32)
-            if LOGITS:
-                s = x * heat - offset
-                q = tl.exp2(s)
-            else:
-                s = _logarithm(x, t, offset, z_ptr, A_ptr, row, cols, V, R)
-                q = x * factor
-            mean += t * s
-            q = tl.where(cols == top, first, q)
-            t = tl.where(cols == top, share, t)
-            both += tl.where(cols < V, tl.minimum(q, t), 0.0)
-            below += tl.where(q < t, q, 0.0)
+            q, t, term = _block(places, sizes, cols, offset, factor, heat, top, first, share, LOGITS, True)
+            mean, both, below = mean + term, both + tl.minimum(q, t), below + tl.where(q < t, q, 0.0)
         divergence = tl.load(least_ptr + row) + (lse - offset - tl.sum(mean, 0) - share * (peak - offset)) * LN2
         loss, whole, part, pull = _lk(tl.sum(both, 0), tl.sum(below, 0), divergence, eta, LOG)
-        tl.store(loss_ptr + row, tl.where(counts, loss, 0.0))
     for v0 in range(0, V, BLOCK):
         cols = v0 + tl.arange(0, BLOCK)
-        x = tl.load(at + cols, mask=cols < V, other=0.0).to(tl.float32)
-        t = tl.load(t_at + cols, mask=cols < V, other=0.0).to(tl.float32)
-        if LOGITS:
-            s = x * heat - offset
-            q = tl.exp2(s)
-        else:
-            if not OVERLAP:
-                s = _logarithm(x, t, offset, z_ptr, A_ptr, row, cols, V, R)
-            q = x * factor
-        if not OVERLAP:
-            mean += t * s
-        q = tl.where(cols == top, first, q)
-        t = tl.where(cols == top, share, t)
+        q, t, term = _block(places, sizes, cols, offset, factor, heat, top, first, share, LOGITS, not OVERLAP)
         if OVERLAP:
             g = q * (whole - tl.where(q < t, part, 0.0)) - pull * t
         else:
-            g = q - t
-        g = tl.where(counts, g, 0.0)
-        tl.store(at + cols, g.to(x_ptr.dtype.element_ty), mask=cols < V)
+            g, mean = q - t, mean + term
+        tl.store(at + cols, tl.where(share == 0.0, 0.0, g).to(x_ptr.dtype.element_ty), mask=cols < stride)
     if not OVERLAP:
         loss = tl.load(least_ptr + row) + (lse - offset - tl.sum(mean, 0) - share * (peak - offset)) * LN2
-        tl.store(loss_ptr + row, tl.where(counts, weight * loss, 0.0))
+        loss *= (LOG2E / heat) * (LOG2E / heat)  # T²
+    tl.store(loss_ptr + row, tl.where(share == 0.0, 0.0, loss))
