@@ -130,7 +130,7 @@ def run(c: StudyConfig, folder: Path) -> dict[str, Any]:
     budgets = sorted({*c.study.budgets, *c.study.check})
     stored = laws.stored()
     rows = [{**found, "text": found["data"], **row} for row in found["losses"]]
-    heads = [
+    heads: list[dict[str, Any]] = [
         {
             "rank": curve.rank,
             "parameters": curve.rank * (curve.vocab_size + curve.hidden_size),

@@ -89,12 +89,13 @@ def read(file: Path = CURVES) -> list[Curve]:
 
 def curves_of(rows: Iterable[dict[str, Any]]) -> list[Curve]:
     """Curves from rows of `COLUMNS`; of several rates at a budget the best counts."""
-    found: dict[tuple, dict[int, float]] = {}
+    found: dict[tuple[str, str, int, int, int], dict[int, float]] = {}
     for row in rows:
         name = (row["backbone"], row["text"], int(row["hidden_size"]), int(row["vocab_size"]), int(row["rank"]))
         losses, tokens = found.setdefault(name, {}), int(row["tokens"])
         losses[tokens] = min(losses.get(tokens, math.inf), float(row["loss"]))
-    return [Curve(*name, losses) for name, losses in found.items() if all(t in losses for t in (0, *SHORT))]
+    whole = {name: losses for name, losses in found.items() if all(t in losses for t in (0, *SHORT))}
+    return [Curve(b, x, d, V, r, losses) for (b, x, d, V, r), losses in whole.items()]
 
 
 def share(beta: np.ndarray, tokens: np.ndarray) -> np.ndarray:
@@ -138,8 +139,8 @@ def range_of(data: Points) -> Range:
         found = list(numbers)
         return min(found), max(found)
 
-    shape = (both(getattr(c, name) for c in curves) for name in ("hidden_size", "vocab_size", "rank"))
-    return Range(*shape, both(t for _, t in data))
+    d, V, r = (both(getattr(c, name) for c in curves) for name in ("hidden_size", "vocab_size", "rank"))
+    return Range(d, V, r, both(t for _, t in data))
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def begin(backbone: Backbone, budgets: Sequence[int], ranks: Sequence[int], ids:
     tokens_of = micro_batch * (ids.shape[1] - 1)
     device = backbone.lm_head.weight.device
     shape = {"hidden_size": backbone.hidden_size, "vocab_size": backbone.vocab_size}
-    runs = []
+    runs: list[Run] = []
     for tokens in budgets:
         keys = [HeadKey(r, lr, 0) for r in ranks for lr in rates_of(r, tokens, **shape)]
         bank = HeadBank(
