@@ -152,14 +152,13 @@ def open_prepared(cfg: DataConfig, tokenizer: Any) -> Corpus:
     Raises: UserError if it is not such a folder, is damaged, or was made with another tokenizer.
     """
     where = f"data.prepared={readable(cfg.prepared)}"
-    check(
-        bool(str(cfg.prepared).strip()), "data.prepared: is empty; give the folder that python -m data.prepare printed"
-    )
+    given = bool(str(cfg.prepared).strip())
+    check(given, "data.prepared: is empty; give the folder that python -m bottleneck.data.prepare printed")
     folder = local_path(cfg.prepared)
     check(
         (folder / "manifest.json").is_file(),
         f"{where}: not a folder of prepared tokens (no manifest.json);"
-        " give the folder that python -m data.prepare printed, or a copy",
+        " give the folder that python -m bottleneck.data.prepare printed, or a copy",
     )
     fault = find_fault(folder)
     check(fault is None, f"{where}: damaged ({fault}); copy it again")

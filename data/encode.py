@@ -162,8 +162,11 @@ class Writer:
         self._texts, self._chars = [], 0
 
     def _receive(self) -> None:
-        ids, lengths, sizes = self._ahead.popleft().result()
-        if self.full:
+        self.append(*self._ahead.popleft().result())
+
+    def append(self, ids: np.ndarray, lengths: np.ndarray, sizes: np.ndarray) -> None:
+        """Write documents that are tokenised already, as `joined` returns them."""
+        if self.full or not len(lengths):
             return
         ends = np.cumsum(lengths)
         count = len(ends)

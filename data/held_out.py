@@ -6,7 +6,7 @@ import hashlib
 import re
 import zlib
 from itertools import islice
-from typing import Iterable, Iterator
+from typing import Collection, Iterable, Iterator
 
 from bottleneck.core.errors import check
 
@@ -49,6 +49,10 @@ class HashSplit:
         self.seed, self.limit = seed, int(fraction * 2**64)
         self.waiting = 0
 
+    def is_held(self, value: int, forced: int) -> bool:
+        """Whether the documents with a hash are held out; those with the hash `forced` are."""
+        return value < self.limit or value == forced
+
     def __call__(self, documents: Iterable[str]) -> Iterator[tuple[bool, str]]:
         """(held out?, document) for every document. Raises UserError for fewer than two different documents."""
         stream = iter(documents)
@@ -56,17 +60,11 @@ class HashSplit:
         for d in islice(stream, FIRST_DOCUMENTS):
             first.append((document_hash(d, self.seed), zlib.compress(d.encode("utf-8", "surrogatepass"), 1)))
         hashes = {value for value, _ in first}
-        check(len(hashes) > 0, "data: there is no document in the text, or only empty ones")
-        check(
-            len(hashes) > 1,
-            "data: the text is a single document, so none can be held out for validation; give data.validation_files,"
-            " or split plain text with data.text_unit=paragraph (at empty lines, which hold not even blanks) or"
-            " data.text_unit=line",
-        )
+        check_several(hashes)
         forced = min(hashes)  # so that a text of few documents has one for validation
 
         def held(value: int) -> bool:
-            return value < self.limit or value == forced
+            return self.is_held(value, forced)
 
         self.waiting = len(first)
         # held-out documents first, so that a small data.max_tokens does not end the reading before there is one
@@ -76,3 +74,14 @@ class HashSplit:
         first.clear()
         for d in stream:
             yield held(document_hash(d, self.seed)), d
+
+
+def check_several(hashes: Collection[int]) -> None:
+    """Raises UserError unless there are two different documents."""
+    check(len(hashes) > 0, "data: there is no document in the text, or only empty ones")
+    check(
+        len(hashes) > 1,
+        "data: the text is a single document, so none can be held out for validation; give data.validation_files,"
+        " or split plain text with data.text_unit=paragraph (at empty lines, which hold not even blanks) or"
+        " data.text_unit=line",
+    )

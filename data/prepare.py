@@ -1,8 +1,8 @@
 """Documents to a cache of tokens: split by document, tokenise, write. data/cache.py describes the cache folder.
 
-    python -m data.prepare backbone=… data=…     prepares only and prints the folder, which can be copied elsewhere for
-    python train.py backbone=… data=prepared data.prepared=FOLDER
-    python -m data.prepare … --write megatron    also writes a Megatron pair, or .npy, for other projects
+    python -m bottleneck.data.prepare backbone=… data=…     prepares only and prints the folder, which can be copied
+    python train.py backbone=… data=prepared data.prepared=FOLDER            for this
+    python -m bottleneck.data.prepare … --write megatron    also writes a Megatron pair, or .npy, for other projects
 
 The folder is written under another name and renamed when it is complete.
 """
@@ -33,6 +33,7 @@ from bottleneck.data.held_out import HashSplit, document_hash
 from bottleneck.data.mix import MixCorpus, sources_of
 from bottleneck.data.readers import local_path, readable
 from bottleneck.data.sources import Source
+from bottleneck.data.stream_pieces import StreamedText
 from bottleneck.data.token_corpus import TokenCorpus
 from bottleneck.data.write_tokens import WRITERS, write_tokens
 
@@ -64,8 +65,17 @@ def prepare(cfg: DataConfig, tokenizer: Any) -> Corpus:
     try:
         if find_fault(folder) is not None:
             root.mkdir(parents=True, exist_ok=True)
+            start = time.monotonic()
+            streamed = _streamed(source, tokenizer, folder) if cfg.dataset and cfg.streaming else None
+            if streamed is not None and not folder.exists():
+                log.info("preparing %s, with all processes that wait for it", source.name)
+                with background(tokenizer) as pool:
+                    streamed.make(pool)
             with FileLock(root / f"{key}.lock"):  # several processes may start at once
-                seconds = _build_missing(cfg, source, tokenizer, folder)
+                built = _build_missing(cfg, source, tokenizer, folder, streamed)
+                if streamed is not None:
+                    streamed.remove()
+            seconds = time.monotonic() - start if built else None
     except OSError as error:
         where = f"data.cache_dir={readable(cfg.cache_dir)}"
         raise UserError(f"{where}: cannot write prepared tokens there: {error}") from error
@@ -76,17 +86,29 @@ def prepare(cfg: DataConfig, tokenizer: Any) -> Corpus:
     return Corpus(source.name, folder, read_manifest(folder), seconds)
 
 
-def _build_missing(cfg: DataConfig, source: Source, tokenizer: Any, folder: Path) -> Optional[float]:
-    """Build the cache unless another process has. Returns the seconds it took."""
+def _build_missing(
+    cfg: DataConfig, source: Source, tokenizer: Any, folder: Path, streamed: Optional[StreamedText]
+) -> bool:
+    """Build the cache unless another process has. Returns whether it was built."""
     fault = find_fault(folder)
     if fault is None:
-        return None
+        return False
     if folder.exists():
         log.warning("prepared tokens in %s are damaged (%s): preparing again", readable(folder), fault)
         shutil.rmtree(folder)
-    start = time.monotonic()
-    _build(cfg, source, tokenizer, folder)
-    return time.monotonic() - start
+    _build(cfg, source, tokenizer, folder, streamed)
+    return True
+
+
+def _streamed(source: Source, tokenizer: Any, folder: Path) -> StreamedText:
+    encode = encoder(tokenizer, _dtype(tokenizer))
+    return StreamedText(
+        folder.with_name(folder.name + ".pieces"), source, encode, tokenizer.eos_token_id, folder.exists
+    )
+
+
+def _dtype(tokenizer: Any) -> np.dtype:
+    return np.dtype("uint16" if max(len(tokenizer), tokenizer.eos_token_id + 1) <= 2**16 else "uint32")
 
 
 def _key(cfg: DataConfig, source: Source, tokenizer: Any) -> str:
@@ -94,20 +116,23 @@ def _key(cfg: DataConfig, source: Source, tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _build(cfg: DataConfig, source: Source, tokenizer: Any, folder: Path) -> None:
+def _build(cfg: DataConfig, source: Source, tokenizer: Any, folder: Path, streamed: Optional[StreamedText]) -> None:
     half = folder.with_name(folder.name + ".part")
     shutil.rmtree(half, ignore_errors=True)
     half.mkdir()
-    source.journal = folder.with_name(folder.name + ".rows")
-    eos = tokenizer.eos_token_id
-    dtype = np.dtype("uint16" if max(len(tokenizer), eos + 1) <= 2**16 else "uint32")
+    eos, dtype = tokenizer.eos_token_id, _dtype(tokenizer)
     encode, pool = encoder(tokenizer, dtype), background(tokenizer)
     train = Writer(half / "train.bin", dtype, eos, encode, cfg.max_tokens, pool)
     validation = Writer(half / "validation.bin", dtype, eos, encode, cfg.validation_tokens, pool)
     log.info("preparing %s (once; kept in %s)", source.name, readable(folder.parent))
     start = time.monotonic()
     try:
-        copies, waiting = _fill(cfg, source, train, validation)
+        copies, waiting = 0, 0
+        if streamed is not None:
+            streamed.make(pool)
+            copies = streamed.write(train, validation)
+        else:
+            copies, waiting = _fill(cfg, source, train, validation)
         parts = {"train": train.close(), "validation": validation.close()}
         reason = f"; its {copies:,} documents are copies of validation documents" if copies else ""
         check(parts["train"]["documents"] > 0, f"data: no train documents in {source.name}{reason}")
@@ -117,7 +142,6 @@ def _build(cfg: DataConfig, source: Source, tokenizer: Any, folder: Path) -> Non
         read = _account(source, train, validation, copies=copies, waiting=waiting)
         (half / "manifest.json").write_text(json.dumps(manifest | parts | {"read": read}, indent=1))
         os.replace(half, folder)
-        shutil.rmtree(source.journal, ignore_errors=True)
     except BaseException:
         train.abandon()
         validation.abandon()

@@ -45,6 +45,12 @@ class RowCounts:
     empty: int = 0  # rows without text: the value is missing, null or ""
     bad: int = 0  # rows whose text is not a string, left out by data.bad_rows=skip
 
+    def __add__(self, other: RowCounts) -> RowCounts:
+        return RowCounts(self.rows + other.rows, self.empty + other.empty, self.bad + other.bad)
+
+    def __sub__(self, other: RowCounts) -> RowCounts:
+        return RowCounts(self.rows - other.rows, self.empty - other.empty, self.bad - other.bad)
+
 
 @dataclass
 class RowReader:

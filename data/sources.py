@@ -11,12 +11,13 @@ from typing import Any, Iterable, Iterator, Optional
 from bottleneck.config.numbers import as_list
 from bottleneck.config.schema import DataConfig
 from bottleneck.core.errors import UserError, check
+from bottleneck.data.hub_streams import hub_split
 from bottleneck.data.local_files import Split, distinct, files_of, patterns_of, shown, split_of_folder
-from bottleneck.data.readers import RowCounts, RowReader, is_text_type, local_path, readable, reader_of
-from bottleneck.data.stream_journal import ROWS, StreamJournal
+from bottleneck.data.readers import RowCounts, RowReader, local_path, readable, reader_of
 
 log = logging.getLogger(__name__)
 READING = 3  # version of how local files become documents; part of the cache key, so older caches are not reused
+LANES = 8  # lanes of a Hub stream; the tokens depend on them
 SAMPLE_BY = {"file": "document", "paragraph": "paragraph", "line": "line"}  # data.text_unit in the words of `datasets`
 
 
@@ -26,7 +27,6 @@ class Source:
     Attributes:
         counts: rows read so far, and how many of them were empty or left out.
         documents: documents returned so far.
-        journal: folder in which rows of a Hub stream are kept, so that a later process goes on where this one stops.
         blank: documents of nothing but white space; these are not returned.
     """
 
@@ -35,7 +35,6 @@ class Source:
         self.files: list[str] = []
         self.validation_files: list[str] = []
         self.counts = RowCounts()
-        self.journal: Optional[Path] = None
         self.documents = self.blank = 0
         check(
             cfg.dataset is None or bool(cfg.dataset.strip()), "data.dataset: is empty; give the name of a Hub dataset"
@@ -120,6 +119,8 @@ class Source:
             "limits": [c.max_tokens, c.validation_tokens],
         }
         about["reading"] = READING
+        if c.dataset and c.streaming:
+            about["lanes"] = LANES
         if c.bad_rows != "error":
             about["bad_rows"] = c.bad_rows
         return about
@@ -167,77 +168,43 @@ class Source:
                 yield from reader.texts(path)
 
     def _hub_rows(self, split: Optional[str]) -> Iterator[str]:
-        import datasets
+        before = self.counts
+        for lane in hub_split(self.cfg, str(split)).lanes:  # one
+            for texts, state in lane.tables(None):
+                self.counts = before + RowCounts(**state["counts"])
+                yield from texts
 
-        datasets.logging.set_verbosity(logging.CRITICAL)  # errors are reported below, once
-        c, where = self.cfg, f"data.dataset={self.cfg.dataset}"
-        options: dict[str, Any] = {"name": c.subset} if c.subset else {}
+
+class RowJoiner:
+    """Joins rows into documents; a row that matches `pattern` begins the next one.
+
+    Attributes:
+        document: rows of the document that has not ended yet.
+    """
+
+    def __init__(self, pattern: str):
         try:
-            builder = datasets.load_dataset_builder(str(c.dataset), **options)
-            if hasattr(builder.config, "on_mixed_types"):
-                files = builder.config.data_files or {}
-                splits = str(split).split("+")
-                if all(part in files for part in splits):
-                    # JSON: our reader reads only the text column; `datasets` rewrites a column of mixed types as JSON
-                    # text
-                    yield from self._json_urls([url for part in splits for url in files[part]])
-                    return
-                options["on_mixed_types"] = None
-            if builder.name == "parquet":
-                options["columns"] = [c.text_field]  # the others are neither downloaded nor compared between files
-            stream = datasets.load_dataset(str(c.dataset), split=split, streaming=c.streaming, **options)
-            journal = None
-            if self.journal is not None and c.streaming:
-                part = "".join(letter if letter.isalnum() else "-" for letter in str(split))
-                journal = StreamJournal(self.journal / f"{part}.rows", str(builder.hash))
-            yield from self._arrow_rows(stream, where, journal)
-        except UserError:
-            raise
-        except StopIteration:  # how `datasets` reports that there is no row
-            return
-        except Exception as error:  # datasets, pyarrow, zstandard and the network each raise their own kinds
-            cause: BaseException = error
-            while isinstance(cause, datasets.exceptions.DatasetGenerationError) and cause.__cause__ is not None:
-                cause = cause.__cause__  # the error itself has no information
-            raise UserError(f"{where}: cannot be read: {type(cause).__name__}: {cause}") from error
+            self.starts = re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"data.document_start={pattern}: not a regular expression: {error}") from error
+        self.document: list[str] = []
 
-    def _json_urls(self, urls: list[str]) -> Iterator[str]:
-        reader = RowReader(self.cfg.text_field, skip_bad=self.cfg.bad_rows == "skip", counts=self.counts)
-        for url in urls:
-            yield from reader.texts(url, kind="json")
+    def add(self, rows: Iterable[str]) -> Iterator[str]:
+        """The documents that end with these rows."""
+        for row in rows:
+            if self.starts.match(row) and self.document:
+                yield self.end()
+            self.document.append(row if row.endswith("\n") else row + "\n")
 
-    def _arrow_rows(self, stream: Any, where: str, journal: Optional[StreamJournal] = None) -> Iterator[str]:
-        name = self.cfg.text_field
-
-        def texts_of(table: Any) -> list[Any]:
-            columns = ", ".join(table.column_names) or "none"
-            there = name in table.column_names
-            check(there, f"data.text_field={name}: no such column in {where}; columns there: {columns}")
-            kind = table.schema.field(name).type
-            check(is_text_type(kind), f"data.text_field={name}: holds {kind}, not text, in {where}")
-            return table.column(name).to_pylist()
-
-        tables = stream.with_format("arrow")
-        read = (texts_of(t) for t in tables.iter(batch_size=ROWS))
-        for texts in journal.tables(tables, texts_of) if journal is not None else read:
-            for text in texts:
-                self.counts.rows += 1
-                self.counts.empty += not text
-                if text:
-                    yield text
+    def end(self) -> str:
+        """The document so far, "" if there is none."""
+        text, self.document = "".join(self.document), []
+        return text
 
 
 def join_rows(rows: Iterable[str], pattern: str) -> Iterator[str]:
-    """Join rows into documents; a row that matches `pattern` begins the next one."""
-    try:
-        starts = re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"data.document_start={pattern}: not a regular expression: {error}") from error
-    document: list[str] = []
-    for row in rows:
-        if starts.match(row) and document:
-            yield "".join(document)
-            document = []
-        document.append(row if row.endswith("\n") else row + "\n")
-    if document:
-        yield "".join(document)
+    """Join rows into documents, see `RowJoiner`."""
+    joiner = RowJoiner(pattern)
+    yield from joiner.add(rows)
+    if joiner.document:
+        yield joiner.end()
