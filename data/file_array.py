@@ -9,7 +9,7 @@ from typing import Any, Optional
 
 import numpy as np
 
-from bottleneck.core.errors import check
+from bottleneck.core.errors import UserError
 from bottleneck.data.readers import readable
 
 OPEN_FILES = 200  # files that are kept open; systems allow 256 to 1,024 by default
@@ -30,19 +30,20 @@ class FileArray:
         return self.count
 
     def __getitem__(self, part: Any) -> Any:
-        """A slice as an array, or one element."""
+        """A slice as an array that cannot be written to, or one element."""
         if not isinstance(part, slice):
             at = int(part) + (self.count if part < 0 else 0)
             return self[at : at + 1][0]
         start, stop, _ = part.indices(self.count)
         size, at = max(0, stop - start) * self.dtype.itemsize, self.offset + start * self.dtype.itemsize
-        raw = bytearray(size)
-        done = 0
-        while done < size:  # one read ends after 2 GiB
-            piece = os.pread(_opened_file(self.path), size - done, at + done)
-            check(len(piece) > 0, f"{readable(self.path)}: became shorter while it was read")
-            raw[done : done + len(piece)] = piece
-            done += len(piece)
+        raw = os.pread(_opened_file(self.path), size, at)
+        if len(raw) < size:  # one read ends after 2 GiB
+            pieces = [raw]
+            while (done := sum(map(len, pieces))) < size:
+                if not pieces[-1]:
+                    raise UserError(f"{readable(self.path)}: became shorter while it was read")
+                pieces.append(os.pread(_opened_file(self.path), size - done, at + done))
+            raw = b"".join(pieces)
         return np.frombuffer(raw, self.dtype)
 
     def announce(self, start: int, stop: int) -> None:

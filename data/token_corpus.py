@@ -13,7 +13,7 @@ import glob
 import hashlib
 import logging
 import zlib
-from collections import deque
+from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Iterator, Optional
@@ -49,7 +49,7 @@ class JoinedStream:
     """
 
     def __init__(self, shards: list[Shard], eos: int):
-        self.shards, self.eos = shards, eos
+        self.shards, self.eos, self.closes = shards, eos, _Closes()
         self.inserts = _lack_end_of_text(shards, eos)
         lengths = [len(s.ids) + (self._documents(s) if self.inserts else 0) for s in shards]
         first, last = int(shards[0].ids[0:1][0]), int(shards[-1].ids[len(shards[-1].ids) - 1 : len(shards[-1].ids)][0])
@@ -83,6 +83,25 @@ class JoinedStream:
             at += count
         return out
 
+    def gather(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Ids [len(starts), length] of stretches of the stream, int64. They are read in the order of the files."""
+        out = np.empty((len(starts), length), np.int64)
+        shards = np.searchsorted(self.ends, starts, side="right")
+        begins = np.concatenate([[self.lead], self.ends])[shards]
+        ends = np.append(self.ends, 0)[shards]
+        whole = (starts >= self.lead) & (starts + length <= ends) & (not self.inserts)
+        places = [(k, int(i), int(at)) for k, i, at in zip(range(len(starts)), shards, starts - begins)]
+        places.sort(key=lambda place: place[1:])
+        for k, i, at in places:
+            if whole[k]:
+                self.shards[i].announce(at, at + length)
+        for k, i, at in places:
+            if whole[k]:
+                out[k] = self.shards[i].ids[at : at + length]
+            else:
+                out[k] = self[int(starts[k]) : int(starts[k]) + length]
+        return out
+
     def _fill(self, out: np.ndarray, shard: Shard, at: int) -> None:
         """Ids of one shard from its position `at` on, with the end-of-text tokens that are put in."""
         if not self.inserts:
@@ -90,12 +109,17 @@ class JoinedStream:
             return
         starts: Any = shard.documents if shard.documents is not None else np.array([0, len(shard.ids)])
         # end-of-text of document i is at starts[i + 1] + i, because one was inserted after each document before it
-        documents = range(len(starts) - 1)
-        first, last = (
-            bisect.bisect_right(documents, place, key=lambda i: int(starts[i]) + i) - 1
-            for place in (at, at + len(out) - 1)
-        )
-        ends = starts[first + 1 : last + 2] + np.arange(first, last + 1) - at
+        if len(starts) <= self.closes.most:
+            closes = self.closes.of(shard, starts)
+            first, last = np.searchsorted(closes, (at, at + len(out) - 1)).tolist()
+            ends = closes[first : last + 1] - at
+        else:
+            documents = range(len(starts) - 1)
+            first, last = (
+                bisect.bisect_right(documents, place, key=lambda i: int(starts[i]) + i) - 1
+                for place in (at, at + len(out) - 1)
+            )
+            ends = starts[first + 1 : last + 2] + np.arange(first, last + 1) - at
         is_id = np.ones(len(out), bool)
         is_id[ends[ends < len(out)]] = False
         out[~is_id] = self.eos
@@ -104,6 +128,29 @@ class JoinedStream:
     def max(self) -> int:
         """The largest id, of all or of samples."""
         return max(int(ids.max()) for _, ids in checked_parts(self.shards))
+
+
+class _Closes:
+    """Where documents end in the stream, of the shards that were used last: their end-of-text, counted from the shard's
+    start.
+
+    Attributes:
+        most: documents of a shard, at most; of a larger one the places are looked up in its index.
+    """
+
+    most, kept = 1 << 22, 1 << 23  # documents of one shard, and of all that are kept
+
+    def __init__(self) -> None:
+        self.found: OrderedDict[int, np.ndarray] = OrderedDict()
+
+    def of(self, shard: Shard, starts: Any) -> np.ndarray:
+        key = id(shard)
+        if key not in self.found:
+            self.found[key] = np.asarray(starts[1:]) + np.arange(len(starts) - 1)
+            while len(self.found) > 1 and sum(map(len, self.found.values())) > self.kept:
+                self.found.popitem(last=False)
+        self.found.move_to_end(key)
+        return self.found[key]
 
 
 def _lack_end_of_text(shards: list[Shard], eos: int) -> bool:
@@ -259,11 +306,14 @@ class TokenCorpus(Corpus):
     def read(self, indices: np.ndarray, block: Optional[int] = None) -> np.ndarray:
         """Ids [len(indices), T + 1] of some blocks or rows. Raises UserError for an id that the tokenizer lacks."""
         T = self.block
-        out = np.empty((len(indices), T + 1), np.int64)
         if self.cfg.order == "chunks":
             self._announce(np.unique((indices - self.skip) // CHUNK).tolist())
-        for line, i in zip(out, indices.tolist()):
-            line[:] = self.table[i] if self.rows else self.stream[i * T : i * T + T + 1]
+        if self.rows:
+            out = np.empty((len(indices), T + 1), np.int64)
+            for line, i in zip(out, indices.tolist()):
+                line[:] = self.table[i]
+        else:
+            out = self.stream.gather(indices * T, T + 1)
         if self.sampled and (out.max(initial=0) >= self.limit or out.min(initial=0) < 0):
             line, column = np.argwhere((out >= self.limit) | (out < 0))[0]
             what = f"{'row' if self.rows else 'block'} {indices[line]} of {self.name}"
