@@ -4,6 +4,8 @@
               a fixed size, then the columns in the order of their names
     litdata   a chunk is u32 count, u32 offsets [count + 1], then the ids of its items one after the other
 
+Compressed shards are refused: how many ids one holds is known only when it is decompressed, so opening would read all.
+
 References: streaming/base/format/mds of mosaicml-streaming 0.13, streaming/item_loader.py of litdata 0.2.76.
 """
 
@@ -64,7 +66,7 @@ def litdata(index: Path) -> list[tuple[str, Any, Any]]:
     config = content.get("config", {})
     loader, packed = config.get("item_loader"), config.get("compression")
     check(loader == "TokensLoader", f"{where}: made for litdata's {loader}; token ids are made for its TokensLoader")
-    check(not packed, f"{where}: its chunks are compressed ({packed}); write them without")
+    check(not packed, f"{where}: its chunks are compressed ({packed}); write them without compression")
     name, _, number = str((config.get("data_format") or [""])[0]).partition(":")
     types = dict(enumerate(NUMPY_TYPES)) if name == "no_header_numpy" else TORCH_TYPES
     kind = types.get(int(number)) if number.isdigit() and name.startswith("no_header") else None
@@ -118,7 +120,7 @@ def mds(index: Path, ids_field: str) -> list[tuple[str, SampleIds]]:
         check(shard.get("format") == "mds", f"{where}: shards of format {shard.get('format')}; only mds is read")
         path = index.parent / shard["raw_data"]["basename"]
         packed = shard.get("compression")
-        reason = f", only its compressed form ({packed}) is there; write it without" if packed else ""
+        reason = f", only its compressed form ({packed}) is there; decompress it to {path.name}" if packed else ""
         check(path.is_file(), f"{where}: {path.name} is missing{reason}")
         same = path.stat().st_size == int(shard["raw_data"]["bytes"])
         check(same, f"{readable(path)}: has {path.stat().st_size} bytes, index.json says {shard['raw_data']['bytes']}")

@@ -88,12 +88,12 @@ def _token_files(args: argparse.Namespace, backbone: BackboneConfig) -> list[Row
     for case in token_files.sizes(args.start_tokens):
         rows += _apart(token_files.start, case, args.start_tokens, backbone)
     eos = int(load_tokenizer(backbone).eos_token_id)
-    for parquet in (False, True):
+    for kind, orders in token_files.ORDERS.items():
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             tokens = max(token_files.DOCUMENT, args.shard_tokens // token_files.DOCUMENT * token_files.DOCUMENT)
-            token_files.write_shards(folder, args.shards, tokens, eos, parquet)
-            for order in ("chunks",) if parquet else token_files.ORDERS:
+            token_files.write_shards(folder, args.shards, tokens, eos, kind)
+            for order in orders:
                 rows += _apart(token_files.read, order, folder, backbone, args.repeats)
     return rows
 

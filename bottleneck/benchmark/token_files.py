@@ -7,6 +7,7 @@ import os
 import resource
 import struct
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from bottleneck.data.prepare import prepare
 ROW = 2049  # ids of a row, as in Pythia's files
 DOCUMENT = 500  # ids of a document, about
 READ = 20_000_000  # most tokens of one timed pass
-ORDERS = ("shuffled", "chunks", "source")
+ORDERS = {"bin": ("shuffled", "chunks", "source"), "arrow": ("shuffled", "chunks"), "parquet": ("chunks",)}
 BATCH = 256  # sequences in a step
 BLOCKS = (512, 2048)  # tokens in a sequence
 
@@ -84,8 +85,8 @@ def sparse_megatron(folder: Path, tokens: int) -> None:
                 (np.arange(first, min(first + (1 << 20), last), dtype="<i8") * step).tofile(f)
 
 
-def write_shards(folder: Path, shards: int, tokens: int, eos: int, parquet: bool) -> None:
-    """Shards of random ids in documents: nanoGPT's .bin, or parquet."""
+def write_shards(folder: Path, shards: int, tokens: int, eos: int, kind: str) -> None:
+    """Shards of random ids in documents: nanoGPT's .bin, or .arrow or .parquet with a list for each document."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -93,10 +94,14 @@ def write_shards(folder: Path, shards: int, tokens: int, eos: int, parquet: bool
     for i in range(shards):
         ids = rng.integers(1, 200, tokens).astype(np.uint16)
         ids[DOCUMENT - 1 :: DOCUMENT] = eos
-        path = folder / f"x_{i:06d}.{'parquet' if parquet else 'bin'}"
-        if parquet:
-            lists = pa.ListArray.from_arrays(np.arange(0, len(ids) + 1, DOCUMENT, dtype=np.int32), ids.astype(np.int32))
-            pq.write_table(pa.table({"input_ids": lists}), path, row_group_size=1000)
+        path = folder / f"x_{i:06d}.{kind}"
+        lists = pa.ListArray.from_arrays(np.arange(0, len(ids) + 1, DOCUMENT, dtype=np.int32), ids.astype(np.int32))
+        table = pa.table({"input_ids": lists})
+        if kind == "parquet":
+            pq.write_table(table, path, row_group_size=1000)
+        elif kind == "arrow":
+            with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+                writer.write_table(table, max_chunksize=1000)
         else:
             ids.tofile(path)
         with open(path, "rb") as f:
@@ -124,13 +129,17 @@ def _read(order: str, block: int, folder: Path, backbone: BackboneConfig, repeat
     if steps == 0:
         return []
     text = TextData(data, block, BATCH, steps, 1, 0, None)
-    seconds = []
+    seconds, processor = [], []
     for _ in range(repeats):
         forget(folder)
+        before = time.process_time()
         seconds.append(timed(functools.partial(_pass, text))[0])
+        processor.append(time.process_time() - before)
+    tokens = steps * BATCH * block
+    note = f"{tokens / np.median(processor) / 1e6:.1f}M tokens per second of CPU time"
     count = len(list(folder.iterdir()))
     what = f"{count} {next(folder.iterdir()).suffix} shards, {BATCH} x {block}, {order}, {steps} steps"
-    return [row("read", what, "data=tokens", seconds, steps * BATCH * block, "tokens", peak_mib=peak_mib())]
+    return [row("read", what, "data=tokens", seconds, tokens, "tokens", peak_mib=peak_mib(), note=note)]
 
 
 def _pass(data: TextData) -> None:

@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import zstandard
 
 from bottleneck.backbone.model import load_tokenizer
 from bottleneck.config.schema import BackboneConfig, DataConfig
@@ -51,6 +52,18 @@ def test_rows_are_taken_as_they_are(tokenizer):
     assert np.array_equal(torch.cat([seen[k] for k in range(9)]).numpy(), rows()[:36])
 
 
+def test_a_shard_that_was_decompressed_is_read(tmp_path, tokenizer):
+    """As the refusal of compressed shards says."""
+    shutil.copytree(FOLDERS / "compressed", tmp_path / "x")
+    packed = tmp_path / "x/shard.00000.mds.zstd"
+    (tmp_path / "x/shard.00000.mds").write_bytes(
+        zstandard.ZstdDecompressor().decompressobj().decompress(packed.read_bytes())
+    )
+    held = str(megatron(tmp_path / "v", documents()[:3]))
+    found = prepare(config(tmp_path / "x", validation_files=held), tokenizer).train
+    assert found[: len(found)].tolist() == [0, *[i for d in documents()[:2] for i in [*d.tolist(), 0]]]
+
+
 def cut(folder):
     path = next(p for p in sorted(folder.iterdir()) if p.suffix in (".mds", ".bin"))
     path.write_bytes(path.read_bytes()[:-4])
@@ -72,7 +85,7 @@ def change(**what):
         ("litdata", cut, "chunk-0-0.bin: has .* ids, index.json says .*; it was truncated"),
         ("litdata", lambda f: (f / "chunk-0-2.bin").unlink(), "index.json: chunk-0-2.bin is missing"),
         ("rows", lambda f: (f / "shard.00000.mds").unlink(), "index.json: shard.00000.mds is missing"),
-        ("compressed", lambda f: None, r"is missing, only its compressed form \(zstd\) is there"),
+        ("compressed", lambda f: None, r"is missing, only its compressed form \(zstd\) is there; decompress it to"),
         ("litdata", change(compression="zstd"), r"its chunks are compressed \(zstd\)"),
         ("litdata", change(item_loader="PyTreeLoader"), "made for litdata's PyTreeLoader"),
         ("litdata", change(data_format=["no_header_tensor:0"]), "holds no_header_tensor:0; ids are whole numbers"),
