@@ -27,7 +27,7 @@ from bottleneck.data.cache import Corpus, ValidationPart
 from bottleneck.data.local_files import patterns_of, shown, split_of_folder
 from bottleneck.data.order import CHUNK, MIXED, SMALL, Order, shuffled
 from bottleneck.data.readers import local_path, readable
-from bottleneck.data.token_formats import Shard, files_in, open_shards
+from bottleneck.data.token_formats import Shard, by_number, files_in, open_shards
 
 log = logging.getLogger(__name__)
 EXACT = 1 << 28  # ids up to which every id is checked and hashed at the start; of a larger source, samples
@@ -190,6 +190,18 @@ def checked_parts(shards: list[Shard]) -> Iterator[tuple[tuple[Shard, int], np.n
         yield (shards[i], at), np.asarray(shards[i].ids[at : at + SAMPLED])
 
 
+def check_width(shards: list[Shard], limit: int) -> None:
+    """Raises UserError for ids of 1 or 2 bytes that do not hold all ids of the tokenizer: larger ones were cut off."""
+    for shard in shards:
+        dtype = np.dtype(shard.ids.dtype)
+        fits = dtype.itemsize > 2 or np.iinfo(dtype).max >= limit - 1
+        check(
+            fits,
+            f"{shard.name}: holds ids of {8 * dtype.itemsize} bits, the tokenizer's go up to {limit - 1:,}: tokens of"
+            " another tokenizer, or larger ids were cut off; write it again with ids of 32 bits",
+        )
+
+
 def check_ids(shards: list[Shard], limit: int) -> None:
     """Raises UserError naming shard, row and value of the first id that the tokenizer does not have."""
     for (shard, at), ids in checked_parts(shards):
@@ -258,6 +270,7 @@ class TokenCorpus(Corpus):
         train, validation = _files(cfg)
         self.shards = _opened("data.tokens", train, cfg)
         held = _opened("data.validation_files", validation, cfg) if validation else []
+        check_width(self.shards + held, self.limit)
         check_ids(self.shards + held, self.limit)
         self.name = cfg.name or ",".join(readable(local_path(p).name) for p in as_list(cfg.tokens))
         self.stream = JoinedStream(self.shards, self.eos)
@@ -507,7 +520,8 @@ def _matching(key: str, pattern: str) -> list[str]:
         return [str(path)]
     if path.with_name(path.name + ".bin").is_file():
         return [str(path) + ".bin"]
-    found = sorted(p for p in glob.glob(str(path), recursive=True) if Path(p).is_file() and not p.endswith(".idx"))
+    found = [p for p in glob.glob(str(path), recursive=True) if Path(p).is_file() and not p.endswith(".idx")]
+    found.sort(key=by_number)
     check(bool(found), f"{where}: no such file; give a file, a folder, a glob, or a Megatron name without .bin")
     return found
 

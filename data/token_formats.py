@@ -202,7 +202,13 @@ def files_in(folder: Path) -> list[str]:
         if "state.json" in files:
             files = listed_files(here / "state.json")
         found += [str(relative / f) for f in files if Path(f).suffix.lower() in ENDINGS and not f.startswith(".")]
-    return sorted(found)
+    return sorted(found, key=by_number)
+
+
+def by_number(name: str) -> list[tuple[str, int]]:
+    """A key to sort names by, in which x_2 is before x_10."""
+    parts = re.split(r"(\d+)", name)
+    return [(text, int(number or 0)) for text, number in zip(parts[::2], [*parts[1::2], ""])]
 
 
 def open_shards(paths: list[Path], kind: str, ids_field: str) -> list[Shard]:
@@ -322,6 +328,8 @@ def _llmc(path: Path, _: str) -> Shard:
     width, rest = divmod(size - LLMC_HEADER, max(count, 1))
     whole = count > 0 and rest == 0 and width in (2, 4)
     check(whole, f"{where}: has {size} bytes, its header says {count} ids; it was truncated")
+    short = int(header[1]) != 1 or width == 2
+    check(short, f"{where}: has {size} bytes, its header says {count} ids of 2 bytes (version 1); it is damaged")
     return Shard(where, FileArray(path, f"<u{width}", LLMC_HEADER, count))
 
 
@@ -373,7 +381,8 @@ def _safetensors(path: Path, ids_field: str) -> Shard:
         header = json.loads(f.read(length))
     header.pop("__metadata__", None)
     name = ids_field if ids_field in header or len(header) != 1 else next(iter(header))
-    check(name in header, f"data.ids_field={ids_field}: no such tensor in {where}; tensors there: {', '.join(header)}")
+    there = ", ".join(header) or "none"
+    check(name in header, f"data.ids_field={ids_field}: no such tensor in {where}; tensors there: {there}")
     about = header[name]
     kind = SAFETENSORS_DTYPES.get(about["dtype"])
     check(kind is not None, f"{where}: {name} holds {about['dtype']}; ids are whole numbers")

@@ -310,6 +310,46 @@ def test_ids_beyond_the_vocabulary_name_shard_row_and_value(tmp_path, tokenizer,
             StepBatches(corpus, 16, 1, steps, 0, None)[k]
 
 
+@pytest.mark.parametrize("dtype, limit, fits", [("uint16", 65_536, True), ("uint16", 262_144, False),
+                                               ("int16", 50_304, False), ("uint8", 8192, False),
+                                               ("uint32", 262_144, True)])  # fmt: skip
+def test_ids_of_few_bits_are_not_those_of_a_large_vocabulary(tmp_path, dtype, limit, fits):
+    """Ids that do not fit are cut off by NumPy in silence, and all that is left looks like ids."""
+    np.save(tmp_path / "a.npy", np.array([1, 2, 100_000]).astype(dtype))
+    shards = token_corpus_module.open_shards([tmp_path / "a.npy"], "auto", "input_ids")
+    if fits:
+        return token_corpus_module.check_width(shards, limit)
+    with pytest.raises(UserError, match=r"a.npy: holds ids of \d+ bits, the tokenizer's go up to .*cut off"):
+        token_corpus_module.check_width(shards, limit)
+
+
+def test_shards_are_sorted_by_their_numbers(tmp_path, tokenizer):
+    """Regression: by their letters x_10 came before x_2, so data.order=source was not the order of the source."""
+    rows = np.random.default_rng(3).integers(1, 300, (12, 5, 17))
+    for i, part in enumerate(rows):
+        np.save(tmp_path / f"x_{i}.npy", part)
+    for path in (tmp_path, tmp_path / "x_*.npy"):
+        corpus = prepare(config(tokens=str(path), packing="rows", order="source", validation_tokens=17), tokenizer)
+        assert np.array_equal(corpus.read(np.arange(60)), rows.reshape(60, 17))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda h: h.__setitem__(2, h[2] + 3), "its header says .* ids; it was truncated"),
+        (lambda h: h.__setitem__(2, -1), "its header says -1 ids; it was truncated"),
+        (lambda h: h.__setitem__(2, h[2] // 2), r"its header says \d+ ids of 2 bytes \(version 1\); it is damaged"),
+    ],
+)
+def test_a_wrong_header_of_llmc(tmp_path, tokenizer, ids, change, words):
+    path = llmc(tmp_path / "a.bin", closed(ids, 0) if len(closed(ids, 0)) % 2 == 0 else closed(ids, 0)[1:])
+    raw = np.fromfile(path, "<i4")
+    change(raw)
+    raw.tofile(path)
+    with pytest.raises(UserError, match=words):
+        prepare(config(tokens=str(path)), tokenizer)
+
+
 @pytest.mark.parametrize(
     "kw, words",
     [
