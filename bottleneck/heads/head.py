@@ -1,8 +1,10 @@
 """`Head`, the base class of all kinds of heads: the interface that the bank and the evaluation use.
 
 A kind must define its parameters, `logits` and `begin`. `Head` trains it with autograd, a chunk of tokens at a time, so
-that only a few chunks of logits are held; it also saves, loads and evaluates the parameters. A kind with a faster
-implementation, such as `low_rank`, overrides `read`, `token_losses`, `step` and `taught_steps`.
+that only a few chunks of logits are held; it also saves, loads and evaluates the parameters. A kind whose loss can be
+written in two numbers of each row of logits also defines `fused_loss`, which holds no logits on a GPU (see
+`heads.parts`). A kind with a faster implementation, such as `low_rank`, overrides `read`, `token_losses`, `step` and
+`taught_steps`.
 
 Dims: N tokens, n tokens of a chunk, D hidden size, R rank, V vocabulary.
 """
@@ -18,14 +20,22 @@ from torch import Tensor, nn
 from bottleneck.backbone.model import FullHead
 from bottleneck.core.errors import check
 from bottleneck.core.extensions import HEAD_KINDS
+from bottleneck.heads import parts
 from bottleneck.heads.calibration import Calibration
 from bottleneck.heads.key import HeadKey
+from bottleneck.losses import usable
 from bottleneck.losses.chunked import chunk_rows
 from bottleneck.losses.objective import BoundObjective
-from bottleneck.losses.products import add_product, matmul_f32
+from bottleneck.losses.products import product
 
-# (logits [n, V], targets [n], hidden states that the teacher reads [n, D']) -> loss [n]
+__all__ = ["Factored", "FactoredStates", "Head", "build_head", "count_parameters", "cross_entropy", "product"]
+
+# (hidden states [n, D], targets [n], hidden states that the teacher reads [n, D']) -> loss [n]
 TokenLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+FUSED = "fused"  # `Head.impl` of kinds that use `fused_loss`
+FUSIBLE = ("auto", "chunked", FUSED)  # `HeadKind.impls` of them
+HELD_BYTES = 256 << 20  # of logits that `fused_loss` holds
+MOST_TOKENS = 1 << 16  # of one call of `fused_loss`
 
 
 class Head(nn.Module):
@@ -52,6 +62,15 @@ class Head(nn.Module):
 
     def begin(self, key: HeadKey, A_VR: Tensor, B_RD: Tensor, *, head: FullHead, moments: Calibration) -> None:
         """Set the parameters from the factors of a start of rank `start_rank`."""
+        raise NotImplementedError
+
+    @property
+    def held_entries(self) -> Optional[int]:
+        """Entries of the vocabulary whose logits `fused_loss` holds; None: the kind does not define it."""
+        return None
+
+    def fused_loss(self, h_nD: Tensor, y_n: Tensor) -> Tensor:
+        """Cross-entropy [n] of targets within the vocabulary, differentiable; equal to that of `logits`."""
         raise NotImplementedError
 
     def dense(self) -> Optional[Tensor]:
@@ -93,7 +112,10 @@ class Head(nn.Module):
         raise NotImplementedError
 
     def impl(self, dtype: torch.dtype, tokens: int, wanted: str) -> str:
-        """Name of the implementation of its training step, for the log."""
+        """Name of the implementation of its training step; auto takes kernels where they multiply 16-bit states."""
+        kernels = wanted == FUSED or (wanted == "auto" and dtype.itemsize == 2)
+        if kernels and self.held_entries is not None and FUSED in usable(next(self.parameters()).device.type, dtype):
+            return FUSED
         return "autograd, chunked"
 
     def read(
@@ -101,9 +123,9 @@ class Head(nn.Module):
     ) -> Any:
         """Anything that can be prepared once per step; passed to the methods below until the parameters change.
 
-        Args: memory: bytes that a step may take on a GPU, see `losses.memory`.
+        Here: the implementation. Args: memory: bytes that a step may take on a GPU, see `losses.memory`.
         """
-        return None
+        return impl
 
     @torch.no_grad()
     def float_logits(self, h_nD: Tensor, read: Any) -> Tensor:
@@ -114,14 +136,19 @@ class Head(nn.Module):
     def token_losses(self, h_ND: Tensor, y_N: Tensor, read: Any) -> Tensor:
         """Cross-entropy [N] of every token in nats, float32; 0 where the target is -1."""
         parts = []
-        for h, y in self._chunks(h_ND, y_N):
-            loss = cross_entropy(self.float_logits(h, read), y.clamp(min=0).long())
+        for h, y in self._chunks(h_ND, y_N, read):
+            target = y.clamp(min=0).long()
+            loss = self.fused_loss(h, target) if read == FUSED else cross_entropy(self.float_logits(h, read), target)
             parts.append(loss.masked_fill(y < 0, 0.0))
         return torch.cat(parts)
 
     def step(self, h_ND: Tensor, y_N: Tensor, read: Any, scale: float) -> Tensor:
         """Cross-entropy [N] of every token; scale · the gradient of its sum is added to every parameter's .grad."""
-        return self._autograd_step(h_ND, y_N, scale, lambda logits, y, t: cross_entropy(logits, y), h_ND)
+
+        def loss(h: Tensor, y: Tensor, t: Tensor) -> Tensor:
+            return self.fused_loss(h, y) if read == FUSED else cross_entropy(self.logits(h), y)
+
+        return self._autograd_step(h_ND, y_N, scale, loss, h_ND, read)
 
     @classmethod
     def taught_steps(
@@ -129,20 +156,25 @@ class Head(nn.Module):
     ) -> list[Tensor]:
         """`step` of several heads of this kind for an objective other than cross-entropy."""
 
-        def loss(logits: Tensor, y: Tensor, t: Tensor) -> Tensor:
-            return o.loss(logits, y, o.log_teacher(t))
+        def of(head: Head) -> TokenLoss:
+            return lambda h, y, t: o.loss(head.logits(h), y, o.log_teacher(t))
 
-        return [head._autograd_step(h_ND, y_N, scale, loss, o.read_by_teacher(h_ND)) for head in heads]
+        return [head._autograd_step(h_ND, y_N, scale, of(head), o.read_by_teacher(h_ND)) for head in heads]
 
-    def _chunks(self, h_ND: Tensor, y_N: Tensor) -> list[tuple[Tensor, Tensor]]:
-        rows = max(1, chunk_rows(self.vocab_size, h_ND.device.type) // max(1, self.wide // 2))
+    def _chunks(self, h_ND: Tensor, y_N: Tensor, read: Any = None) -> list[tuple[Tensor, Tensor]]:
+        if read == FUSED:
+            rows = min(MOST_TOKENS, max(128, HELD_BYTES // (4 * max(1, self.held_entries or 0))))
+        else:
+            rows = max(1, chunk_rows(self.vocab_size, h_ND.device.type) // max(1, self.wide // 2))
         return list(zip(h_ND.split(rows), y_N.split(rows)))
 
-    def _autograd_step(self, h_ND: Tensor, y_N: Tensor, scale: float, loss: TokenLoss, teacher_ND: Tensor) -> Tensor:
+    def _autograd_step(
+        self, h_ND: Tensor, y_N: Tensor, scale: float, loss: TokenLoss, teacher_ND: Tensor, read: Any = None
+    ) -> Tensor:
         parameters, parts = list(self.parameters()), []
-        for (h, y), (t, _) in zip(self._chunks(h_ND.detach(), y_N), self._chunks(teacher_ND.detach(), y_N)):
+        for (h, y), (t, _) in zip(self._chunks(h_ND.detach(), y_N, read), self._chunks(teacher_ND.detach(), y_N, read)):
             with torch.enable_grad():
-                found = loss(self.logits(h), y.clamp(min=0).long(), t).masked_fill(y < 0, 0.0)
+                found = loss(h, y.clamp(min=0).long(), t).masked_fill(y < 0, 0.0)
                 gradients = torch.autograd.grad(found.sum(), parameters)
             for p, gradient in zip(parameters, gradients):
                 assert p.grad is not None  # never None after `HeadBank.zero_gradients`
@@ -170,6 +202,24 @@ class Factored(Head):
         self.B.copy_(B_RD)
 
 
+class FactoredStates(Factored):
+    """Base of kinds with logits = A z, which differ from a low-rank head in `states`, the z of a context, alone."""
+
+    def logits(self, h_nD: Tensor) -> Tensor:
+        """Logits z Aᵀ [n, V]."""
+        return product(self.states(h_nD), self.A)
+
+    @property
+    def held_entries(self) -> int:
+        """All of the vocabulary above the rank of the kernels."""
+        return parts.held(self.A)
+
+    def fused_loss(self, h_nD: Tensor, y_n: Tensor) -> Tensor:
+        """lse − own of the one part z Aᵀ."""
+        own, lse = parts.statistics(self.states(h_nD), self.A, y_n)
+        return lse - own
+
+
 def build_head(key: HeadKey, vocab_size: int, hidden_size: int) -> Head:
     """Build the head of a key; its parameters are not started yet."""
     kind = HEAD_KINDS[key.kind]
@@ -186,33 +236,3 @@ def count_parameters(key: HeadKey, vocab_size: int, hidden_size: int) -> int:
 def cross_entropy(logits_nV: Tensor, y_n: Tensor) -> Tensor:
     """Loss [n] of targets, nats."""
     return nn.functional.cross_entropy(logits_nV, y_n, reduction="none")
-
-
-def product(x_nR: Tensor, W_VR: Tensor) -> Tensor:
-    """x Wᵀ [n, V], differentiable, for use in `Head.logits`.
-
-    16-bit x are multiplied with W rounded to their dtype; sums, result and the gradient of W are float32, as in the
-    other losses.
-    """
-    if x_nR.dtype in (torch.float32, torch.float64):
-        return x_nR @ W_VR.to(x_nR.dtype).T
-    result: Tensor = _Product.apply(x_nR, W_VR)
-    return result
-
-
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_nR: Tensor, W_VR: Tensor) -> Tensor:
-        ctx.save_for_backward(x_nR, W_VR)
-        return matmul_f32(x_nR, W_VR.to(x_nR.dtype).T)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Optional[Tensor], Optional[Tensor]]:
-        x_nR, W_VR = ctx.saved_tensors
-        G_nV = grads[0].to(x_nR.dtype)
-        dx = G_nV @ W_VR.to(x_nR.dtype) if ctx.needs_input_grad[0] else None
-        dW = None
-        if ctx.needs_input_grad[1]:
-            dW = torch.zeros_like(W_VR)
-            add_product(dW, G_nV.T, x_nR, 1.0)
-        return dx, dW

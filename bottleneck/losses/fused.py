@@ -69,7 +69,7 @@ def most_tokens(rank: int) -> int:
     return 1 << 16 if rank <= FLASH_RANK else 1 << 14
 
 
-def _tile(table: dict[int, Tile], rank: int, like: Tensor) -> Tile:
+def tile(table: dict[int, Tile], rank: int, like: Tensor) -> Tile:
     return table[rank] if like.element_size() == 2 and hopper(like.device) else PLAIN
 
 
@@ -105,7 +105,7 @@ def _flash(
     (N, R), V = z.shape, len(A)
     grad = dA is not None
     precise = z.dtype == torch.float32
-    t = scan_tile or _tile(SCAN, R, z)
+    t = scan_tile or tile(SCAN, R, z)
     blocks = triton.cdiv(N, t.tokens)
     # as many parts of V as fill the chip once; depends on shapes and card alone
     wanted = max(1, min(8, multiprocessors(z.device) * t.resident // blocks))
@@ -137,7 +137,7 @@ def _flash(
     kernels.merge[(triton.cdiv(N, BN),)](z, A, y, m, l, acc, lse, loss, dz, N, V, R=R, S=S, BN=BN, GRAD=grad)
     if dA is None:
         return loss, None
-    _spread(z, A, y, lse, dA, scale, spread_tile or _tile(SPREAD, R, z))
+    _spread(z, A, y, lse, dA, scale, spread_tile or tile(SPREAD, R, z))
     return loss, dz
 
 

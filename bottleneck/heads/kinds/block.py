@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from bottleneck.backbone.model import FullHead
 from bottleneck.core.extensions import HEAD_KINDS, HeadKind
+from bottleneck.heads import parts
 from bottleneck.heads.calibration import Calibration
-from bottleneck.heads.head import Head, product
+from bottleneck.heads.head import FUSIBLE, Head, product
 from bottleneck.heads.key import HeadKey
 
 
@@ -42,8 +43,24 @@ class Blocks(Head):
 
     def logits(self, h_nD: Tensor) -> Tensor:
         """Logits [n, V]."""
-        parts = [product(product(h_nD, B).to(h_nD.dtype), A) for A, B in zip(self.A, self.B)]
-        return torch.cat(parts, -1).index_select(1, self.place_V)
+        blocks = [product(product(h_nD, B).to(h_nD.dtype), A) for A, B in zip(self.A, self.B)]
+        return torch.cat(blocks, -1).index_select(1, self.place_V)
+
+    @property
+    def held_entries(self) -> int:
+        """The first bands, if their ranks are above that of the kernels."""
+        return sum(parts.held(A) for A in self.A)
+
+    def fused_loss(self, h_nD: Tensor, y_n: Tensor) -> Tensor:
+        """A part for each band, under one softmax."""
+        place_n, start, found = self.place_V[y_n], 0, []
+        for A, B in zip(self.A, self.B):
+            inside = (place_n >= start) & (place_n < start + len(A))
+            z = product(h_nD, B).to(h_nD.dtype)
+            found.append(parts.statistics(z, A, (place_n - start).masked_fill(~inside, -1)))
+            start += len(A)
+        owns, lses = zip(*found)
+        return torch.stack(lses).logsumexp(0) - torch.stack(owns).sum(0)
 
     @torch.no_grad()
     def begin(self, key: HeadKey, A_VR: Tensor, B_RD: Tensor, *, head: FullHead, moments: Calibration) -> None:
@@ -72,6 +89,7 @@ KIND = HEAD_KINDS.register(
         "block",
         "a low-rank block for each frequency band (options bands, shrink)",
         Blocks,
+        impls=FUSIBLE,
         options={"bands": [1_000, 10_000], "shrink": 2},
         refuses=refuses,
     )

@@ -11,21 +11,26 @@ import torch
 from torch import Tensor, nn
 
 from bottleneck.core.extensions import HEAD_KINDS, HeadKind
-from bottleneck.heads.head import Factored, product
+from bottleneck.heads.head import FUSIBLE, FactoredStates, product
 
 
-class ContextTemperature(Factored):
+class ContextTemperature(FactoredStates):
     """Parameters A [V, R], B [R, D], w [1, D]; w is zero at the start."""
 
     def __init__(self, vocab_size: int, rank: int, hidden_size: int):
         super().__init__(vocab_size, rank, hidden_size)
         self.w = nn.Parameter(torch.zeros(1, hidden_size))
 
-    def logits(self, h_nD: Tensor) -> Tensor:
-        """Logits [n, V]."""
-        return product(h_nD, self.w).exp() * product(self.states(h_nD), self.A)
+    def states(self, h_nD: Tensor) -> Tensor:
+        """z = exp(w · h) B h [n, R]."""
+        return (product(h_nD, self.w).exp() * product(h_nD, self.B)).to(h_nD.dtype)
 
 
 KIND = HEAD_KINDS.register(
-    HeadKind("context_temperature", "A B h divided by a learned temperature of the context", ContextTemperature)
+    HeadKind(
+        "context_temperature",
+        "A B h divided by a learned temperature of the context",
+        ContextTemperature,
+        impls=FUSIBLE,
+    )
 )

@@ -12,20 +12,21 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from bottleneck.core.extensions import HEAD_KINDS, HeadKind
-from bottleneck.heads.head import Factored, product
+from bottleneck.heads.head import FUSIBLE, FactoredStates, product
 
 
-class Gated(Factored):
+class Gated(FactoredStates):
     """Parameters A [V, R], B and G [R, D]; G is zero at the start."""
 
     def __init__(self, vocab_size: int, rank: int, hidden_size: int):
         super().__init__(vocab_size, rank, hidden_size)
         self.G = nn.Parameter(torch.zeros(rank, hidden_size))
 
-    def logits(self, h_nD: Tensor) -> Tensor:
-        """Logits [n, V]."""
-        z_nR = product(h_nD, self.B) * (1 + gelu(product(h_nD, self.G)))
-        return product(z_nR.to(h_nD.dtype), self.A)
+    def states(self, h_nD: Tensor) -> Tensor:
+        """z = (B h) ⊙ (1 + GELU(G h)) [n, R]."""
+        return (product(h_nD, self.B) * (1 + gelu(product(h_nD, self.G)))).to(h_nD.dtype)
 
 
-KIND = HEAD_KINDS.register(HeadKind("gated", "two layers with a gate: A ((B h) ⊙ (1 + GELU(G h)))", Gated))
+KIND = HEAD_KINDS.register(
+    HeadKind("gated", "two layers with a gate: A ((B h) ⊙ (1 + GELU(G h)))", Gated, impls=FUSIBLE)
+)

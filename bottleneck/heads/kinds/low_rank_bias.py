@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from bottleneck.backbone.model import FullHead
 from bottleneck.core.extensions import HEAD_KINDS, HeadKind
+from bottleneck.heads import parts
 from bottleneck.heads.calibration import Calibration
-from bottleneck.heads.head import Factored, product
+from bottleneck.heads.head import FUSIBLE, Factored, product
 from bottleneck.heads.key import HeadKey
 
 
@@ -28,6 +29,19 @@ class LowRankBias(Factored):
         """Logits [n, V]."""
         return product(self.states(h_nD), self.A) + self.bias
 
+    @property
+    def held_entries(self) -> int:
+        """The bias is two columns of the part."""
+        return parts.held(self.A, extra=2)
+
+    def fused_loss(self, h_nD: Tensor, y_n: Tensor) -> Tensor:
+        """One part, whose last two columns are the bias in the dtype of h and what that rounds off."""
+        coarse = self.bias.detach().to(h_nD.dtype).float()
+        A = torch.cat([self.A, coarse[:, None], (self.bias - coarse)[:, None]], 1)
+        z = torch.nn.functional.pad(self.states(h_nD), (0, 2), value=1.0)
+        own, lse = parts.statistics(z, A, y_n)
+        return lse - own
+
     @torch.no_grad()
     def begin(self, key: HeadKey, A_VR: Tensor, B_RD: Tensor, *, head: FullHead, moments: Calibration) -> None:
         """Set the factors, and the bias to that of the head that the start approximates (zero for most families)."""
@@ -36,4 +50,4 @@ class LowRankBias(Factored):
             self.bias.copy_(head.bias_V.float() * head.scale)
 
 
-KIND = HEAD_KINDS.register(HeadKind("low_rank_bias", "W = A B with a bias for each token", LowRankBias))
+KIND = HEAD_KINDS.register(HeadKind("low_rank_bias", "W = A B with a bias for each token", LowRankBias, impls=FUSIBLE))

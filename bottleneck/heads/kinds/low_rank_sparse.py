@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from bottleneck.backbone.model import FullHead
 from bottleneck.core.extensions import HEAD_KINDS, HeadKind
+from bottleneck.heads import parts
 from bottleneck.heads.calibration import Calibration
-from bottleneck.heads.head import Factored, product
+from bottleneck.heads.head import FUSIBLE, Factored, product
 from bottleneck.heads.key import HeadKey
 
 
@@ -34,6 +35,23 @@ class LowRankSparse(Factored):
     def logits(self, h_nD: Tensor) -> Tensor:
         """Logits [n, V]."""
         return product(self.states(h_nD), self.A).index_copy(1, self.tokens_F, product(h_nD, self.U))
+
+    @property
+    def held_entries(self) -> int:
+        """The full rows, whose logits are few."""
+        return len(self.U) + parts.held(self.A, extra=1)
+
+    def fused_loss(self, h_nD: Tensor, y_n: Tensor) -> Tensor:
+        """Two parts under one softmax: A B with a column that hides the F tokens, and U."""
+        hidden_V1 = self.A.new_zeros(self.vocab_size, 1).index_fill(0, self.tokens_F, parts.HIDDEN)
+        z = torch.nn.functional.pad(self.states(h_nD), (0, 1), value=1.0)
+        place_V = y_n.new_full((self.vocab_size,), -1)
+        place_V[self.tokens_F] = torch.arange(len(self.U), device=y_n.device, dtype=y_n.dtype)
+        full = place_V[y_n]
+        own, lse = parts.statistics(z, torch.cat([self.A, hidden_V1], 1), y_n.masked_fill(full >= 0, -1))
+        logits_nF = product(h_nD, self.U).float()
+        of_full = logits_nF.gather(1, full.clamp(min=0)[:, None]).squeeze(1)
+        return torch.logaddexp(lse, logits_nF.logsumexp(-1)) - torch.where(full >= 0, of_full, own)
 
     @torch.no_grad()
     def begin(self, key: HeadKey, A_VR: Tensor, B_RD: Tensor, *, head: FullHead, moments: Calibration) -> None:
@@ -56,6 +74,7 @@ KIND = HEAD_KINDS.register(
         "low_rank_sparse",
         "W = A B, with full rows for the most frequent tokens (option rows)",
         LowRankSparse,
+        impls=FUSIBLE,
         options={"rows": 1024},
         refuses=refuses,
     )

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from bottleneck.backbone.model import FullHead
 from bottleneck.core.extensions import HEAD_KINDS, HeadKind
+from bottleneck.heads import parts
 from bottleneck.heads.calibration import Calibration
-from bottleneck.heads.head import Head, product
+from bottleneck.heads.head import FUSIBLE, Head, product
 from bottleneck.heads.key import HeadKey, generator
 from bottleneck.heads.kinds.low_rank import LowRankHead
 
@@ -52,6 +53,18 @@ class MixtureOfSoftmaxes(Head):
         assert total is not None
         return total
 
+    @property
+    def held_entries(self) -> int:
+        """All of the vocabulary above the rank of the kernels."""
+        return parts.held(self.A)
+
+    def fused_loss(self, h_nD: Tensor, y_n: Tensor) -> Tensor:
+        """−log Σ_k π_k exp(own_k − lse_k), a part for each component."""
+        log_prior_nK = torch.log_softmax(product(h_nD, self.G), -1)
+        found = [parts.statistics(product(h_nD, B).to(h_nD.dtype), self.A, y_n) for B in self.B]
+        log_p_nK = torch.stack([own - lse for own, lse in found], -1)
+        return -(log_prior_nK + log_p_nK).logsumexp(-1)
+
     @torch.no_grad()
     def begin(self, key: HeadKey, A_VR: Tensor, B_RD: Tensor, *, head: FullHead, moments: Calibration) -> None:
         """Set every component to the start's head, with equal shares and noise in B that depends on rank and seed."""
@@ -75,5 +88,12 @@ def refuses(components: int) -> Optional[str]:
 
 
 KIND = HEAD_KINDS.register(
-    HeadKind("mos", "mixture of softmaxes (option components)", build, options={"components": 4}, refuses=refuses)
+    HeadKind(
+        "mos",
+        "mixture of softmaxes (option components)",
+        build,
+        options={"components": 4},
+        impls=FUSIBLE,
+        refuses=refuses,
+    )
 )
