@@ -4,7 +4,8 @@
 #     bottleneck/benchmark/kinds.sh 'TEXTS/*.jsonl.zst'                  all of it, on one GPU; a run that is finished is not repeated
 #     TOKENS=16384 EXTRA="batch_size=4 trainer=cpu …" BACKBONES=smollm2 bottleneck/benchmark/kinds.sh 'TEXTS/*'        a trial
 #
-# From the environment: BACKBONES (of smollm2, gemma3; default both), PARTS (of curve, kinds, cost; default all), TOKENS (default those
+# From the environment: VALIDATION (validation text; default: documents held out, and then ORDERS must be one), ORDERS (data.seed of the
+# runs of refined, such as "0 1 2"; default 0), BACKBONES (of smollm2, gemma3; default both), PARTS (of curve, kinds, cost; default all), TOKENS (default those
 # of the experiments, 100M), EXTRA (more overrides of train.py), OUT (default outputs/kinds), PYTHON (default .venv/bin/python).
 # What fails does not stop the rest; the exit code tells.
 set -uo pipefail
@@ -13,13 +14,14 @@ texts=${1:?give the text: a file, a folder or a glob}
 python=${PYTHON:-.venv/bin/python}
 out=${OUT:-outputs/kinds}
 failed=0
+[ -n "${VALIDATION:-}" ] || [ "$(wc -w <<<"${ORDERS:-0}")" -eq 1 ] || { echo "ORDERS=$ORDERS: data.seed also chooses held-out documents; give VALIDATION" >&2; exit 2; }
 
 train() { # train NAME OVERRIDES…
     local name=$1
     shift
     echo "== $name" >&2
     # shellcheck disable=SC2086
-    "$python" train.py "$@" data=local "data.files=$texts" ${TOKENS:+tokens=$TOKENS} ${EXTRA:-} ckpt_path=last "hydra.run.dir=$out/$name" || failed=1
+    "$python" train.py "$@" data=local "data.files=$texts" ${VALIDATION:+"data.validation_files=$VALIDATION"} ${TOKENS:+tokens=$TOKENS} ${EXTRA:-} ckpt_path=last "hydra.run.dir=$out/$name" || failed=1
 }
 
 draw() { # draw FOLDER AXIS RUN…
@@ -37,10 +39,14 @@ for name in ${BACKBONES:-smollm2 gemma3}; do
     for part in ${PARTS:-curve kinds cost}; do
         case $part in
             curve)
-                for start in scaled refined; do
-                    train "$name-$start" experiment=rank_curve "backbone=$backbone" "head=$start"
+                train "$name-scaled" experiment=rank_curve "backbone=$backbone" head=scaled
+                # nothing in refined is random, so its repeats differ in the order of the text
+                runs=()
+                for order in ${ORDERS:-0}; do
+                    train "$name-refined-$order" experiment=rank_curve "backbone=$backbone" head=refined seed=0 "data.seed=$order"
+                    runs+=("$out/$name-refined-$order")
                 done
-                draw "$name-curve" rank "$out/$name-scaled" "$out/$name-refined"
+                draw "$name-curve" rank "$out/$name-scaled" "${runs[@]}"
                 ;;
             kinds)
                 train "$name-kinds" "experiment=kinds_$name" "backbone=$backbone"

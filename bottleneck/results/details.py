@@ -47,7 +47,11 @@ def has_details(curves: list[dict[str, Any]]) -> bool:
 
 
 def draw_details(curves: list[dict[str, Any]], file: BinaryIO) -> None:
-    """Draw details.png. Some head must have metrics, see `has_details`."""
+    """Draw details.png. Some head must have metrics, see `has_details`.
+
+    One line: each panel names its metrics. Several: a legend below the panels names the lines once, by colour, and
+    panels with several metrics name these by style.
+    """
     plt = pyplot()
     shown = panels(curves)
     lines = _lines(curves, [m.name for panel in shown for m in panel.metrics])
@@ -55,32 +59,53 @@ def draw_details(curves: list[dict[str, Any]], file: BinaryIO) -> None:
         1, len(shown) + 1, figsize=(13 / 3 * (len(shown) + 1), 4.2), dpi=130, layout="constrained"
     )
     colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    if len(lines) > len(colours):
+        colours = list(plt.cm.tab20.colors)
     for panel, place in zip(shown, axes):
         for number, line in enumerate(lines):
-            _draw_panel(place, panel, line, colours[number % len(colours)], alone=len(lines) == 1)
+            _draw_panel(place, panel, line, colours[number % len(colours)])
         values = [h.get(m.name) or 0 for line in lines for h in line.heads for m in panel.metrics]
         if panel.scale == "log" and max(values, default=0) > 0:  # a head equal to the original one has a KL of 0
             place.set_yscale("log")
         if panel.scale == "share":
             place.set_ylim(0, 1.02)
         place.set_ylabel(as_text(panel.unit))
+        if len(lines) == 1 or len(panel.metrics) > 1:
+            colour = colours[0] if len(lines) == 1 else "0.3"
+            place.legend(handles=_styles(panel, colour), fontsize=7, frameon=False, handlelength=3)
     title = "by the target's rank in frequency (1: most frequent)"
-    axes[-1].set_title(title if len(lines) == 1 else f"{title}, {lines[0].name}", fontsize=9)
+    axes[-1].set_title(title if len(lines) == 1 else f"{title}\n{lines[0].name}", fontsize=9)
     axes[-1].set_ylabel("loss above the original head's, nats")
     _draw_bands(axes[-1], lines[0], plt.cm.viridis)
+    if axes[-1].get_legend_handles_labels()[0]:
+        axes[-1].legend(fontsize=7, frameon=False)
     ranks = {h["rank"] for line in lines for h in line.heads}
     for place in axes:
         rank_axis(place, ranks)
         place.set_xlabel(AXES["rank"].label)
         place.grid(alpha=0.25)
-        if place.get_legend_handles_labels()[0]:
-            place.legend(fontsize=7, frameon=False)
+    if len(lines) > 1:
+        names = [_handle("-", colours[i % len(colours)], line.name) for i, line in enumerate(lines)]
+        across = max(1, min(6, len(names), 190 // (10 + max(len(line.name) for line in lines))))
+        figure.legend(handles=names, loc="outside lower center", ncols=across, fontsize=8, frameon=False)
     figure.savefig(file, format="png")
     plt.close(figure)
 
 
+def _handle(style: str, colour: Any, label: str) -> Any:
+    """An entry of a legend."""
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], ls=style, marker="o", ms=4, color=colour, label=label)
+
+
+def _styles(panel: Panel, colour: Any) -> list[Any]:
+    """The entries that name the metrics of a panel by the style of their lines."""
+    return [_handle(MARKS[m.line], colour, as_text(m.title)) for m in panel.metrics]
+
+
 def _lines(curves: list[dict[str, Any]], metrics: list[str]) -> list[Line]:
-    """One line for each curve and start that has metrics."""
+    """One line for each curve and start that has metrics; of a single curve the starts alone are named."""
     found = []
     for c, label in zip(curves, map(as_text, labels(curves))):
         starts = sorted({series(h) for h in c["heads"]})
@@ -88,18 +113,17 @@ def _lines(curves: list[dict[str, Any]], metrics: list[str]) -> list[Line]:
             heads = [h for h in c["heads"] if h["best"] and series(h) == start]
             heads = [h for h in heads if any(h.get(name) is not None for name in metrics)]
             if heads:
-                found.append(Line(label if len(starts) == 1 else f"{label}, {as_text(start)}", c, heads))
+                names = [label] * (len(curves) > 1 or len(starts) == 1) + [as_text(start)] * (len(starts) > 1)
+                found.append(Line(", ".join(names), c, heads))
     return found
 
 
-def _draw_panel(axes: Any, panel: Panel, line: Line, colour: str, *, alone: bool) -> None:
-    """A line's metrics of one panel, named after the line; with several metrics, each adds its own name."""
+def _draw_panel(axes: Any, panel: Panel, line: Line, colour: Any) -> None:
+    """A line's metrics of one panel."""
     for m in panel.metrics:
         points = [(h["rank"], h[m.name]) for h in line.heads if h.get(m.name) is not None]
-        title = as_text(m.title)
-        label = line.name if len(panel.metrics) == 1 else title if alone else f"{line.name}, {title}"
         mark = {"marker": "o", "ms": 4 if len(panel.metrics) == 1 else 3}
-        axes.plot([r for r, _ in points], [x for _, x in points], MARKS[m.line], color=colour, label=label, **mark)
+        axes.plot([r for r, _ in points], [x for _, x in points], MARKS[m.line], color=colour, **mark)
 
 
 def _draw_bands(axes: Any, line: Line, colours: Any) -> None:

@@ -185,7 +185,7 @@ def _draw_domains(axes: Any, axis: Axis, c: dict[str, Any], colours: list[str]) 
 
 
 def rank_axis(axes: Any, ranks: set[int]) -> None:
-    """A logarithmic axis with a tick at every rank; nothing if there are no ranks."""
+    """A logarithmic axis with a tick at every rank, named where there is room; nothing if there are no ranks."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     if not ranks:
@@ -193,8 +193,19 @@ def rank_axis(axes: Any, ranks: set[int]) -> None:
         return
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(sorted(ranks)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    named = _apart(ranks, share=0.05)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}" if x in named else ""))
     axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _apart(ranks: set[int], share: float) -> set[int]:
+    """Those of the ranks, powers of two first, that are at least a share of the logarithmic axis apart."""
+    least = share * math.log2(max(ranks) / min(ranks))
+    kept: list[int] = []
+    for r in sorted(ranks, key=lambda r: (r & (r - 1) != 0, r)):
+        if all(abs(math.log2(r / other)) >= least for other in kept):
+            kept.append(r)
+    return set(kept)
 
 
 def _perplexity_axis(axes: Any, low: float, high: float) -> None:

@@ -224,3 +224,14 @@ def test_a_run_that_lost_its_pictures_is_completed(run, tmp_path, caplog):
     assert again.module is None and again.curve == json.loads(json.dumps(first))
     assert {name: (folder / name).read_bytes() for name in whole} == whole
     assert "wrote curve.csv, curve.png, details.png from" in caplog.text
+
+
+def test_named_ticks_of_a_rank_axis_do_not_touch():
+    """Ranks of kinds at equal parameters, such as 62, 63 and 64, were written over each other."""
+    from bottleneck.results.picture import _apart
+
+    ranks = {20, 31, 32, 52, 62, 63, 64, 99, 116, 124, 127, 128, 196, 392}
+    named = sorted(_apart(ranks, 0.05))
+    assert {32, 64, 128} <= set(named) and named[-1] == 392
+    assert all(math.log2(b / a) >= 0.05 * math.log2(392 / 20) for a, b in zip(named, named[1:]))
+    assert _apart({8}, 0.05) == {8} and _apart({2**k for k in range(3, 12)}, 0.05) == {2**k for k in range(3, 12)}
