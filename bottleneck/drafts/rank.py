@@ -3,8 +3,9 @@
     python -m bottleneck.rank RUN_DIR --target MODEL
 
 The backbone of the run with one of its heads drafts for the target. Acceptances are measured over the run's validation
-text, times of the draft's and the target's steps on this machine. Beside the heads are FR-Spec's truncated vocabulary
-at equal bytes, and the original head. Written are rank.json, rank.csv and rank.png.
+text, with documents joined or kept apart as in the run, times of the draft's and the target's steps on this machine.
+Beside the heads are FR-Spec's truncated vocabulary at equal bytes, and the original head. Written are rank.json,
+rank.csv and rank.png.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from bottleneck.evaluation.metrics.accepted import LENGTHS
 from bottleneck.heads.key import HeadKey
 from bottleneck.serve.export import quiet
 from bottleneck.training.finished_run import FinishedRun, open_run, stored_data
+from bottleneck.training.inputs import separate_documents
 from bottleneck.training.teacher import TargetModel
 
 log = logging.getLogger(__name__)
@@ -137,6 +139,8 @@ def evaluate(
     backbone = Backbone.load(run.backbone, device, block_size=data.block_size)
     wanted = run.curve["backbone_hash"]
     check(backbone.hash == wanted, f"backbone {backbone.name}: its weights are {backbone.hash}, the run's {wanted}")
+    for each in (backbone, verifier.backbone):
+        separate_documents(each, data, corpus)
     log.info("measuring acceptance over %d validation tokens", run.curve["validation_tokens"])
     drafts = measured(run, backbone, verifier, corpus, block=data.block_size, bos=leading_bos(tokenizer), batch=8)
     found = rows_of(drafts, backbone, verifier.backbone, batches=batches, context=context)

@@ -18,7 +18,7 @@ import dataclasses
 import logging
 import sys
 from pathlib import Path
-from typing import Any, Optional, cast
+from typing import Any, Callable, NamedTuple, Optional, cast
 
 import torch
 from safetensors.torch import save_file
@@ -30,9 +30,19 @@ from bottleneck.core.errors import Parser, check
 from bottleneck.heads.head import Head
 from bottleneck.heads.key import LOW_RANK, HeadKey
 from bottleneck.serve import truncated
-from bottleneck.serve.folder import add_older_names, check_same, new_folder, probe, read_back, save_model, write_json
-from bottleneck.serve.modelling import check_kind, check_modelling, write_modelling
-from bottleneck.serve.served import check_served, note_tokenizer, write_served
+from bottleneck.serve.folder import (
+    Seen,
+    add_older_names,
+    check_logits,
+    check_same,
+    new_folder,
+    read_back,
+    save_model,
+    see,
+    write_json,
+)
+from bottleneck.serve.modelling import check_kind, rounded_logits, write_modelling
+from bottleneck.serve.served import note_tokenizer, write_served
 from bottleneck.serve.swap import prove, replace_head, set_head
 from bottleneck.training.finished_run import FinishedRun, open_run
 
@@ -85,70 +95,76 @@ def write_dense(model: Any, backbone: Backbone, W_VD: Tensor, *, fresh: Any, par
     save_model(model, part)
 
 
+class Source(NamedTuple):
+    """A run's backbone to put a head on.
+
+    Attributes:
+        model: with plain weights in the dtype to write.
+        backbone: over the same model.
+        seen: what the written folder is compared with.
+        fresh: loads the model anew.
+    """
+
+    model: Any
+    backbone: Backbone
+    seen: Seen
+    fresh: Callable[[], Any]
+
+
 @torch.no_grad()
-def _dense(run: FinishedRun, row: dict[str, Any], W_VD: Tensor, *, dtype: str, tokenizer: Any, to: Path) -> None:
-    model, backbone = run.model(_dtype_to_load(run, dtype))
-    _prepare(model, backbone.name, dtype)
-    ids = probe(model)
-    hidden = backbone(ids).float()
+def _source(run: FinishedRun, dtype: str) -> Source:
+    name, loaded = run.curve["backbone"], _dtype_to_load(run, dtype)
 
     def fresh() -> Any:
-        again = load_model(dataclasses.replace(run.backbone, dtype=cast(Any, _dtype_to_load(run, dtype))))
-        _prepare(again, backbone.name, dtype)
+        again = load_model(dataclasses.replace(run.backbone, dtype=cast(Any, loaded)))
+        _prepare(again, name, dtype)
         return again
 
+    model, backbone = run.model(loaded)
+    _prepare(model, name, dtype)
+    return Source(model, backbone, see(model, backbone, dtype), fresh)
+
+
+def _describe(run: FinishedRun, row: dict[str, Any], seen: Seen, *, form: str, tokenizer: Any, part: Path) -> None:
+    """Add the tokenizer and the facts to a folder that has a model."""
+    tokenizer.save_pretrained(part)
+    write_json(part / FACTS, facts(run, row, form=form, dtype=seen.dtype, family=seen.family))
+
+
+@torch.no_grad()
+def _dense(run: FinishedRun, row: dict[str, Any], W_VD: Tensor, *, dtype: str, tokenizer: Any, to: Path) -> None:
+    model, backbone, seen, fresh = _source(run, dtype)
     with new_folder(to) as part:
         write_dense(model, backbone, W_VD, fresh=fresh, part=part)
-        tokenizer.save_pretrained(part)
+        _describe(run, row, seen, form="dense", tokenizer=tokenizer, part=part)
         add_older_names(part)
-        write_json(part / FACTS, facts(run, row, form="dense", dtype=dtype, family=backbone.family))
-        del model  # a second copy is loaded
+        del model, backbone  # a second copy is loaded
         b = run.backbone
-        again = read_back(part, backbone, dtype, attention=b.attn_implementation, code=b.trust_remote_code)
-        check_same(again, W_VD, hidden, ids, dtype=dtype)
+        check_same(read_back(part, seen, attention=b.attn_implementation, code=b.trust_remote_code), W_VD, seen)
 
 
 @torch.no_grad()
 def _served(
     run: FinishedRun, row: dict[str, Any], factors: tuple[Tensor, Tensor], *, dtype: str, tokenizer: Any, to: Path
 ) -> None:
-    model, backbone = run.model(_dtype_to_load(run, dtype))
-    _prepare(model, backbone.name, dtype)
-    ids = probe(model)
-    hidden = backbone(ids).float()
-
-    def fresh() -> Any:
-        again = load_model(dataclasses.replace(run.backbone, dtype=cast(Any, _dtype_to_load(run, dtype))))
-        _prepare(again, backbone.name, dtype)
-        return again
-
+    model, backbone, seen, fresh = _source(run, dtype)
     with new_folder(to) as part:
         write_served(model, backbone, factors, fresh=fresh, part=part)
-        tokenizer.save_pretrained(part)
+        _describe(run, row, seen, form="serve", tokenizer=tokenizer, part=part)
         note_tokenizer(part)
-        write_json(part / FACTS, facts(run, row, form="serve", dtype=dtype, family=backbone.family))
-        del model  # a second copy is loaded
-        check_served(part, backbone, factors, ids_NT=ids, hidden=hidden, dtype=DTYPES[dtype])
+        del model, backbone
+        A, B = (t.to(DTYPES[dtype]).float() for t in factors)
+        check_logits(part, seen, seen.hidden_NTD @ B.T @ A.T)
 
 
 @torch.no_grad()
 def _modelling(run: FinishedRun, row: dict[str, Any], head: Head, *, dtype: str, tokenizer: Any, to: Path) -> None:
-    model, backbone = run.model(_dtype_to_load(run, dtype))
-    _prepare(model, backbone.name, dtype)
-    ids = probe(model)
-    hidden = backbone(ids).float()
-
-    def fresh() -> Any:
-        again = load_model(dataclasses.replace(run.backbone, dtype=cast(Any, _dtype_to_load(run, dtype))))
-        _prepare(again, backbone.name, dtype)
-        return again
-
+    model, backbone, seen, fresh = _source(run, dtype)
     with new_folder(to) as part:
         write_modelling(model, backbone, HeadKey.of(row), head.tensors(), fresh=fresh, part=part)
-        tokenizer.save_pretrained(part)
-        write_json(part / FACTS, facts(run, row, form="modelling", dtype=dtype, family=backbone.family))
-        del model  # a second copy is loaded
-        check_modelling(part, backbone, head, ids_NT=ids, hidden=hidden, dtype=DTYPES[dtype])
+        _describe(run, row, seen, form="modelling", tokenizer=tokenizer, part=part)
+        del model, backbone
+        check_logits(part, seen, rounded_logits(head, seen), rounding=5e-2)
 
 
 def _prepare(model: Any, name: str, dtype: str) -> None:

@@ -35,7 +35,7 @@ from bottleneck.core.files import write_atomic
 from bottleneck.evaluation.sums import full_head_loss
 from bottleneck.heads.bank import HeadBank, HeadKey
 from bottleneck.serve.export import write_dense
-from bottleneck.serve.folder import check_same, probe, read_back
+from bottleneck.serve.folder import check_same, read_back, see
 from bottleneck.training.optim import build_optimizer
 
 BLOCK, BATCH, STEPS, RANK = 24, 4, 6, 4
@@ -130,12 +130,10 @@ def _train(cfg: BackboneConfig, dtype: str) -> tuple[Backbone, Tensor]:
 
 def _export(cfg: BackboneConfig, backbone: Backbone, W_VD: Tensor, part: Path) -> None:
     model = load_model(cfg)
-    ids = probe(model).clamp(max=backbone.vocab_size - 1)
-    hidden = backbone(ids).float()
-    write_dense(model, backbone, W_VD, fresh=lambda: load_model(cfg), part=part)
     dtype = next(name for name, d in DTYPES.items() if d == backbone.dtype)
-    again = read_back(part, backbone, dtype, attention=None, code=False)
-    check_same(again, W_VD, hidden, ids, dtype=dtype)
+    seen = see(model, backbone, dtype)
+    write_dense(model, backbone, W_VD, fresh=lambda: load_model(cfg), part=part)
+    check_same(read_back(part, seen, attention=None, code=False), W_VD, seen)
 
 
 def _between(backbone: Backbone) -> str:

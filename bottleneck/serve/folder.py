@@ -7,11 +7,12 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Iterator, Optional, cast
+from typing import Any, Iterator, NamedTuple, Optional, cast
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from bottleneck.backbone.model import DTYPES, Backbone, load_model
 from bottleneck.config.schema import BackboneConfig
@@ -97,32 +98,59 @@ def save_model(model: Any, folder: Path, without: Optional[str] = None) -> None:
         ) from error
 
 
-def read_back(folder: Path, backbone: Backbone, dtype: str, attention: Optional[str], code: bool) -> Backbone:
+class Seen(NamedTuple):
+    """A backbone before its head was exchanged: what a folder that is written from it is compared with.
+
+    Attributes:
+        dtype: of the weights written.
+        ids_NT: token ids.
+        hidden_NTD: the backbone's hidden states of them, float32.
+    """
+
+    name: str
+    family: str
+    dtype: str
+    ids_NT: Tensor
+    hidden_NTD: Tensor
+
+
+def see(model: Any, backbone: Backbone, dtype: str) -> Seen:
+    """Run a backbone on some tokens. Args: model: the whole one."""
+    ids_NT = probe(model).clamp(max=backbone.vocab_size - 1)
+    return Seen(backbone.name, backbone.family, dtype, ids_NT, backbone(ids_NT).float())
+
+
+def probe(model: Any) -> Tensor:
+    """Token ids [2, 16] to compare models on."""
+    g = torch.Generator().manual_seed(1)
+    return torch.randint(0, len(model.get_input_embeddings().weight), (2, 16), generator=g)
+
+
+def read_back(folder: Path, seen: Seen, *, attention: Optional[str], code: bool) -> Backbone:
     """The model in a folder that was just written, after a check that its logits are h Wᵀ.
 
-    Args: backbone: the source, for messages. attention: implementation. code: run the folder's own code.
+    Args: attention: implementation. code: run the folder's own code.
     Raises: UserError that names the family, not the folder.
     """
     cfg = BackboneConfig(
-        path=str(folder), dtype=cast(Any, dtype), attn_implementation=attention, trust_remote_code=code
+        path=str(folder), dtype=cast(Any, seen.dtype), attn_implementation=attention, trust_remote_code=code
     )
     try:
-        return prove(load_model(cfg), backbone.name)
+        return prove(load_model(cfg), seen.name)
     except UserError as error:
         text = str(error).replace(f"backbone.path={folder}: ", "").replace(str(folder), "the new folder")
-        raise UserError(
-            f"backbone {backbone.name}: family {backbone.family} cannot be exported: loaded again, it differs: {text}"
-        ) from error
+        raise _unlike(seen, f"it differs: {text}") from error
 
 
-def check_same(again: Backbone, W_VD: Tensor, hidden: Tensor, ids_NT: Tensor, dtype: str) -> None:
+def check_same(again: Backbone, W_VD: Tensor, seen: Seen) -> None:
     """Raise UserError unless a model that was read back has the head W and the hidden states of before."""
-    error = (again(ids_NT).float() - hidden).abs().max() / hidden.abs().max()
+    error = (again(seen.ids_NT).float() - seen.hidden_NTD).abs().max() / seen.hidden_NTD.abs().max()
     head = again.head
-    W = W_VD.to(DTYPES[dtype])
-    rounding = 0.0 if head.scale == 1 else {"float32": 1e-6, "float16": 2e-3, "bfloat16": 1.6e-2}[dtype]
+    W = W_VD.to(DTYPES[seen.dtype])
+    rounding = 0.0 if head.scale == 1 else {"float32": 1e-6, "float16": 2e-3, "bfloat16": 1.6e-2}[seen.dtype]
     off = (head.W_VD.float() * head.scale - W.float()).abs()
-    same = bool((off <= rounding * W.float().abs()).all()) and float(error) < (1e-4 if dtype == "float32" else 2e-2)
+    same = bool((off <= rounding * W.float().abs()).all())
+    same &= float(error) < (1e-4 if seen.dtype == "float32" else 2e-2)
     check(
         same,
         f"backbone {again.name}: family {again.family} cannot be exported: Transformers does not load it again as it "
@@ -130,7 +158,22 @@ def check_same(again: Backbone, W_VD: Tensor, hidden: Tensor, ids_NT: Tensor, dt
     )
 
 
-def probe(model: Any) -> Tensor:
-    """Token ids [2, 16] to compare models on."""
-    g = torch.Generator().manual_seed(1)
-    return torch.randint(0, len(model.get_input_embeddings().weight), (2, 16), generator=g)
+@torch.no_grad()
+def check_logits(folder: Path, seen: Seen, want_NTV: Tensor, *, rounding: float = 2e-2) -> None:
+    """Load a folder that was just written, with its own code, and compare its logits of `seen.ids_NT`.
+
+    Args: rounding: largest difference with 16-bit weights, relative to the largest logit.
+    Raises: UserError if it does not load, or the logits differ by more than rounding.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=DTYPES[seen.dtype]).eval()
+        got = model(input_ids=seen.ids_NT, use_cache=False).logits.float()
+    except Exception as error:  # any kind of error: this checks the written folder
+        raise _unlike(seen, f"{type(error).__name__}: {str(error)[:200]}") from error
+    off = float((got[..., : want_NTV.shape[-1]] - want_NTV).abs().max() / want_NTV.abs().max())
+    if not off < (1e-4 if seen.dtype == "float32" else rounding):  # not: a NaN differs too
+        raise _unlike(seen, f"its logits differ by {off:.2g}")
+
+
+def _unlike(seen: Seen, how: str) -> UserError:
+    return UserError(f"backbone {seen.name}: family {seen.family} cannot be exported: loaded again, {how}")

@@ -13,7 +13,7 @@ import os
 from typing import Any
 
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
@@ -51,33 +51,59 @@ def file_hash(path: str | os.PathLike[str]) -> str:
 
 
 def check_folder(folder: str | os.PathLike[str], tokenizer: str | os.PathLike[str] | None = None) -> None:
-    """Raise ValueError, in one line, if a folder lacks a file, has a head of another shape, or another tokenizer.
+    """Raise ValueError, in one line, if a folder lacks a file, has a damaged one, another head, or another tokenizer.
 
     Args: tokenizer: folder of the tokenizer, if it is not the same.
     """
     folder = os.fspath(folder)
-    config = json.loads(_read(folder, "config.json"))
-    where = json.loads(_read(folder, INDEX))["weight_map"]
+    config, index = _read(folder, "config.json"), _read(folder, INDEX)
+    rank, rows, width = _shape(folder, config)
+    where = index.get("weight_map")
+    if not isinstance(where, dict) or not {DOWN, UP} <= where.keys():
+        raise ValueError(f"{folder}: {INDEX} does not list {DOWN} and {UP}")
+    found: dict[str, list[int]] = {}
     for name in sorted(set(where.values())):
-        if not os.path.isfile(os.path.join(folder, name)):
-            raise ValueError(f"{folder}: {name} is missing, which {INDEX} lists")
-    rank, (rows, width) = config["head_rank"], config["head_shape"]
+        found |= _shapes(folder, name)
+    absent = next((name for name in where if name not in found), None)
+    if absent is not None:
+        raise ValueError(f"{folder}: {where[absent]} lacks {absent}, which {INDEX} lists there")
     for name, shape in ((DOWN, [rank, width]), (UP, [rows, rank])):
-        if name not in where:
-            raise ValueError(f"{folder}: {INDEX} does not list {name}")
-        with safe_open(os.path.join(folder, where[name]), "pt") as f:
-            found = list(f.get_slice(name).get_shape()) if name in f.keys() else None
-        if found != shape:
-            raise ValueError(f"{folder}: {name} has shape {found}, config.json says {shape}")
-    own = os.path.join(folder, "tokenizer.json")
+        if found[name] != shape:
+            raise ValueError(f"{folder}: {name} has shape {found[name]}, config.json says {shape}")
     wanted = config.get("head_tokenizer")
-    if not wanted or not os.path.isfile(own):
-        return
-    other = os.path.join(os.fspath(tokenizer or folder), "tokenizer.json")
-    same = file_hash(own) == wanted and (not os.path.isfile(other) or _same_tokenizer(own, other))
-    if not same:
-        path = own if file_hash(own) != wanted else other
-        raise ValueError(f"{folder}: {path} is not the tokenizer that the head was trained with")
+    if wanted:
+        _check_tokenizer(folder, os.fspath(tokenizer or folder), wanted)
+
+
+def _shape(folder: str, config: dict[str, Any]) -> tuple[int, int, int]:
+    """Rank, rows and width of the head that a config describes."""
+    rank, shape = config.get("head_rank"), config.get("head_shape")
+    numbers = [rank, *shape] if isinstance(shape, list) else []
+    if len(numbers) != 3 or not all(isinstance(n, int) and n > 0 for n in numbers):
+        raise ValueError(f"{folder}: config.json has head_rank {rank} and head_shape {shape}; need R and [V, D]")
+    return numbers[0], numbers[1], numbers[2]
+
+
+def _shapes(folder: str, name: str) -> dict[str, list[int]]:
+    """Shapes of the tensors in a file, by name. Reads no more than its header."""
+    path = os.path.join(folder, name)
+    if not os.path.isfile(path):
+        raise ValueError(f"{folder}: {name} is missing, which {INDEX} lists")
+    try:
+        with safe_open(path, "pt") as f:
+            return {tensor: list(f.get_slice(tensor).get_shape()) for tensor in f.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{folder}: {name} is damaged or cut short: {error}") from error
+
+
+def _check_tokenizer(folder: str, other: str, wanted: str) -> None:
+    own, theirs = (os.path.join(place, "tokenizer.json") for place in (folder, other))
+    if not os.path.isfile(own):
+        raise ValueError(f"{folder}: tokenizer.json is missing")
+    if file_hash(own) != wanted:
+        raise ValueError(f"{folder}: {own} is not the tokenizer that the head was trained with")
+    if os.path.isfile(theirs) and not _same_tokenizer(own, theirs):
+        raise ValueError(f"{folder}: {theirs} is not the tokenizer that the head was trained with")
 
 
 def _same_tokenizer(one: str, other: str) -> bool:
@@ -91,12 +117,18 @@ def _same_tokenizer(one: str, other: str) -> bool:
     return bool(read[0].to_str() == read[1].to_str())
 
 
-def _read(folder: str, name: str) -> str:
+def _read(folder: str, name: str) -> dict[str, Any]:
+    """A JSON object."""
     try:
         with open(os.path.join(folder, name), encoding="utf-8") as f:
-            return f.read()
+            content = json.load(f)
     except OSError as error:
         raise ValueError(f"{folder}: {name} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{folder}: {name} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{folder}: {name} is not a JSON object")
+    return content
 
 
 def _low_rank(architecture: str) -> type:
@@ -116,8 +148,10 @@ def _low_rank(architecture: str) -> type:
             if os.path.isdir(path):
                 check_folder(path)
             report = kwargs.pop("output_loading_info", False)
-            model, found = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
-            absent = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
+            kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # both are refused below, by name
+            model, found = super().from_pretrained(path, *args, **kwargs)
+            other = [key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]]
+            absent = sorted([*found["missing_keys"], *other])
             if absent:
                 raise ValueError(f"{path}: weights are missing or of another shape: {', '.join(absent[:5])}")
             return (model, found) if report else model
@@ -129,6 +163,6 @@ def _low_rank(architecture: str) -> type:
 def __getattr__(name: str) -> Any:
     architecture = name.removeprefix(PREFIX)
     if not name.startswith(PREFIX) or not hasattr(transformers, architecture):
-        raise AttributeError(name)
+        raise AttributeError(f"{name}: Transformers {transformers.__version__} has no {architecture}")
     globals()[name] = _low_rank(architecture)
     return globals()[name]

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bottleneck.backbone.model import Backbone
-from bottleneck.core.errors import UserError, check
+from bottleneck.core.errors import check
 from bottleneck.serve import low_rank_head
 from bottleneck.serve.folder import save_model, write_json
 from bottleneck.serve.low_rank_head import DOWN, INDEX, PREFIX, UP
@@ -103,35 +103,3 @@ def add_head(part: Path, tensors: dict[str, Tensor]) -> None:
     files = sorted(set(index["weight_map"].values()))
     index["metadata"]["total_size"] = sum((part / name).stat().st_size for name in files)
     write_json(part / INDEX, index)
-
-
-@torch.no_grad()
-def check_served(
-    part: Path,
-    backbone: Backbone,
-    factors: tuple[Tensor, Tensor],
-    *,
-    ids_NT: Tensor,
-    hidden: Tensor,
-    dtype: torch.dtype,
-) -> None:
-    """Load a folder with Transformers and compare its logits with A B h. Raises UserError if they differ.
-
-    Args: hidden: the backbone's hidden states [N, T, D] of ids_NT, before its head was exchanged.
-    """
-    name, family = backbone.name, backbone.family
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(part, trust_remote_code=True, dtype=dtype).eval()
-        got = model(input_ids=ids_NT, use_cache=False).logits.float()
-    except Exception as error:  # any kind of error: this checks the written folder
-        raise UserError(
-            f"backbone {name}: family {family} cannot be served: loaded again, {type(error).__name__}: "
-            f"{str(error)[:200]}"
-        ) from error
-    A, B = (t.to(dtype).float() for t in factors)
-    want = hidden @ B.T @ A.T
-    off = float((got - want).abs().max() / want.abs().max())
-    check(
-        off < (1e-4 if dtype == torch.float32 else 2e-2),
-        f"backbone {name}: family {family} cannot be served: loaded again, its logits differ by {off:.2g}",
-    )

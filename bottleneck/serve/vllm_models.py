@@ -9,6 +9,7 @@ Dims: D hidden size, R rank, V vocabulary.
 
 from __future__ import annotations
 
+import os
 from typing import Any, Iterable
 
 import torch
@@ -65,10 +66,12 @@ def _low_rank(architecture: str) -> type:
         def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
             model = vllm_config.model_config
             config = model.hf_config
-            check_folder(model.model, model.tokenizer)
+            if os.path.isdir(model.model):  # else a Hub name, whose files come later
+                check_folder(model.model, model.tokenizer)
             for each in (config, model.hf_text_config):
                 each.tie_word_embeddings = False
             super().__init__(vllm_config=vllm_config, prefix=prefix)
+            self.folder = model.model
             if isinstance(getattr(self, "lm_head", None), PPMissingLayer):
                 return
             rows, width = config.head_shape
@@ -86,7 +89,11 @@ def _low_rank(architecture: str) -> type:
                     elif not name.startswith(OLD_HEADS):
                         yield name, tensor
 
-            body = super().load_weights(rest())
+            try:
+                body = super().load_weights(rest())
+            except (AssertionError, KeyError, RuntimeError, ValueError) as error:
+                why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+                raise ValueError(f"{self.folder}: its weights do not fit its config.json: {why}") from error
             return (body or set()) | loaded
 
         def _load_head(self, name: str, tensor: Tensor) -> set[str]:

@@ -13,7 +13,7 @@ from bottleneck.backbone import sharding
 from bottleneck.backbone.documents import Documents
 from bottleneck.backbone.model import Backbone, label, load_shape, load_tokenizer
 from bottleneck.config import checks
-from bottleneck.config.schema import TrainConfig
+from bottleneck.config.schema import DataConfig, TrainConfig
 from bottleneck.core.errors import check
 from bottleneck.data.cache import Corpus
 from bottleneck.data.module import TextData, leading_bos
@@ -82,6 +82,13 @@ def load_inputs(c: TrainConfig, teacher: Teacher) -> Inputs:
     return Inputs(hidden_size, vocab_size, keys=keys, corpus=corpus, data=data, teacher=teacher)
 
 
+def separate_documents(backbone: Backbone, data: DataConfig, corpus: Corpus) -> None:
+    """Keep the documents of a text apart as its config asks. Raises UserError if the backbone cannot."""
+    if data.reset_positions or data.mask_documents:
+        documents = Documents(int(corpus.manifest["eos"]), data.reset_positions, data.mask_documents)
+        backbone.separate(documents, data.block_size)
+
+
 def load_backbone(c: TrainConfig, inputs: Inputs, *, trainer: pl.Trainer) -> Backbone:
     """The frozen backbone on the trainer's device, whole or this process's shard, compiled where it pays."""
     device = trainer.strategy.root_device
@@ -92,9 +99,7 @@ def load_backbone(c: TrainConfig, inputs: Inputs, *, trainer: pl.Trainer) -> Bac
         backbone = sharding.load(c.backbone, c.trainer.shard, device, block_size=c.data.block_size)
     else:
         backbone = Backbone.load(c.backbone, device, block_size=c.data.block_size)
-    if c.data.reset_positions or c.data.mask_documents:
-        documents = Documents(int(inputs.corpus.manifest["eos"]), c.data.reset_positions, c.data.mask_documents)
-        backbone.separate(documents, c.data.block_size)
+    separate_documents(backbone, c.data, inputs.corpus)
     found, wanted = [backbone.vocab_size, backbone.hidden_size], [inputs.vocab_size, inputs.hidden_size]
     check(found == wanted, f"backbone {backbone.name}: its head is {found}, its config says {wanted}")
     heads = f"{len(inputs.keys)} head{'s' * (len(inputs.keys) > 1)}"

@@ -51,8 +51,9 @@ def read(path: str) -> Iterator[dict[str, Any]]:
 
 
 def held_out(row: dict[str, Any]) -> bool:
-    """Whether a document is for validation, by a hash of its name."""
-    return int(hashlib.sha256(f"{row['source']}:{row['path']}".encode()).hexdigest()[:12], 16) < HELD_OUT * 16**12
+    """Whether a document is for validation, by a hash of its name, or of its text where it has none."""
+    name = f"{row['source']}:{row['path']}" if "path" in row else row["text"]
+    return int(hashlib.sha256(name.encode()).hexdigest()[:12], 16) < HELD_OUT * 16**12
 
 
 def train_tokenizer(files: list[str], folder: Path, vocab: int, context: int, characters: int = 120_000_000) -> None:

@@ -106,6 +106,33 @@ def test_a_rivals_acceptance_by_hand(swept):
     assert row["acceptance"] == pytest.approx(total / count, abs=1e-5)
 
 
+def test_documents_are_kept_apart_as_in_the_run(run, toy_backbone, tmp_path, monkeypatch):
+    """Draft and target then read each document of a block alone; the command used to read joined text."""
+    from bottleneck.data.module import ValidationBlocks
+    from bottleneck.data.prepare import prepare
+    from bottleneck.training.finished_run import open_run, stored_data
+
+    monkeypatch.setattr(steps, "REPEATS", 1)
+    target = make_target(toy_backbone, tmp_path / "wide")
+    apart = ("data.mask_documents=true", "data.reset_positions=true", "data.validation_fraction=0.2")
+    run("ranks=[2]", "tokens=1024", "data.block_size=64", *apart)
+    finished = open_run(tmp_path / "run")
+    content = rank.evaluate(finished, str(target), batches=[1], context=8, threads=1)
+    draft, judge = (Backbone.load(BackboneConfig(path=str(p))) for p in (finished.backbone.path, target))
+    head = finished.head(finished.pick(2))
+    corpus = prepare(stored_data(finished.folder), rank.load_tokenizer(finished.backbone))
+    eos, total, count, cuts = int(corpus.manifest["eos"]), 0.0, 0, 0
+    for ids, y in ValidationBlocks(corpus, 64, None):
+        begins = [0, *(i for i in (ids == eos).nonzero().flatten().tolist() if i > 0), len(ids)]
+        cuts += len(begins) - 2
+        for a, b in zip(begins, begins[1:]):
+            p = torch.softmax(judge.head.float_logits(judge(ids[None, a:b])[0])[:, :320], -1)
+            q = torch.softmax(head.logits(draft(ids[None, a:b])[0]), -1)
+            keep = y[a:b] != -100
+            total, count = total + torch.minimum(p, q).sum(-1)[keep].sum().item(), count + int(keep.sum())
+    assert cuts > 3 and content["heads"][0]["acceptance"] == pytest.approx(total / count, abs=1e-5)
+
+
 def test_what_does_not_fit_is_refused_in_one_line(swept, toy_backbone, tmp_path, monkeypatch):
     folder, target = swept
     with pytest.raises(UserError, match="--batch 0: must be at least 1"):

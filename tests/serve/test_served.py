@@ -94,31 +94,89 @@ def _other_tokenizer(folder):
     (folder / "tokenizer.json").write_text(text.replace('"normalizer": null', '"normalizer": {"type": "NFC"}'))
 
 
+def _cut(name):
+    """Half of a file."""
+
+    def spoil(folder):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[: len(whole) // 2])
+
+    return spoil
+
+
+def _edit(name, **changes):
+    """Other entries in a JSON file; None: without the entry."""
+
+    def spoil(folder):
+        content = json.loads((folder / name).read_text()) | changes
+        (folder / name).write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+    return spoil
+
+
+HEAD, BODY, INDEX = "model-head.safetensors", "model-body.safetensors", "model.safetensors.index.json"
 SPOILT = {
-    "no head file": (lambda f: (f / "model-head.safetensors").unlink(), "model-head.safetensors is missing"),
-    "no body file": (lambda f: (f / "model-body.safetensors").unlink(), "model-body.safetensors is missing"),
-    "no index": (lambda f: (f / "model.safetensors.index.json").unlink(), "model.safetensors.index.json"),
-    "no matrix": (_rewrite_head(lambda t: t.pop("lm_head.up.weight")), "lm_head.up.weight has shape None"),
+    "no head file": (lambda f: (f / HEAD).unlink(), "model-head.safetensors is missing"),
+    "no body file": (lambda f: (f / BODY).unlink(), "model-body.safetensors is missing"),
+    "no index": (lambda f: (f / INDEX).unlink(), f"{INDEX} cannot be read"),
+    "no matrix": (
+        _rewrite_head(lambda t: t.pop("lm_head.up.weight")),
+        f"model-head.safetensors lacks lm_head.up.weight, which {INDEX} lists there",
+    ),
     "shape": (
         _rewrite_head(lambda t: t.update({"lm_head.down.weight": t["lm_head.down.weight"][:, :-1].clone()})),
         r"lm_head.down.weight has shape \[4, 31\], config.json says \[4, 32\]",
     ),
     "tokenizer": (_other_tokenizer, "is not the tokenizer that the head was trained with"),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+    "half a head file": (_cut(HEAD), "model-head.safetensors is damaged or cut short"),
+    "half a body file": (_cut(BODY), "model-body.safetensors is damaged or cut short"),
+    "half an index": (_cut(INDEX), f"{INDEX} is not JSON"),
+    "an empty index": (_edit(INDEX, weight_map=None), "does not list lm_head.down.weight and lm_head.up.weight"),
+    "another rank": (_edit("config.json", head_rank=8), r"has shape \[4, 32\], config.json says \[8, 32\]"),
+    "no rank": (_edit("config.json", head_rank=None), "config.json has head_rank None and head_shape"),
+    "half a shape": (
+        _edit("config.json", head_shape=[320]),
+        r"head_rank 4 and head_shape \[320\]; need R and \[V, D\]",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", SPOILT)
 def test_bad_folders_are_refused_in_one_line(case, toy_served, tmp_path):
-    """By the check that both loaders call, and by Transformers' from_pretrained."""
+    """By the check that both loaders call, and so by Transformers' from_pretrained."""
     spoil, words = SPOILT[case]
     folder = shutil.copytree(toy_served[0], tmp_path / "served")
     low_rank_head.check_folder(folder)
     spoil(folder)
-    with pytest.raises(ValueError, match=words) as caught:
-        low_rank_head.check_folder(folder)
-    assert "\n" not in str(caught.value)
-    with pytest.raises((ValueError, OSError)):
+    calls = [low_rank_head.check_folder, lambda f: AutoModelForCausalLM.from_pretrained(f, trust_remote_code=True)]
+    for call in calls:
+        with pytest.raises(ValueError, match=words) as caught:
+            call(folder)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"num_hidden_layers": 3}, "gpt_neox.layers.2"), ({"vocab_size": 300}, "gpt_neox.embed_in.weight")],
+)
+def test_a_body_that_the_config_does_not_describe_is_refused(change, words, toy_served, tmp_path):
+    """Transformers would start missing weights at random; of another shape they used to make its report of 40 lines."""
+    folder = shutil.copytree(toy_served[0], tmp_path / "served")
+    _edit("config.json", **change)(folder)
+    with pytest.raises(ValueError, match=f"weights are missing or of another shape: {words}") as caught:
         AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("rank", [1, 32])
+def test_the_lowest_and_the_highest_rank(rank, toy_backbone, tmp_path):
+    to, backbone, (A, B) = served(toy_backbone, tmp_path, rank)
+    model = AutoModelForCausalLM.from_pretrained(to, trust_remote_code=True).eval()
+    ids = torch.arange(VOCAB - 20, VOCAB)[None]
+    with torch.no_grad():
+        got, want = model(input_ids=ids).logits, backbone(ids) @ B.T @ A.T
+    assert (got - want).abs().max() < 1e-5 * want.abs().max()
 
 
 def test_a_target_has_the_drafts_tokenizer(toy_served, tmp_path):

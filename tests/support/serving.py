@@ -13,8 +13,6 @@ import urllib.request
 from pathlib import Path
 from typing import Any, Iterator
 
-import pytest
-
 from conftest import ROOT
 
 
@@ -40,9 +38,11 @@ def _environment(plugin: Path) -> dict[str, str]:
     return {k: v for k, v in {**os.environ, **settings}.items() if k != "TRITON_INTERPRET"}
 
 
-def vllm_answers(python: str, jobs: list[dict], folders: pytest.TempPathFactory) -> list[dict]:
-    """The answers of `vllm_answers.py` to its jobs. Raises AssertionError, with the end of the log, if it fails."""
-    folder = folders.mktemp("vllm")
+def vllm_answers(python: str, jobs: list[dict], folder: Path, timeout: float = 840) -> list[dict]:
+    """The answers of `vllm_answers.py` to its jobs. Raises AssertionError, with the end of the log, if it fails.
+
+    Args: folder: an empty one to work in.
+    """
     (folder / "jobs.json").write_text(json.dumps(jobs))
     script = Path(__file__).with_name("vllm_answers.py")
     done = subprocess.run(
@@ -52,7 +52,7 @@ def vllm_answers(python: str, jobs: list[dict], folders: pytest.TempPathFactory)
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=840,
+        timeout=timeout,
     )
     assert done.returncode == 0, done.stdout[-3000:]
     return json.loads((folder / "answers.json").read_text())
