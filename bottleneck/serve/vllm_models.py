@@ -9,7 +9,6 @@ Dims: D hidden size, R rank, V vocabulary.
 
 from __future__ import annotations
 
-import os
 from typing import Any, Iterable
 
 import torch
@@ -22,7 +21,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import PPMissingLayer
 
-from bottleneck.serve.low_rank_head import DOWN, PREFIX, UP, check_folder
+from bottleneck.serve.low_rank_head import DOWN, PREFIX, UP
 
 OLD_HEADS = ("lm_head.", "embed_out.", "output.weight")  # names of the original head, if a folder still has it
 
@@ -66,8 +65,6 @@ def _low_rank(architecture: str) -> type:
         def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
             model = vllm_config.model_config
             config = model.hf_config
-            if os.path.isdir(model.model):  # else a Hub name, whose files come later
-                check_folder(model.model, model.tokenizer)
             for each in (config, model.hf_text_config):
                 each.tie_word_embeddings = False
             super().__init__(vllm_config=vllm_config, prefix=prefix)

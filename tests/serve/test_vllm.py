@@ -11,9 +11,11 @@ Dims: T sequence length, V vocabulary.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -88,6 +90,16 @@ def _spoil(folder, what: str) -> None:
     head = folder / "model-head.safetensors"
     if what == "missing":
         head.unlink()
+    elif what == "tokenizer gone":
+        (folder / "tokenizer.json").unlink()
+    elif what == "rank":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"head_rank": 32}))
+    elif what == "body":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 128}))
+    elif what == "half":
+        head.write_bytes(head.read_bytes()[:99999])
     elif what == "shape":
         tensors = load_file(head)
         tensors["lm_head.up.weight"] = tensors["lm_head.up.weight"][:, :-1].clone()
@@ -101,6 +113,10 @@ SPOILT = {
     "missing": "model-head.safetensors is missing, which model.safetensors.index.json lists",
     "shape": "lm_head.up.weight has shape [8192, 63], config.json says [8192, 64]",
     "tokenizer": "is not the tokenizer that the head was trained with",
+    "tokenizer gone": "tokenizer.json is missing",
+    "rank": "lm_head.down.weight has shape [64, 256], config.json says [32, 256]",
+    "body": "its weights do not fit its config.json",
+    "half": "model-head.safetensors is damaged or cut short",
 }
 
 
@@ -181,11 +197,12 @@ def chosen(logps_TV: torch.Tensor, tokens: list[int]) -> torch.Tensor:
     return logps_TV.gather(1, torch.tensor(tokens)[:, None])[:, 0]
 
 
-def test_the_plugin_registers_every_architecture_lazily(monkeypatch):
-    """By name only: neither a model of vLLM nor torch is imported."""
+@pytest.fixture
+def registered(monkeypatch):
+    """Names that the plugin registers, and its changes of configs, with a stand-in for vLLM."""
 
     class Registry:
-        known: dict = {"LlamaForCausalLM": "x", "GPTNeoXForCausalLM": "y", "LowRankGhost": "z"}
+        known: dict = {"LlamaForCausalLM": "x", "MambaForCausalLM": "y", "LowRankGhost": "z"}
 
         @classmethod
         def get_supported_archs(cls):
@@ -195,13 +212,47 @@ def test_the_plugin_registers_every_architecture_lazily(monkeypatch):
         def register_model(cls, name, where):
             cls.known[name] = where
 
-    monkeypatch.setitem(sys.modules, "vllm", type("vllm", (), {"ModelRegistry": Registry}))
+    class Plain:
+        @staticmethod
+        def verify_and_update_model_config(config):
+            config.seen = "plain"
+
+    class Mamba(Plain):
+        @classmethod
+        def verify_and_update_config(cls, config):
+            config.seen = "mamba"
+
+    monkeypatch.setattr(Registry, "known", dict(Registry.known))
+    changes: dict = {"MambaForCausalLM": Mamba}
+    config = SimpleNamespace(MODELS_CONFIG_MAP=changes, VerifyAndUpdateConfig=Plain)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(ModelRegistry=Registry))
+    monkeypatch.setitem(sys.modules, "vllm.model_executor.models.config", config)
     vllm_plugin.register()
-    assert Registry.known["LowRankGPTNeoXForCausalLM"] == "bottleneck.serve.vllm_models:LowRankGPTNeoXForCausalLM"
-    assert set(Registry.known) == {
-        "LlamaForCausalLM",
-        "GPTNeoXForCausalLM",
-        "LowRankGhost",
-        "LowRankLlamaForCausalLM",
-        "LowRankGPTNeoXForCausalLM",
-    }
+    return Registry.known, changes
+
+
+def test_the_plugin_registers_every_architecture_lazily(registered):
+    """By name only: neither a model of vLLM nor torch is imported."""
+    known, _ = registered
+    assert known["LowRankMambaForCausalLM"] == "bottleneck.serve.vllm_models:LowRankMambaForCausalLM"
+    ours = {name for name in known if name.startswith("LowRank")}
+    assert ours == {"LowRankGhost", "LowRankLlamaForCausalLM", "LowRankMambaForCausalLM"}
+
+
+def test_an_architectures_changes_of_the_config_are_kept(registered):
+    """vLLM looks them up by name (Mamba's cache, GPT-OSS's attention), so that LowRankMamba used to lack them."""
+    _, changes = registered
+    config = SimpleNamespace(model="a Hub name", tokenizer="a Hub name")
+    changes["LowRankLlamaForCausalLM"].verify_and_update_model_config(config)
+    assert config.seen == "plain"
+    changes["LowRankMambaForCausalLM"].verify_and_update_config(config)
+    assert config.seen == "mamba"
+
+
+def test_bad_folders_are_refused_before_the_tokenizer_is_read(registered, tmp_path):
+    """vLLM's own message about a missing tokenizer has five lines, about half a tokenizer no file's name."""
+    _, changes = registered
+    with pytest.raises(RuntimeError, match=f"{tmp_path}: config.json cannot be read: No such file"):
+        changes["LowRankLlamaForCausalLM"].verify_and_update_model_config(
+            SimpleNamespace(model=str(tmp_path), tokenizer=str(tmp_path))
+        )

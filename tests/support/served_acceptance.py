@@ -102,6 +102,7 @@ def main() -> None:
     parser.add_argument("--drafted", type=int, default=4, help="tokens of a draft (default: 4)")
     parser.add_argument("--temperatures", type=int, nargs="+", default=[0, 1], choices=(0, 1))
     args = parser.parse_args()
+    args.target, args.draft = args.target.resolve(), str(Path(args.draft).resolve())
     prompts = [
         torch.randint(2, 8000, (12,), generator=torch.Generator().manual_seed(n)).tolist() for n in range(args.prompts)
     ]
@@ -111,6 +112,7 @@ def main() -> None:
         job = {"folder": str(args.target), "prompts": prompts, "tokens": args.tokens, "temperature": temperature}
         with tempfile.TemporaryDirectory() as folder:
             (answer,) = vllm_answers(os.environ["BOTTLENECK_VLLM"], [{**job, "draft": how}], Path(folder))
+        assert "prompts" in answer, answer
         found = acceptance_of(
             args.target, args.draft, answer["prompts"], prompts, args.drafted, temperature=temperature
         )

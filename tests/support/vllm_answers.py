@@ -86,7 +86,7 @@ if __name__ == "__main__":
     for each in jobs:
         try:
             answers.append(answer(each))
-        except ValueError as error:  # a folder that was refused
+        except (RuntimeError, ValueError) as error:  # a folder that was refused
             answers.append({"refused": str(error)})
     with open(sys.argv[2], "w") as f:
         json.dump(answers, f)
