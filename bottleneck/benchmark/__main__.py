@@ -23,6 +23,7 @@ BENCHMARKS = {
     "heads": "one head step against PyTorch, QuACK, Liger and cut-cross-entropy: time, memory, error",
     "objectives": "one head step under each objective, in units of cross-entropy's",
     "tiles": "the best tiles of the low-rank kernels, by search",
+    "variants": "variants of the low-rank kernels beside the kernels as they are",
     "decode": "the head's step in decoding: one matrix against two of rank r",
     "sweep": "one pass that trains all ranks against one ordinary Lightning run per rank",
     "taught": "heads taught by a target beside the backbone against the same heads without: tokens/s, memory",

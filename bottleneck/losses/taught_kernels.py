@@ -18,7 +18,8 @@ from bottleneck.losses.kernels import _add_product, _product
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 TINY = tl.constexpr(1.1754943508222875e-38)  # least normal number
-NEGLIGIBLE = tl.constexpr(1e-9)  # targets below it do not move the loss, whatever their logit
+C0, C1, C2 = tl.constexpr(0.43872437), tl.constexpr(-0.23905283), tl.constexpr(0.08212626)  # minimax, of `_log2`
+NEGLIGIBLE = tl.constexpr(1e-7)  # targets that sum to less do not move the loss, whatever their logits
 
 
 @triton.jit
@@ -455,7 +456,8 @@ def spread(
 
 @triton.jit
 def _logits_row(at, top, V, width, heat, BLOCK: tl.constexpr):
-    """lse of a row of logits and the logit of `top`, base 2."""
+    """Of a row of logits, base 2: lse, the logit of `top`, and the offset and factor that turn it into the softmax."""
+    peak = tl.load(at + top).to(tl.float32) * heat  # before the reductions' barriers: the row is overwritten later
     m = tl.full([BLOCK], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK], tl.float32)
     for v0 in range(0, V, BLOCK):
@@ -468,7 +470,7 @@ def _logits_row(at, top, V, width, heat, BLOCK: tl.constexpr):
         m = highest
     highest = tl.max(m, 0)
     lse = highest + tl.log2(tl.sum(l * tl.exp2(m - highest), 0))
-    return lse, tl.load(at + top).to(tl.float32) * heat
+    return lse, peak, lse, 1.0
 
 
 @triton.jit
@@ -481,34 +483,43 @@ def _sum(sums_ptr, T, BT: tl.constexpr):
 
 
 @triton.jit
-def _logarithm(x, t, offset, z_at, A_ptr, cols, V, R):
-    """log2 of exponentials: logits in base 2 without the offset. Underflown ones that matter are computed again."""
-    s = tl.log2(tl.maximum(x, TINY))
-    lost = (x <= TINY) & (t > NEGLIGIBLE) & (cols < V)
-    if tl.sum(lost.to(tl.int32), 0) > 0:
-        again = tl.zeros_like(s)
-        for r in range(0, R):
-            a = tl.load(A_ptr + cols.to(tl.int64) * R + r, mask=lost, other=0.0).to(tl.float32)
-            again += tl.load(z_at + r).to(tl.float32) * a
-        s = tl.where(lost, again * LOG2E - offset, s)
-    return s
+def _log2(x):
+    """log2 of normal numbers to 1.2e-4, far below what 16 bits round x to; Triton's own takes 80 instructions."""
+    bits = x.to(tl.int32, bitcast=True)
+    f = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True) - 1.0
+    return bits.to(tl.float32) * (1.0 / 8388608.0) - 127.0 + f * (1.0 - f) * (C0 + f * (C1 + f * C2))
 
 
 @triton.jit
-def _block(places, sizes, cols, offset, factor, heat, top, first, share, LOGITS: tl.constexpr, MEAN: tl.constexpr):
-    """q and t of some columns of a row, and t (s − offset) for its logits s, without `top`."""
-    at, t_at, z_at, A_ptr = places
-    V, R, stride, pitch = sizes
+def _block(at, t_at, cols, V, stride, pitch, offset, factor, heat, top, first, share, LOGITS: tl.constexpr):
+    """q and t of some columns of a row, and the logits (base 2) without the offset; those of exponentials at 0 are not.
+
+    Also t where an exponential is 0, and so its logit lost.
+    """
     x = tl.load(at + cols, mask=cols < stride, other=0.0).to(tl.float32)
     t = tl.load(t_at + cols, mask=cols < pitch, other=0.0).to(tl.float32)
     x = tl.where(cols < V, x, 0.0)
     if LOGITS:
         s = x * heat - offset
-        q = tl.where(cols < V, tl.exp2(s), 0.0)
+        q, lost = tl.where(cols < V, tl.exp2(s), 0.0), tl.zeros_like(t)
     else:
-        s = _logarithm(x, t, offset, z_at, A_ptr, cols, V, R) if MEAN else x
-        q = x * factor
-    return tl.where(cols == top, first, q), tl.where(cols == top, share, t), t * s
+        s = _log2(tl.maximum(x, TINY))
+        q, lost = x * factor, tl.where(x <= TINY, t, 0.0)
+    return tl.where(cols == top, first, q), tl.where(cols == top, share, t), t * s, lost
+
+
+@triton.jit
+def _mean_logit(t_at, z_at, A_ptr, V, R, offset, BLOCK: tl.constexpr):
+    """Σ t (s − offset) from the logits themselves, for the few rows whose exponentials underflow where t matters."""
+    mean = tl.zeros([BLOCK], tl.float32)
+    for v0 in range(0, V, BLOCK):
+        cols = v0 + tl.arange(0, BLOCK)
+        s = tl.zeros([BLOCK], tl.float32)
+        for r in range(0, R):
+            a = tl.load(A_ptr + cols.to(tl.int64) * R + r, mask=cols < V, other=0.0).to(tl.float32)
+            s += tl.load(z_at + r).to(tl.float32) * a
+        mean += tl.load(t_at + cols, mask=cols < V, other=0.0).to(tl.float32) * (s * LOG2E - offset)
+    return tl.sum(mean, 0)
 
 
 @triton.jit
@@ -544,31 +555,31 @@ def shape(
     at, t_at, z_at = x_ptr + row * stride, t_ptr + row * pitch, z_ptr + row * R
     top, share = tl.load(top_ptr + row), tl.load(share_ptr + row)
     if LOGITS:
-        lse, peak = _logits_row(at, top, V, stride, heat, BLOCK)
-        offset, factor = lse, 1.0
+        lse, peak, offset, factor = _logits_row(at, top, V, stride, heat, BLOCK)
     else:
         total = _sum(sums_ptr + row * T, T, 256)
         offset, peak, factor = tl.load(offset_ptr + row), tl.load(peak_ptr + row), 1.0 / total
         lse = offset + tl.log2(total)
-    places, sizes = (at, t_at, z_at, A_ptr), (V, R, stride, pitch)
     first = tl.exp2(peak - lse)  # q of `top`, not rounded to 16 bits
-    mean = both = below = tl.zeros([BLOCK], tl.float32)
-    if OVERLAP:
-        for v0 in range(0, V, BLOCK):
-            cols = v0 + tl.arange(0, BLOCK)
-            q, t, term = _block(places, sizes, cols, offset, factor, heat, top, first, share, LOGITS, True)
-            mean, both, below = mean + term, both + tl.minimum(q, t), below + tl.where(q < t, q, 0.0)
-        divergence = tl.load(least_ptr + row) + (lse - offset - tl.sum(mean, 0) - share * (peak - offset)) * LN2
-        loss, whole, part, pull = _lk(tl.sum(both, 0), tl.sum(below, 0), divergence, eta, LOG)
+    zeros = tl.zeros([BLOCK], tl.float32)
+    mean, lost, both, below = zeros, zeros, zeros, zeros
     for v0 in range(0, V, BLOCK):
         cols = v0 + tl.arange(0, BLOCK)
-        q, t, term = _block(places, sizes, cols, offset, factor, heat, top, first, share, LOGITS, not OVERLAP)
+        q, t, term, gone = _block(at, t_at, cols, V, stride, pitch, offset, factor, heat, top, first, share, LOGITS)
+        mean, lost = mean + term, lost + gone
         if OVERLAP:
-            g = q * (whole - tl.where(q < t, part, 0.0)) - pull * t
+            both, below = both + tl.minimum(q, t), below + tl.where(q < t, q, 0.0)
         else:
-            g, mean = q - t, mean + term
-        tl.store(at + cols, tl.where(share == 0.0, 0.0, g).to(x_ptr.dtype.element_ty), mask=cols < stride)
-    if not OVERLAP:
-        loss = tl.load(least_ptr + row) + (lse - offset - tl.sum(mean, 0) - share * (peak - offset)) * LN2
-        loss *= (LOG2E / heat) * (LOG2E / heat)  # T²
-    tl.store(loss_ptr + row, tl.where(share == 0.0, 0.0, loss))
+            tl.store(at + cols, tl.where(share == 0.0, 0.0, q - t).to(x_ptr.dtype.element_ty), mask=cols < stride)
+    total_mean = tl.sum(mean, 0)
+    if tl.sum(lost, 0) > NEGLIGIBLE:
+        total_mean = _mean_logit(t_at, z_at, A_ptr, V, R, offset, BLOCK)
+    loss = tl.load(least_ptr + row) + (lse - offset - total_mean - share * (peak - offset)) * LN2
+    if OVERLAP:
+        loss, whole, part, pull = _lk(tl.sum(both, 0), tl.sum(below, 0), loss, eta, LOG)
+        for v0 in range(0, V, BLOCK):
+            cols = v0 + tl.arange(0, BLOCK)
+            q, t, _, _ = _block(at, t_at, cols, V, stride, pitch, offset, factor, heat, top, first, share, LOGITS)
+            g = q * (whole - tl.where(q < t, part, 0.0)) - pull * t
+            tl.store(at + cols, tl.where(share == 0.0, 0.0, g).to(x_ptr.dtype.element_ty), mask=cols < stride)
+    tl.store(loss_ptr + row, tl.where(share == 0.0, 0.0, loss * (LOG2E / heat) * (LOG2E / heat)))
