@@ -108,6 +108,21 @@ def test_a_planted_head_is_recovered(setting):
     assert brute_force(h, head, *done) < 0.01 * brute_force(h, head, *start)
 
 
+def test_kernels_reach_the_kl_of_float32(setting, monkeypatch):
+    """The kernels of distillation, with 16-bit hidden states, from the same start over the same tokens."""
+    h, head, _ = setting
+    h = h[:128].bfloat16()
+    c = calibrate([h], head)
+    start = make_start("scaled", head, c)(HeadKey(3, 0.1, 0))
+    found = []
+    for kernels in (False, True):
+        monkeypatch.setattr("bottleneck.heads.starts.refined._by_kernels", lambda *a, kernels=kernels: kernels)
+        found.append(refine([start], [h], head, c, passes=3, batch=64)[0])
+    before, plain, fast = (brute_force(h, head, *factors) for factors in (start, *found))
+    assert plain < 0.9 * before and fast == pytest.approx(plain.item(), rel=1e-2)
+    assert not torch.equal(found[0][0], found[1][0])
+
+
 def test_full_rank_loses_nothing(setting, monkeypatch):
     """The closed form of full rank equals the original head, and refining does not make it worse."""
     h, head, c = setting

@@ -53,8 +53,8 @@ def by_definition(name, options, head, h, W, y, dtype):
 @pytest.fixture(params=["flash", "exponentials", "logits"])
 def way(request, monkeypatch):
     """In several chunks, and blocks of a row."""
-    monkeypatch.setattr(taught, "rows", lambda *a: 16)
-    monkeypatch.setattr(taught, "ROW", Tile(1, 64, 4, 1))
+    monkeypatch.setattr(taught, "rows", lambda *a: 8)
+    monkeypatch.setattr(taught, "ROW", Tile(1, 128, 4, 1))
     if request.param != "flash":
         monkeypatch.setattr(taught, "FLASH_RANK", 0)
     if request.param == "logits":
@@ -64,7 +64,7 @@ def way(request, monkeypatch):
 
 @pytest.mark.parametrize("name, options", CASES)
 def test_gradients_are_those_of_the_definition(name, options, way):
-    heads, h, W, y = problem(24, 12, 150, (3, 16))
+    heads, h, W, y = problem(10, 12, 150, (3, 16))
     losses, grads = by_kernels(name, options, heads, h, W, y, torch.float32)
     for head, loss, (dA, dB) in zip(heads, losses, grads):
         for found, want in zip((loss, dA, dB), by_definition(name, options, head, h, W, y, torch.float64)):
@@ -73,11 +73,12 @@ def test_gradients_are_those_of_the_definition(name, options, way):
     assert torch.equal(loss[0], losses[1]) and torch.equal(dA, grads[1][0]) and torch.equal(dB, grads[1][1])
 
 
+@pytest.mark.parametrize("way", ["flash", "exponentials"], indirect=True)
 @pytest.mark.parametrize("peaked", [1.0, 8.0])
-@pytest.mark.parametrize("name, options", CASES)
+@pytest.mark.parametrize("name, options", [CASES[1], CASES[3]])
 def test_sixteen_bits_are_as_close_as_plain_pytorch(name, options, peaked, way):
     """Three ways; also for a teacher that is nearly certain, where rounding its largest probability would dominate."""
-    heads, h, W, y = problem(20, 24, 300, (16,), peaked)
+    heads, h, W, y = problem(8, 24, 200, (16,), peaked)
     if peaked > 1:  # a head that agrees with it, but not quite
         heads = [(W + 0.05 * torch.randn_like(W), torch.eye(24, device=DEVICE))]
     heads = [tuple(t.bfloat16().float() for t in head) for head in heads]
@@ -86,3 +87,19 @@ def test_sixteen_bits_are_as_close_as_plain_pytorch(name, options, peaked, way):
     exact, plain = (by_definition(name, options, heads[0], h, W, y, d) for d in (torch.float64, torch.bfloat16))
     for found, want, other in zip((losses[0], *grads[0]), exact, plain):
         assert (found - want).norm() <= 1.05 * (other - want).norm()
+
+
+def test_a_lost_exponential_keeps_its_share_of_the_loss(monkeypatch):
+    """A logit 60 nats below the largest is 0 among the exponentials, but the teacher gives it half of its weight."""
+    monkeypatch.setattr(taught, "FLASH_RANK", 0)
+    V, R = 200, 16
+    h, A, B = torch.ones(3, R, device=DEVICE), torch.zeros(V, R, device=DEVICE), torch.eye(R, device=DEVICE)
+    A[7], A[150] = -60.0 / R, 0.5
+    W = torch.full((V, R), -5.0, device=DEVICE)
+    W[7] = W[150] = 0.0
+    o = BoundObjective(OBJECTIVES["distill"], {"temperature": 1.0}, lambda x: x @ W.T)
+    w = weights(A, B, torch.float32, "fused")
+    grads = [(torch.zeros_like(A), torch.zeros_like(B))]
+    (loss,) = steps(h, [w], targets(torch.zeros(3, device=DEVICE).long()), grads, 1.0, o)
+    want = o.loss(h @ A.T, torch.zeros(3).long(), torch.log_softmax(h @ W.T, -1))
+    torch.testing.assert_close(loss, want, rtol=1e-3, atol=0.0)

@@ -16,6 +16,9 @@ models share, nats of logit. To second order KL = ½ Var(error of the logits) un
 remove, and one step removes about STEP of it: entries of A move by STEP √(2 KL) / √R, of C by STEP √(2 KL) / √D. A head
 that nearly equals the original head is therefore hardly changed, and at r = d nothing is.
 
+On a GPU the gradients of 16-bit hidden states come from the kernels that distil heads (`losses.taught`). Parameters,
+moments and the sums of gradients stay in float32.
+
 Dims: N tokens, n tokens of a batch, D hidden size, R rank, V vocabulary.
 """
 
@@ -31,12 +34,14 @@ import torch
 from torch import Tensor
 
 from bottleneck.backbone.model import FullHead
-from bottleneck.core.extensions import STARTS, Start
+from bottleneck.core.extensions import LOSSES, STARTS, Start
 from bottleneck.heads.calibration import Calibration, roots
 from bottleneck.heads.key import HeadKey
 from bottleneck.heads.starting import Factors, StartInputs
 from bottleneck.heads.starts import fisher
+from bottleneck.losses import weights
 from bottleneck.losses.chunked import chunk_rows
+from bottleneck.losses.distill import Distillation, steps
 
 log = logging.getLogger(__name__)
 PASSES = 2  # over the calibration tokens: new tokens help more than a third pass
@@ -45,22 +50,25 @@ BATCH = 1024
 STEP = 0.045  # of the logits' error √(2 KL)
 ENOUGH = 1e-3  # nats of KL: training a head this close to the original head would only add rounding errors
 BETAS, EPS = (0.9, 0.95), 1e-12
+MEASURED = 1 << 16  # tokens on which the KL before and after is measured, at least, in float32
 WARMUP = 0.05  # share of the steps; then a cosine to zero, which averages out the noise of the last batches
 
 
 @dataclass
 class _Pupil:
-    """One head in training: A [V, R] and C = B Σ^½ [R, D], float32, with Adam's moments and gradients."""
+    """One head in training: A [V, R] and C = B Σ^½ [R, D], float32, with their gradients and Adam's moments."""
 
     A: Tensor
     C: Tensor
     rate: float = 0.0
     grads: tuple[Tensor, Tensor] = field(init=False)
-    moments: list[tuple[Tensor, Tensor]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.grads = torch.zeros_like(self.A), torch.zeros_like(self.C)
-        self.moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in (self.A, self.C)]
+        self.A.grad, self.C.grad = self.grads = torch.zeros_like(self.A), torch.zeros_like(self.C)
+        # R entries of A add up to one logit, D entries of C to one z
+        groups = [{"params": [p], "lr": self.rate / math.sqrt(p.shape[1])} for p in (self.A, self.C)]
+        self.optimizer = torch.optim.Adam(groups, betas=BETAS, eps=EPS, fused=self.A.is_cuda)
+        self.peaks = [group["lr"] for group in groups]
 
     def learn(self, x_nD: Tensor, target_nV: Tensor, share: float) -> None:
         """Add a chunk's gradient; `share` is 1 / tokens of the whole batch."""
@@ -70,19 +78,37 @@ class _Pupil:
         self.grads[0].addmm_(G.T, z, alpha=share)
         self.grads[1].addmm_((G @ self.A).T, x_nD, alpha=share)
 
-    def step(self, k: int, factor: float) -> None:
-        """Adam's k-th step (from 1) at `factor` times the peak rate."""
-        for p, grad, (m, v) in zip((self.A, self.C), self.grads, self.moments):
-            m.lerp_(grad, 1 - BETAS[0])
-            v.lerp_(grad.square(), 1 - BETAS[1])
-            width = p.shape[1]  # R for A, D for C: so many entries of p add up to one logit, or one z
-            scale = (v / (1 - BETAS[1] ** k)).sqrt_().add_(EPS)
-            p.addcdiv_(m, scale, value=-self.rate * factor / math.sqrt(width) / (1 - BETAS[0] ** k))
-            grad.zero_()
+    def step(self, factor: float) -> None:
+        """A step of Adam at `factor` times the peak rates."""
+        for group, peak in zip(self.optimizer.param_groups, self.peaks):
+            group["lr"] = peak * factor
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=False)
 
 
 def _chunks(h_ND: Tensor, V: int) -> tuple[Tensor, ...]:
     return h_ND.split(chunk_rows(V, h_ND.device.type))
+
+
+def _by_kernels(h_ND: Tensor) -> bool:
+    """Whether gradients come from the kernels of `losses.taught`, in the dtype of h: on a GPU, with 16 bits."""
+    return h_ND.is_cuda and h_ND.element_size() == 2 and LOSSES["fused"].refuses("cuda", h_ND.dtype) is None
+
+
+def _learn(pupils: Sequence[_Pupil], h_nD: Tensor, whiten_DD: Tensor, head: FullHead, kernels: bool) -> None:
+    """Add the gradients of the mean KL of a batch to every pupil's."""
+    share = 1 / len(h_nD)
+    if kernels:
+        x = (h_nD.float() @ whiten_DD).to(h_nD.dtype)
+        cast = [weights(p.A, p.C, h_nD.dtype, "fused") for p in pupils]
+        every = torch.zeros(len(h_nD), dtype=torch.int32, device=h_nD.device)  # no token is ignored
+        steps(x, cast, every, [p.grads for p in pupils], share, Distillation(head.float_logits), h_nD)
+        return
+    for part in _chunks(h_nD, len(head.W_VD)):
+        target = torch.softmax(head.float_logits(part), dim=-1)
+        x = part.float() @ whiten_DD
+        for pupil in pupils:
+            pupil.learn(x, target, share)
 
 
 @torch.no_grad()
@@ -156,11 +182,11 @@ def refine(
     """
     if not passes:
         return list(starts)
-    V, D = head.W_VD.shape
-    h_ND = torch.cat([h.reshape(-1, D) for h in hidden])
+    h_ND = torch.cat([h.reshape(-1, h.shape[-1]) for h in hidden])
     root, inverse = roots(c.cov_DD)
     whiten = inverse.float()
-    before = divergence(starts, h_ND, head)
+    some_ND = h_ND[:: max(1, len(h_ND) // MEASURED)]
+    before = divergence(starts, some_ND, head)
     pupils = {
         i: _Pupil(A.to(whiten).clone(), (B.to(root) @ root).float(), STEP * math.sqrt(2 * before[i]))
         for i, (A, B) in enumerate(starts)
@@ -169,18 +195,15 @@ def refine(
     if not pupils:
         return list(starts)
     batch = min(batch, len(h_ND))
-    steps = passes * (len(h_ND) // batch)
+    count = passes * (len(h_ND) // batch)
     picked = _order(len(h_ND), batch, h_ND.device)
-    for k in watch(range(steps)):
-        for part in _chunks(h_ND[picked(k)], V):
-            target = torch.softmax(head.float_logits(part), dim=-1)
-            x = part.float() @ whiten
-            for pupil in pupils.values():
-                pupil.learn(x, target, 1 / batch)
+    kernels = _by_kernels(h_ND)
+    for k in watch(range(count)):
+        _learn([*pupils.values()], h_ND[picked(k)], whiten, head, kernels)
         for pupil in pupils.values():
-            pupil.step(k + 1, _factor(k, steps))
+            pupil.step(_factor(k, count))
     done = {i: _unit(p.A, p.C, inverse) for i, p in pupils.items()}
-    after = dict(zip(done, divergence(list(done.values()), h_ND, head)))
+    after = dict(zip(done, divergence(list(done.values()), some_ND, head)))
     return [done[i] if i in done and after[i] < before[i] else start for i, start in enumerate(starts)]
 
 
