@@ -66,9 +66,9 @@ class _Pupil:
     def __post_init__(self) -> None:
         self.A.grad, self.C.grad = self.grads = torch.zeros_like(self.A), torch.zeros_like(self.C)
         # R entries of A add up to one logit, D entries of C to one z
-        groups = [{"params": [p], "lr": self.rate / math.sqrt(p.shape[1])} for p in (self.A, self.C)]
+        self.peaks = [self.rate / math.sqrt(p.shape[1]) for p in (self.A, self.C)]
+        groups = [{"params": [p], "lr": peak} for p, peak in zip((self.A, self.C), self.peaks)]
         self.optimizer = torch.optim.Adam(groups, betas=BETAS, eps=EPS, fused=self.A.is_cuda)
-        self.peaks = [group["lr"] for group in groups]
 
     def learn(self, x_nD: Tensor, target_nV: Tensor, share: float) -> None:
         """Add a chunk's gradient; `share` is 1 / tokens of the whole batch."""
