@@ -25,6 +25,7 @@ from bottleneck.losses.products import add_product, matmul_f32
 
 FLASH_RANK = 256  # without QuACK; with it, gradients of ranks above QUACK_RANK are faster through `losses.exponentials`
 QUACK_RANK = 128
+MOST_PARTS = 32  # of the vocabulary, in a scan of few tokens
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -106,11 +107,7 @@ def _flash(
     grad = dA is not None
     precise = z.dtype == torch.float32
     t = scan_tile or tile(SCAN, R, z)
-    blocks = triton.cdiv(N, t.tokens)
-    # as many parts of V as fill the chip once; depends on shapes and card alone
-    wanted = max(1, min(8, multiprocessors(z.device) * t.resident // blocks))
-    part = triton.cdiv(triton.cdiv(V, wanted), t.entries) * t.entries
-    S = triton.cdiv(V, part)
+    blocks, S, part = parts(N, V, t, z.device)
     m, l = torch.empty(2, S, N, dtype=torch.float32, device=z.device)
     acc = torch.empty(S, N, R, dtype=torch.float32, device=z.device) if grad else m
     kernels.scan[(blocks, S)](
@@ -139,6 +136,17 @@ def _flash(
         return loss, None
     _spread(z, A, y, lse, dA, scale, spread_tile or tile(SPREAD, R, z))
     return loss, dz
+
+
+def parts(N: int, V: int, t: Tile, device: torch.device) -> tuple[int, int, int]:
+    """Blocks of tokens, parts of V that with them fill the chip once, and entries of a part: by shapes and card alone.
+
+    A head of few tokens fills the chip by itself, so nothing is gained by one launch for several heads.
+    """
+    blocks = triton.cdiv(N, t.tokens)
+    wanted = max(1, min(MOST_PARTS, multiprocessors(device) * t.resident // blocks))
+    part = triton.cdiv(triton.cdiv(V, wanted), t.entries) * t.entries
+    return blocks, triton.cdiv(V, part), part
 
 
 def _spread(z: Tensor, A: Tensor, y: Tensor, lse: Tensor, dA: Tensor, scale: float, t: Tile) -> None:

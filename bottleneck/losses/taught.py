@@ -29,8 +29,8 @@ from torch import Tensor
 
 import bottleneck.losses.taught_kernels as kernels
 from bottleneck.losses import exponential_kernels, exponentials
-from bottleneck.losses.exponentials import ALIGN, SAMPLE, hopper, multiprocessors
-from bottleneck.losses.fused import INTERPRETED, PLAIN, ROW, Tile, chunk_rows
+from bottleneck.losses.exponentials import ALIGN, SAMPLE, hopper
+from bottleneck.losses.fused import INTERPRETED, PLAIN, ROW, Tile, chunk_rows, parts
 from bottleneck.losses.products import add_product, matmul_f32
 
 LEAST_MEMORY = 240 << 20  # bytes of a chunk
@@ -123,14 +123,6 @@ def step(
         return _rows(z, A, targets, dA, scale, temperature, overlap)
 
 
-def _parts(N: int, V: int, t: Tile, device: torch.device) -> tuple[int, int, int]:
-    """Blocks of tokens, and parts of V that together fill the chip once, with the entries of a part."""
-    blocks = triton.cdiv(N, t.tokens)
-    wanted = max(1, min(8, multiprocessors(device) * t.resident // blocks))
-    part = triton.cdiv(triton.cdiv(V, wanted), t.entries) * t.entries
-    return blocks, triton.cdiv(V, part), part
-
-
 class _Sums(NamedTuple):
     """What the passes of `_flash` hand on, see `kernels.merge`.
 
@@ -189,7 +181,7 @@ def _merging(N: int, R: int) -> tuple[tuple[int], int]:
 def _scan(z: Tensor, A: Tensor, y: Tensor, targets: Targets, temperature: float, keep: bool, tile: Tile) -> _Sums:
     (N, R), V, device = z.shape, len(A), z.device
     t, top, share, least = targets
-    blocks, S, part = _parts(N, V, tile, device)
+    blocks, S, part = parts(N, V, tile, device)
     m, l = torch.empty(2, S, N, dtype=torch.float32, device=device)
     own, taught = torch.empty(2, S, N, R, dtype=torch.float32, device=device)
     kernels.scan[(blocks, S)](z, A, t, m, l, own, taught, N, V, part, t.stride(0), _heat(temperature), **_how(z, tile))
@@ -226,7 +218,7 @@ def _scan(z: Tensor, A: Tensor, y: Tensor, targets: Targets, temperature: float,
 def _overlap(z: Tensor, A: Tensor, y: Tensor, targets: Targets, o: Overlap, sums: _Sums, tile: Tile) -> None:
     (N, R), V, device = z.shape, len(A), z.device
     t, top, share, _ = targets
-    blocks, S, part = _parts(N, V, tile, device)
+    blocks, S, part = parts(N, V, tile, device)
     both, below = torch.empty(2, S, N, dtype=torch.float32, device=device)
     short = torch.empty(S, N, R, dtype=torch.float32, device=device)
     kernels.scan_overlap[(blocks, S)](
