@@ -25,6 +25,7 @@ BENCHMARKS = {
     "tiles": "the best tiles of the low-rank kernels, by search",
     "variants": "variants of the low-rank kernels beside the kernels as they are",
     "decode": "the head's step in decoding: one matrix against two of rank r",
+    "vllm": "the head's step inside vLLM, likewise",
     "sweep": "one pass that trains all ranks against one ordinary Lightning run per rank",
     "taught": "heads taught by a target beside the backbone against the same heads without: tokens/s, memory",
     "scale": "one sweep on 1, 2, 4 … GPUs: tokens/s, where a step's time goes, memory",
@@ -36,6 +37,7 @@ BENCHMARKS = {
     "forecast": "the stored curves of study=forecast, and how its law fares on ranks, backbones and texts left out",
     "forward": "hidden states per second of the frozen backbone, eager and compiled",
 }
+FILES = {"vllm": "vllm_decode"}  # where a name is not that of the module
 
 
 def command(argv: list[str]) -> list[table.Row]:
@@ -45,7 +47,7 @@ def command(argv: list[str]) -> list[table.Row]:
         print("\n".join([__doc__.strip(), "", *(f"  {name:10s} {about}" for name, about in BENCHMARKS.items())]))
         return []
     check(argv[0] in BENCHMARKS, f"benchmark {argv[0]}: no such benchmark; allowed are {names}")
-    module = importlib.import_module(f"bottleneck.benchmark.{argv[0]}")
+    module = importlib.import_module(f"bottleneck.benchmark.{FILES.get(argv[0], argv[0])}")
     parser = Parser(prog=f"python -m bottleneck.benchmark {module.NAME}", description=BENCHMARKS[module.NAME])
     parser.add_argument("--csv", type=Path, help="write the rows there as well")
     module.add_arguments(parser)

@@ -80,26 +80,34 @@ def _config(name: str) -> PretrainedConfig:
     )
 
 
-def random_backbone(name: str, device: str) -> Any:
-    """Return a model of that shape with random weights, bfloat16 on a GPU."""
+def random_backbone(name: str, device: str, layers: int | None = None) -> Any:
+    """Return a model of that shape with random weights, bfloat16 on a GPU. Args: layers: default: all."""
+    config = _config(name)
+    if layers is not None:
+        config.num_hidden_layers = layers
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(_config(name))
+        model = AutoModelForCausalLM.from_config(config)
     return model.to(torch.bfloat16 if device == "cuda" else torch.float32).eval()
 
 
 def backbone_folder(name: str, folder: Path) -> Path:
     """Write that shape as a folder for `backbone.weights=random`; the embedded tokenizer stands in."""
     _config(name).save_pretrained(folder)
-    _tokenizer().save_pretrained(folder)
+    save_tokenizer(folder)
     return folder
 
 
 def weights_folder(name: str, folder: Path, device: str) -> Path:
     """Write that shape as a folder with random weights; the embedded tokenizer stands in."""
     random_backbone(name, device).save_pretrained(folder)
-    _tokenizer().save_pretrained(folder)
+    save_tokenizer(folder)
     return folder
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Write the embedded tokenizer into a folder."""
+    _tokenizer().save_pretrained(folder)
 
 
 def _tokenizer() -> Any:

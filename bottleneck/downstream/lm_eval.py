@@ -23,6 +23,7 @@ from typing import Any, Optional
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from bottleneck.backbone.model import load_tokenizer
@@ -221,8 +222,10 @@ def _show(table: list[dict[str, Any]], tasks: list[str], limit: Optional[int]) -
             for r in main
             if r["head"] == head
         }
-        rank = next(r["rank"] for r in main if r["head"] == head)
-        out.add_row("original head" if rank is None else str(rank), *(cells.get(t, "–") for t in tasks))
+        found = next(r for r in main if r["head"] == head)
+        place = "original head" if found["rank"] is None else str(found["rank"])
+        place += f" ({found['kind']})" if found["kind"] else ""
+        out.add_row(escape(place), *(cells.get(t, "–") for t in tasks))
     Console().print(out)
 
 

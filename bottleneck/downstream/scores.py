@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 from pathlib import Path
 from typing import Any, BinaryIO, Iterator, Optional
 
 from bottleneck.core.files import write_atomic
-from bottleneck.results.picture import as_text
+from bottleneck.results.labels import as_text, kind_of
 from bottleneck.training.finished_run import FinishedRun
 
 FULL = "full"  # the original head, among the names of heads
 OURS = "bottleneck"  # our entry in a results file: which head, on which tasks
 COLUMNS = (
     "head",
+    "kind",
     "rank",
     "lr",
     "seed",
@@ -67,7 +69,8 @@ def rows(run: FinishedRun, folder: Path) -> list[dict[str, Any]]:
             continue
         for content in read_results(folder / name):
             if content[OURS].get("head_hash") == identity(run, row):
-                about = {"head": name, **{k: row[k] if row else None for k in ("rank", "lr", "seed")}}
+                about: dict[str, Any] = {"head": name, "kind": kind_of(row) if row else ""}
+                about |= {k: row[k] if row else None for k in ("rank", "lr", "seed")}
                 for r in _scores(content):
                     out[name, r["task"], r["metric"], r["filter"], r["limit"]] = about | r
     return list(out.values())
@@ -136,12 +139,13 @@ def draw(table: list[dict[str, Any]], tasks: list[str], file: BinaryIO) -> None:
 
 def _draw_task(axes: Any, task: str, rows: list[dict[str, Any]], colour: str) -> None:
     points = [r for r in rows if r["rank"] is not None]
-    if points:
-        x, y, bars = ([r[k] for r in points] for k in ("rank", "value", "stderr"))
+    kinds = dict.fromkeys(r["kind"] for r in points)
+    for kind, style in zip(kinds, itertools.cycle(("o-", "s:", "^-.", "D--"))):
+        x, y, bars = ([r[k] for r in points if r["kind"] == kind] for k in ("rank", "value", "stderr"))
         count = f", n = {points[0]['samples']}" if points[0]["samples"] else ""  # groups have none of their own
-        label = f"{as_text(task)} ({points[0]['metric']}{count})"
+        label = as_text(", ".join([task, *([kind] if kind else [])])) + f" ({points[0]['metric']}{count})"
         bars = [b or 0 for b in bars]
-        axes.errorbar(x, y, bars, fmt="o-", ms=5, capsize=3, color=colour, label=label)
+        axes.errorbar(x, y, bars, fmt=style, ms=5, capsize=3, color=colour, label=label)
     for original in (r for r in rows if r["rank"] is None):
         value, error = original["value"], original["stderr"]
         axes.axhline(value, color=colour, ls="--", lw=1, label=f"{as_text(task)}, original head ({value:.4g})")

@@ -13,6 +13,11 @@ def as_text(name: Any) -> str:
     return str(name).replace("$", r"\$")
 
 
+def kind_of(h: dict[str, Any]) -> str:
+    """A head's kind with its options, such as mos components=4; empty for W = A B."""
+    return series(h).partition(", ")[2]
+
+
 def closed_form(init: str) -> bool:
     """Whether a start is a closed form, so that its loss before training is informative about the rank."""
     return init in STARTS and STARTS[init].closed_form

@@ -12,7 +12,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from bottleneck.results.knee import knee_lines
-from bottleneck.results.labels import labels
+from bottleneck.results.labels import kind_of, labels
 from bottleneck.results.metric_names import Column, columns
 from bottleneck.results.schema import series
 
@@ -103,7 +103,7 @@ def _rates_at_the_end(heads: list[dict[str, Any]]) -> list[str]:
 
 def _place(h: dict[str, Any]) -> str:
     """A head's rank, and its kind if that is not W = A B."""
-    kind = series(h).partition(", ")[2]
+    kind = kind_of(h)
     return f"rank {h['rank']}" + (f" ({kind})" if kind else "")
 
 

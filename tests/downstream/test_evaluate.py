@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bottleneck.backbone.model import Backbone
 from bottleneck.config.schema import BackboneConfig
 from bottleneck.downstream import lm_eval as evaluate
+from bottleneck.downstream import scores
 from bottleneck.serve import export
 from bottleneck.training.finished_run import open_run
 from conftest import ROOT, composed
@@ -160,6 +161,31 @@ def _scale(path: Path) -> None:
     with safe_open(path, "pt") as f:
         tensors, about = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
     save_file({**tensors, "A": tensors["A"] * 2}, path, metadata=about)
+
+
+def test_heads_of_several_kinds_are_told_apart(capsys, monkeypatch):
+    """Rows and lines used to be named by the rank alone, so that two kinds of one rank looked like one head."""
+    import matplotlib.axes
+    import matplotlib.figure
+
+    main = {"task": "t", "metric": "acc", "limit": None, "main": True, "stderr": 0.1, "samples": 4}
+    heads = [
+        ("full", "", None, 0.9),
+        ("r8", "", 8, 0.4),
+        ("b_r8", "block bands=2", 8, 0.5),
+        ("b_r16", "block bands=2", 16, 0.6),
+    ]
+    table = [main | {"head": h, "kind": k, "rank": r, "value": v} for h, k, r, v in heads]
+    evaluate._show(table, ["t"], None)
+    out = capsys.readouterr().out
+    assert [line.split("│")[1].strip() for line in out.splitlines() if "0." in line] == [
+        "original head", "8", "8 (block bands=2)", "16 (block bands=2)"]  # fmt: skip
+    drawn = {}
+    monkeypatch.setattr(
+        matplotlib.axes.Axes, "errorbar", lambda self, x, y, *a, label, **kw: drawn.update({label: (x, y)})
+    )
+    scores._draw_task(matplotlib.figure.Figure().subplots(), "t", table, "C0")
+    assert drawn == {"t (acc, n = 4)": ([8], [0.4]), "t, block bands=2 (acc, n = 4)": ([8, 16], [0.5, 0.6])}
 
 
 def test_tasks_in_files_and_folders(tmp_path, monkeypatch):
