@@ -25,7 +25,7 @@ from bottleneck.losses.products import add_product, matmul_f32
 
 FLASH_RANK = 256  # without QuACK; with it, gradients of ranks above QUACK_RANK are faster through `losses.exponentials`
 QUACK_RANK = 128
-MOST_PARTS = 32  # of the vocabulary, in a scan of few tokens
+MOST_PARTS = 8  # of the vocabulary, in a scan of few tokens
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 

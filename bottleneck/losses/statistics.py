@@ -25,7 +25,6 @@ from torch import Tensor
 import bottleneck.losses.kernels as kernels
 import bottleneck.losses.statistic_kernels as statistic_kernels
 from bottleneck.losses import fused
-from bottleneck.losses.exponentials import multiprocessors
 
 LOG2E = 1.4426950408889634
 
@@ -80,20 +79,18 @@ def _scan(z: Tensor, A: Tensor, y: Tensor, grad: bool) -> tuple[Tensor, Tensor, 
     """own [N], lse [N] and, with `grad`, Σ_{v≠y} p_v a_v [N, R]; float32."""
     (N, R), V = z.shape, len(A)
     t = fused.tile(fused.SCAN, R, z)
-    blocks = triton.cdiv(N, t.tokens)
-    wanted = max(1, min(8, multiprocessors(z.device) * t.resident // blocks))  # depends on shapes and card alone
-    part = triton.cdiv(triton.cdiv(V, wanted), t.entries) * t.entries
-    S = triton.cdiv(V, part)
+    blocks, S, part = fused.parts(N, V, t, z.device)
     m, l = torch.empty(2, S, N, dtype=torch.float32, device=z.device)
     acc = torch.empty(S, N, R, dtype=torch.float32, device=z.device) if grad else m
     kernels.scan[(blocks, S)](
         z, A, y, m, l, acc, N, V, part, R=R, BN=t.tokens, BV=t.entries, GRAD=grad, PRECISE=z.dtype == torch.float32,
         num_warps=t.warps, num_stages=t.stages,
     )  # fmt: skip
-    top = m.amax(0)
+    here = y >= 0
+    own = torch.where(here, (z.float() * A[y.clamp(min=0).long()].float()).sum(-1), 0.0)
+    top = torch.where(here, own, float("-inf")).maximum(m.amax(0))  # the scan leaves the target out
     shares = (m - top).exp()
-    total = (shares * l).sum(0)
-    own = torch.where(y >= 0, (z.float() * A[y.clamp(min=0).long()].float()).sum(-1), 0.0)
+    total = (shares * l).sum(0) + torch.where(here, (own - top).exp(), 0.0)
     rest = torch.einsum("sn,snr->nr", shares / total, acc) if grad else own
     return own, top + total.log(), rest
 

@@ -111,7 +111,8 @@ def test_a_planted_head_is_recovered(setting):
 def test_kernels_reach_the_kl_of_float32(setting, monkeypatch):
     """The kernels of distillation, with 16-bit hidden states, from the same start over the same tokens."""
     h, head, _ = setting
-    h = h[:128].bfloat16()
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # without a GPU, Triton's interpreter
+    h, head = h[:128].bfloat16().to(device), FullHead(head.W_VD.to(device))
     c = calibrate([h], head)
     start = make_start("scaled", head, c)(HeadKey(3, 0.1, 0))
     found = []
