@@ -1,4 +1,4 @@
-"""`lk`: the acceptance rate of a draft, maximised directly (LK losses, Samarin et al. 2026, arXiv 2602.23881, Sec. 4).
+"""`lk`: the acceptance rate of a draft, maximised directly (LK losses, Samarin et al. 2026, arXiv 2602.23881).
 
 p is the target's distribution at a token, q = softmax(s) the draft head's. A token drafted from q is accepted by
 speculative decoding with probability (Leviathan et al. 2023, Corollary 3.6)
@@ -14,11 +14,14 @@ losses avoid both:
 
 with sg[·] a constant for the gradient. Far from the target λ is near 1 and (2) is distillation; near it, λ is about
 exp(−η) and α is maximised. λ is computed for every token, so that a loss depends neither on the batch nor on how it is
-cut into chunks; the paper averages α first. η = 0 is distillation. The gradient at the logits follows from
+cut into chunks; SpecForge (pull request 492) aggregates α over tokens. η = 0 is distillation. The gradient at the
+logits follows from
 
     (4)  ∂α / ∂s_v = q_v (1[q_v < p_v] − Σ_u q_u 1[q_u < p_u])
 
-The equations' numbers are this file's. Both p and q are at temperature 1, at which a draft is sampled.
+The equations' numbers are this file's: of the paper, only abstract and introduction could be read. (2), with λ per
+position and η = 3, and (3) are also `lk_hybrid` and `nla` of vLLM's speculators (pull requests 673 and 657). Both p and
+q are at temperature 1, at which a draft is sampled.
 
 Dims: n tokens of a chunk, V vocabulary.
 """
