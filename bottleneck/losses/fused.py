@@ -30,26 +30,30 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Tile(NamedTuple):
-    """Tokens and entries of the vocabulary in a tile, warps, pipeline stages, programs on a multiprocessor."""
+    """Tokens and entries of the vocabulary in a tile, warps, pipeline stages, programs on a multiprocessor.
+
+    search: look whether a tile of `spread` holds a target before comparing all of it; small tiles are compared sooner.
+    """
 
     tokens: int
     entries: int
     warps: int
     stages: int
     resident: int = 1
+    search: bool = True
 
 
-# Measured on an H100 with bfloat16, N = 8,192, V = 50,304 (docs/log.md), by padded rank.
+# By padded rank, from `benchmark tiles` with bfloat16, N = 8,192, V = 50,304 (docs/log.md).
 SCAN = {
-    16: Tile(64, 128, 4, 3, 2),
-    32: Tile(64, 128, 4, 3, 2),
-    64: Tile(64, 128, 4, 3, 2),
+    16: Tile(64, 128, 4, 3, 3),
+    32: Tile(64, 64, 4, 3, 4),
+    64: Tile(64, 64, 4, 3, 4),
     128: Tile(64, 128, 4, 2, 2),
     256: Tile(128, 64, 8, 3),
 }
 SPREAD = {
-    16: Tile(32, 128, 4, 3),
-    32: Tile(32, 128, 4, 3),
+    16: Tile(32, 128, 4, 3, search=False),
+    32: Tile(32, 128, 4, 3, search=False),
     64: Tile(128, 64, 4, 3),
     128: Tile(128, 64, 4, 2),
     256: Tile(64, 64, 4, 2),
@@ -165,6 +169,7 @@ def _spread(z: Tensor, A: Tensor, y: Tensor, lse: Tensor, dA: Tensor, scale: flo
         BN=t.tokens,
         BV=t.entries,
         ADD=True,
+        SEARCH=t.search,
         PRECISE=z.dtype == torch.float32,
         num_warps=t.warps,
         num_stages=t.stages,

@@ -184,6 +184,7 @@ def spread(
     BN: tl.constexpr,
     BV: tl.constexpr,
     ADD: tl.constexpr,
+    SEARCH: tl.constexpr,
     PRECISE: tl.constexpr,
 ):
     """dA [V, width] = (with ADD +=) scale · Σ_n (p_nv − [y_n = v]) z_n for a block of entries; width ≤ R columns."""
@@ -198,7 +199,9 @@ def spread(
         lse = tl.load(lse_ptr + rows, mask=rows < N, other=float("inf"))
         y = tl.load(y_ptr + rows, mask=rows < N, other=-1).to(tl.int32)
         g = tl.exp2(_product(a, z, PRECISE) * LOG2E - lse[None, :])
-        if tl.max(((y >= v0) & (y < v0 + BV)).to(tl.int32), 0) > 0:  # few tiles hold a target
+        if not SEARCH:
+            g = tl.where(cols[:, None] == y[None, :], g - 1.0, g)
+        elif tl.max(((y >= v0) & (y < v0 + BV)).to(tl.int32), 0) > 0:  # few tiles hold a target
             g = tl.where(cols[:, None] == y[None, :], g - 1.0, g)
         acc = _add_product(acc, g.to(z.dtype), z, PRECISE)
     at = dA_ptr + cols[:, None].to(tl.int64) * width + ranks[None, :]
