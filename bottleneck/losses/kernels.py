@@ -199,9 +199,10 @@ def spread(
         lse = tl.load(lse_ptr + rows, mask=rows < N, other=float("inf"))
         y = tl.load(y_ptr + rows, mask=rows < N, other=-1).to(tl.int32)
         g = tl.exp2(_product(a, z, PRECISE) * LOG2E - lse[None, :])
-        if not SEARCH:
-            g = tl.where(cols[:, None] == y[None, :], g - 1.0, g)
-        elif tl.max(((y >= v0) & (y < v0 + BV)).to(tl.int32), 0) > 0:  # few tiles hold a target
+        if SEARCH:
+            if tl.max(((y >= v0) & (y < v0 + BV)).to(tl.int32), 0) > 0:  # few tiles hold a target
+                g = tl.where(cols[:, None] == y[None, :], g - 1.0, g)
+        else:
             g = tl.where(cols[:, None] == y[None, :], g - 1.0, g)
         acc = _add_product(acc, g.to(z.dtype), z, PRECISE)
     at = dA_ptr + cols[:, None].to(tl.int64) * width + ranks[None, :]
