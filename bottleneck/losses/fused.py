@@ -143,7 +143,7 @@ def _flash(
 
 
 def parts(N: int, V: int, t: Tile, device: torch.device) -> tuple[int, int, int]:
-    """Blocks of tokens, parts of V that with them fill the chip once, and entries of a part: by shapes and card alone."""
+    """Blocks of tokens, parts of V that with them fill the chip once, entries of a part: by shapes and card alone."""
     blocks = triton.cdiv(N, t.tokens)
     wanted = max(1, min(MOST_PARTS, multiprocessors(device) * t.resident // blocks))
     part = triton.cdiv(triton.cdiv(V, wanted), t.entries) * t.entries
