@@ -147,7 +147,7 @@ class Pieces:
                     break
                 if self.first is not None and not self.first.known and jobs[0] != (0, 0):
                     jobs = []
-                found = next(((j, r) for j in jobs if j not in self.flying if (r := self._lane_of(j))), None)
+                found = next(((j, r) for j in jobs if j not in self.flying if (r := self._lane_of(j, built))), None)
                 if found is not None:
                     self._start(*found)
                 elif self.flying:
@@ -204,17 +204,20 @@ class Pieces:
                 missing.append(job)
         return missing
 
-    def _lane_of(self, job: Job) -> Optional[Reading]:
+    def _lane_of(self, job: Job, built: Callable[[], bool]) -> Optional[Reading]:
         """The lane of a piece, if it can be had and is read up to there."""
         piece, lane = job
         before = self.known.get((piece - 1, lane))
+        behind = self.mine[lane].piece if lane in self.mine else None
+        if before is not None and behind is not None and behind < piece:  # made by another process all the same:
+            self.mine.pop(lane).lock.release()  # some file systems have no locks
         if lane not in self.mine and (piece == 0 or before is not None):
             lock = FileLock(self.folder / f"{self.part}-{lane:03d}.lock")
             try:
                 lock.acquire(timeout=0)
             except Timeout:
                 return None
-            if self._file(job).exists():  # stored since
+            if self._file(job).exists() or built():  # stored since, or even used and removed: in this order
                 lock.release()
                 return None
             joiner = RowJoiner(self.cfg.document_start) if self.cfg.document_start else None
