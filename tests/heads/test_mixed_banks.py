@@ -12,6 +12,7 @@ from rich.console import Console
 from bottleneck.config.checks import check_config, check_shapes
 from bottleneck.config.schema import OptimConfig
 from bottleneck.core.errors import UserError
+from bottleneck.core.extensions import HEAD_KINDS
 from bottleneck.heads.head import count_parameters
 from bottleneck.heads.key import HeadKey
 from bottleneck.results import table
@@ -118,9 +119,12 @@ def test_kind_lr_ref_is_the_reference_of_its_kind():
 
 
 @pytest.mark.slow
-def test_a_mixed_bank_resumes_after_sigkill_bit_for_bit(toy, run, tmp_path):
-    """Killed at a random moment and resumed on the CPU: every head file has the bytes of the undisturbed run's."""
-    longer = ["tokens=30720", "trainer.checkpoint_every=2", "ranks=auto", BANK]
+def test_every_kind_resumes_after_sigkill_bit_for_bit(toy, run, tmp_path):
+    """One bank of all registered kinds, killed at a random moment and resumed on the CPU: every head file has the bytes
+    of the undisturbed run's.
+    """
+    kinds = [f"{{kind: {k.name}{'' if k.full_rank else ', rank: 4'}}}" for k in HEAD_KINDS]
+    longer = ["tokens=30720", "trainer.checkpoint_every=2", "ranks=auto", f"heads=[{', '.join(kinds)}]"]
     whole = run(*longer, run_dir=tmp_path / "whole")
     assert disturb([*toy, *longer], tmp_path / "cut", kills=1, seed=3) == 1
     assert differences(tmp_path / "whole", tmp_path / "cut") == []
@@ -157,7 +161,7 @@ def test_heads_as_a_hydra_sweep(toy, tmp_path):
         (["heads=[{lr: 0.1}]", "optim.lr=0.2"], "optim.lr: every entry of heads has an lr of its own; leave one out"),
         (["heads=[{}, {kind: mos}]", "head.whiten=true"], "head.whiten: does not go with heads[1].kind=mos"),
         (["heads=[{}, {kind: mos}]", "optim.lr_ratio=2"], "optim.lr_ratio: does not go with heads[1].kind=mos"),
-        (["heads=[{kind: plif}]", "head.loss_impl=fused"], "head.loss_impl=fused: does not go with heads[0].kind=plif"),
+        (["heads=[{kind: mos}]", "head.loss_impl=fused"], "head.loss_impl=fused: does not go with heads[0].kind=mos"),
         (["heads=[{kind: mos}]", "head.options={components: 2}"], "head.options.components: not an option of this run"),
         (["optim.kind_lr_ref={magic: 1}"], "optim.kind_lr_ref.magic: no such kind; allowed are block, "),
         (["optim.kind_lr_ref={mos: 0}"], "optim.kind_lr_ref.mos=0: must be a number above 0"),
