@@ -126,6 +126,8 @@ def run(c: StudyConfig, folder: Path) -> dict[str, Any]:
     from bottleneck.studies.formulas import forecast as laws
     from bottleneck.studies.measure.forecast import measure  # here, so that --help loads no torch
 
+    if not c.study.check:
+        laws.stored()  # refuses before anything is read; runs with study.check are what stored curves are made of
     found = measure(c, folder, sorted({*laws.SHORT, *c.study.check}))
     budgets = sorted({*c.study.budgets, *c.study.check})
     stored = laws.stored()
