@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -152,3 +153,10 @@ def test_what_is_outside_the_fitted_range_has_no_interval_but_a_reason():
     stored = laws.Stored(laws.Law((0.4, 0.05), 0.1), range_, ())
     (row,) = study.forecast(wide, stored, [4 * T2], 512)
     assert row["low"] is None and row["high"] is None and len(row["outside"]) == 3
+
+
+def test_the_stored_curves_are_whole():
+    """Each has its closed form and both short runs, and the JSON of the check can be written."""
+    curves = laws.read()
+    assert len(curves) > 20 and all(c.budgets for c in curves)
+    json.dumps([vars(c) for c in laws.stored().checks])
