@@ -69,6 +69,10 @@ def run(args: argparse.Namespace) -> list[Row]:
         rows += [_row(f"without each {name}", name, held)] if held else []
         for group in dict.fromkeys(f.group for f in held):
             rows.append(_row(f"without {name} {group}", name, [f for f in held if f.group == group]))
+        wide = [f for f in held if f.curve.rank >= laws.WIDE]
+        for tokens in sorted({f.tokens for f in wide}):
+            at = f"without each {name}, {tokens:,} tokens, rank ≥ {laws.WIDE}"
+            rows.append(_row(at, name, [f for f in wide if f.tokens == tokens]))
     return rows
 
 
@@ -76,5 +80,6 @@ def _row(case: str, name: str, held: Sequence[laws.Forecasted]) -> Row:
     """Percentiles of the absolute error in nats; the interval in the note."""
     c = laws.summary(name, held)
     p20, p50, p80 = (float(p) for p in np.percentile([abs(f.error) for f in held], [20, 50, 80]))
-    note = f"{c.points} losses, {c.coverage:.0%} inside, half-width {c.half_width:.3f} to {c.widest:.3f}"
+    widths = f"half-width {c.half_width:.3f} to {c.widest:.3f}"
+    note = f"{c.points} losses, error {c.rms:.3f}, {c.coverage:.0%} inside, {widths}"
     return Row("forecast", case, "law", p20, p50, p80, "nats", note=note)
