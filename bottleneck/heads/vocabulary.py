@@ -16,6 +16,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from bottleneck.core.errors import check
+
 REST = 1e-6  # probability of all tokens together that have no row
 
 
@@ -37,6 +39,14 @@ def over_vocabulary(kept_nK: Tensor, tokens_K: Tensor, vocab_size: int) -> Tenso
 def refuses(rows: int) -> Optional[str]:
     """Why the option is impossible."""
     return None if rows >= 1 else f"rows={rows}: must be at least 1"
+
+
+def kept(rows: int, vocab_size: int, usual: int) -> int:
+    """Number of kept rows; a vocabulary smaller than the usual number keeps all. Raises UserError for any other number
+    above the vocabulary's size.
+    """
+    check(rows <= vocab_size or rows == usual, f"rows={rows}: allowed are 1 to {vocab_size}, the vocabulary's size")
+    return min(rows, vocab_size)
 
 
 def draft_to_target(tokens_K: Tensor) -> Tensor:

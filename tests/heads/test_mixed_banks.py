@@ -156,6 +156,7 @@ def test_heads_as_a_hydra_sweep(toy, tmp_path):
         (["heads=[{kind: mos, pieces: 3}]"], "heads[0].pieces: not an option of mos; allowed are kind, rank, lr, comp"),
         (["heads=[{kind: mos, components: two}]"], "heads[0].components=two: must be a whole number"),
         (["heads=[{kind: mos, components: 0}]"], "heads[0].components=0: must be at least 1"),
+        (["heads=[{kind: mos, components: 1e9}]"], "heads[0].components=1000000000: must be at most 1,024"),
         (["heads=[{}]", "head.kind=mos"], "head.kind=mos: heads names the kinds; give one of both keys"),
         (["heads=[{rank: 8}]", "ranks=[4]"], "ranks: every entry of heads has a rank of its own; leave one out"),
         (["heads=[{lr: 0.1}]", "optim.lr=0.2"], "optim.lr: every entry of heads has an lr of its own; leave one out"),

@@ -5,8 +5,6 @@ Dims: n tokens of a chunk, F full rows, D hidden size, R rank, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +14,9 @@ from bottleneck.heads import parts
 from bottleneck.heads.calibration import Calibration
 from bottleneck.heads.head import FUSIBLE, Factored, product
 from bottleneck.heads.key import HeadKey
+from bottleneck.heads.vocabulary import kept, refuses
+
+ROWS = 1024
 
 
 class LowRankSparse(Factored):
@@ -28,7 +29,7 @@ class LowRankSparse(Factored):
 
     def __init__(self, vocab_size: int, rank: int, hidden_size: int, rows: int):
         super().__init__(vocab_size, rank, hidden_size)
-        count = min(rows, vocab_size)
+        count = kept(rows, vocab_size, ROWS)
         self.U = nn.Parameter(torch.zeros(count, hidden_size))
         self.register_buffer("tokens_F", torch.arange(count))
 
@@ -64,18 +65,13 @@ class LowRankSparse(Factored):
         self.U.copy_(W_VD[self.tokens_F.to(W_VD.device)] - shift_D)
 
 
-def refuses(rows: int) -> Optional[str]:
-    """Why an option is impossible."""
-    return None if rows >= 1 else f"rows={rows}: must be at least 1"
-
-
 KIND = HEAD_KINDS.register(
     HeadKind(
         "low_rank_sparse",
         "W = A B, with full rows for the most frequent tokens (option rows)",
         LowRankSparse,
         impls=FUSIBLE,
-        options={"rows": 1024},
+        options={"rows": ROWS},
         refuses=refuses,
     )
 )

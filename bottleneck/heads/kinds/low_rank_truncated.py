@@ -13,7 +13,9 @@ from bottleneck.core.extensions import HEAD_KINDS, HeadKind
 from bottleneck.heads.calibration import Calibration
 from bottleneck.heads.head import Head, product
 from bottleneck.heads.key import HeadKey
-from bottleneck.heads.vocabulary import most_frequent, over_vocabulary, refuses
+from bottleneck.heads.vocabulary import kept, most_frequent, over_vocabulary, refuses
+
+ROWS = 4096
 
 
 class LowRankTruncated(Head):
@@ -26,7 +28,7 @@ class LowRankTruncated(Head):
 
     def __init__(self, vocab_size: int, rank: int, hidden_size: int, rows: int):
         super().__init__(vocab_size, start_rank=rank)
-        count = min(rows, vocab_size)
+        count = kept(rows, vocab_size, ROWS)
         self.A = nn.Parameter(torch.zeros(count, rank))
         self.B = nn.Parameter(torch.zeros(rank, hidden_size))
         self.register_buffer("tokens_K", torch.arange(count))
@@ -49,7 +51,7 @@ KIND = HEAD_KINDS.register(
         "low_rank_truncated",
         "W = A B with rows of A for the most frequent tokens only (option rows)",
         LowRankTruncated,
-        options={"rows": 4096},
+        options={"rows": ROWS},
         refuses=refuses,
     )
 )

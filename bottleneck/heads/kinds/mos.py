@@ -22,6 +22,7 @@ from bottleneck.heads.head import FUSIBLE, Head, product
 from bottleneck.heads.key import HeadKey, generator
 from bottleneck.heads.kinds.low_rank import LowRankHead
 
+MOST = 1024  # components
 SPREAD = 0.3  # size of the noise that makes the components differ at the start, relative to an entry of B
 
 
@@ -84,7 +85,9 @@ def build(vocab_size: int, rank: int, hidden_size: int, components: int) -> Head
 
 def refuses(components: int) -> Optional[str]:
     """Why an option is impossible."""
-    return None if components >= 1 else f"components={components}: must be at least 1"
+    if components < 1:
+        return f"components={components}: must be at least 1"
+    return None if components <= MOST else f"components={components}: must be at most {MOST:,}"
 
 
 KIND = HEAD_KINDS.register(

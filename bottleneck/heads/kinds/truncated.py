@@ -13,7 +13,9 @@ from bottleneck.core.extensions import HEAD_KINDS, HeadKind
 from bottleneck.heads.calibration import Calibration
 from bottleneck.heads.head import Head, product
 from bottleneck.heads.key import HeadKey
-from bottleneck.heads.vocabulary import most_frequent, over_vocabulary, refuses
+from bottleneck.heads.vocabulary import kept, most_frequent, over_vocabulary, refuses
+
+ROWS = 4096
 
 
 class Truncated(Head):
@@ -26,7 +28,7 @@ class Truncated(Head):
 
     def __init__(self, vocab_size: int, rank: int, hidden_size: int, rows: int):
         super().__init__(vocab_size, start_rank=hidden_size)
-        count = min(rows, vocab_size)
+        count = kept(rows, vocab_size, ROWS)
         self.W = nn.Parameter(torch.zeros(count, hidden_size))
         self.register_buffer("tokens_K", torch.arange(count))
 
@@ -46,7 +48,7 @@ KIND = HEAD_KINDS.register(
         "truncated",
         "full rows of W for the most frequent tokens only (option rows), r = d",
         Truncated,
-        options={"rows": 4096},
+        options={"rows": ROWS},
         refuses=refuses,
         full_rank=True,
     )
