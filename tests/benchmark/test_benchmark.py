@@ -62,7 +62,7 @@ def test_a_tiny_run_of_data(tmp_path, toy_backbone, capfd):
     with open(tmp_path / "rows.csv", newline="") as f:
         every = list(csv.DictReader(f))
     files = [r for r in every if r["implementation"] == "data=tokens"]
-    assert [r["benchmark"] for r in files] == ["start"] * 2 + ["read"] * 8
+    assert [r["benchmark"] for r in files] == ["start"] * 2 + ["read"] * 12
     assert all(float(r["p50"]) > 0 and float(r["peak_mib"]) > 50 for r in files)
     assert {r["case"].split(", ")[2] for r in files[2:]} == {"shuffled", "chunks", "source"}
     rows = {r["implementation"]: r for r in every if r not in files}
