@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
@@ -159,11 +160,30 @@ def stop(process: subprocess.Popen, patience: float = 0.0) -> None:
 
 def call(command: list[str]) -> int:
     """Return the exit code of a command; its processes end with it, also if this process is interrupted."""
-    process = subprocess.Popen(command, cwd=ROOT, stdout=sys.stderr)
+    process: subprocess.Popen | None = None
     try:
+        with _interrupt_later():  # a Ctrl-C while Popen returns would leave a process that nobody knows
+            process = subprocess.Popen(command, cwd=ROOT, stdout=sys.stderr)
         return process.wait()
     finally:
-        stop(process, PATIENCE)
+        if process is not None:
+            stop(process, PATIENCE)
+
+
+@contextlib.contextmanager
+def _interrupt_later() -> Iterator[None]:
+    """Raise a Ctrl-C that comes within the block at its end. Outside the main thread none comes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
 
 
 def measure(c: Case, backbone: Path, tokens: Path) -> Logged:
