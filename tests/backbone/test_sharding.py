@@ -99,7 +99,7 @@ def backbones(tmp_path_factory) -> dict[str, BackboneConfig]:
     return out | {"gguf": BackboneConfig(path=str(folder), gguf_file=gguf_llama(folder))}
 
 
-@pytest.mark.parametrize("mode", ["fsdp", "zero3"])
+@pytest.mark.parametrize("mode", ["fsdp", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_a_sharded_backbone_is_the_whole_one(backbones, tmp_path, mode):
     """Hidden states, original head and hash; each process keeps about half of the body, also after a forward pass."""
     (tmp_path / "cases.json").write_text(json.dumps({name: dataclasses.asdict(cfg) for name, cfg in backbones.items()}))
@@ -136,6 +136,7 @@ def fresh_bank() -> HeadBank:
     return bank
 
 
+@pytest.mark.slow
 def test_zero2_is_ddp_head_by_head(tmp_path):
     """Norms, clipping, rates, weight decay, a head that diverges; consolidated state at the end and halfway."""
     two_processes("zero2", str(tmp_path))

@@ -68,6 +68,7 @@ def test_losses_along_a_series_equal_direct_computation(tmp_path, quick, steps, 
     assert [float(r["loss"]) for r in rows] == [p["loss"] for p in m["checkpoints"]]
 
 
+@pytest.mark.slow
 def test_an_interrupted_series_resumes_with_the_same_result(tmp_path, quick, steps, monkeypatch):
     whole = run_study(tmp_path / "whole", "study=saturation", f"backbone.path={steps}", *quick)
     visited = []
@@ -131,6 +132,7 @@ def test_several_models_and_one_checkpoint(tmp_path, quick, steps):
 
 
 # ---------------------------------------------------------------- spectrum
+@pytest.mark.slow
 def test_spectra_along_a_series(tmp_path, quick, steps, text):
     c = run_study(tmp_path, "study=spectrum", f"backbone.path={steps}", *quick)
     h = text[0].double()

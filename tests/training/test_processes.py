@@ -227,6 +227,7 @@ def test_torchrun_restarts_the_group_from_the_last_checkpoint(longer, whole, tmp
     assert "resuming from" in out and differences(whole, tmp_path / "cut") == []
 
 
+@pytest.mark.slow
 def test_a_world_of_another_size_is_refused(toy, tmp_path):
     """More processes than the config says: they would train the wrong batches."""
     run = torchrun(*toy, f"RUN_DIR={tmp_path / 'run'}", "trainer.devices=1")

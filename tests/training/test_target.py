@@ -26,6 +26,7 @@ def target(toy_backbone, tmp_path_factory):
     return make_target(toy_backbone, tmp_path_factory.mktemp("target") / "wide")
 
 
+@pytest.mark.slow
 def test_a_copy_of_the_backbone_teaches_as_the_original_head_does(run, toy_backbone, tmp_path):
     """Run beside the backbone on the same tokens, it has the same logits: same heads, same metrics, bit for bit."""
     for objective in ("distill", "mixed", "lk"):

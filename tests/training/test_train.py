@@ -259,6 +259,7 @@ def test_two_processes_equal_one(run, toy, tmp_path):
         assert math.isclose(value, logs[1][name], rel_tol=1e-4), name
 
 
+@pytest.mark.slow
 def test_multirun_merged_equals_side_by_side(run, toy, tmp_path):
     """ranks=[2,8,32] in one run equals -m ranks=2,8,32 merged: heads and values; a failing job affects no other."""
     one = run(run_dir=tmp_path / "one").curve

@@ -143,6 +143,7 @@ def test_a_multirun_gives_the_same_runs(toy, quiet, together, tmp_path):
     assert curve["group"] == "many" and curve["summary"]["heads"] == 3
 
 
+@pytest.mark.slow
 def test_a_resumed_run_continues_the_same_wandb_runs(toy, quiet, together, tmp_path):
     from bottleneck.training.progress import TokenProgress
     from train import train

@@ -57,6 +57,7 @@ def assert_nothing_left(folder: Path, processes: list[psutil.Process]) -> None:
     assert not list(folder.glob(f"{WORKERS}*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_stopped_run_does_not_wait_for_torchs_timeout(tmp_path, number):
     """Once, workers waited 60 s for an agent that never collects their results: SIGTERM took 61 s, although the
@@ -88,6 +89,7 @@ def test_ctrl_c_while_workers_start_is_one_line(tmp_path):
     assert_nothing_left(tmp_path, workers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["starting", pytest.param("at work", marks=pytest.mark.slow)])
 def test_workers_of_a_killed_agent_end(tmp_path, moment):
     """Once, they stayed in init_process_group for over 18 minutes and held the folder's lock and nine semaphores."""
