@@ -11,7 +11,7 @@ import numpy as np
 from bottleneck.core.errors import check
 from bottleneck.data.readers import readable
 
-KEPT = 1 << 27  # bytes of decoded row groups that are kept, of all files together: 128 MiB
+KEPT = 3 << 26  # bytes of decoded row groups that are kept, of all files together: 192 MiB
 LARGEST = 1 << 27  # ids of a row group, at most: one has to fit in memory
 AT_ONCE = 4096  # rows decoded at once
 
