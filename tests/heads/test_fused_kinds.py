@@ -10,6 +10,7 @@ from bottleneck.heads import head as head_module
 from bottleneck.heads import parts
 from bottleneck.heads.head import FUSED, build_head
 from bottleneck.heads.key import HeadKey
+from bottleneck.losses import fused
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 V, D, N = 300, 12, 70
@@ -103,3 +104,8 @@ def test_auto_takes_kernels_for_16_bit_states_alone():
     assert head.impl(torch.bfloat16, N, "auto") == head.impl(torch.float32, N, "fused") == FUSED
     assert head.impl(torch.float32, N, "auto") == head.impl(torch.bfloat16, N, "chunked") != FUSED
     assert build_head(HeadKey(3, 1e-2, 0, "plif"), V, D).impl(torch.bfloat16, N, "auto") != FUSED
+
+
+def test_parts_use_the_kernels_up_to_the_rank_that_these_support():
+    """`heads.parts` has the number twice, since Triton cannot be imported everywhere."""
+    assert parts.HELD_RANK == fused.FLASH_RANK and fused.most_tokens(fused.FLASH_RANK) == head_module.MOST_TOKENS
