@@ -220,6 +220,37 @@ class FactoredStates(Factored):
         return lse - own
 
 
+class Pointwise(Factored):
+    """Base of kinds with logits = f(A B h) for an increasing function f of one number, which a kind defines twice.
+
+    Attributes: limit: for the kernels, where f is piecewise linear: the pieces are equal parts of [-limit, limit].
+    """
+
+    limit: float = 0.0
+
+    def f(self, s_nV: Tensor) -> Tensor:
+        """f of each logit, differentiable."""
+        raise NotImplementedError
+
+    def piece_slopes(self) -> Optional[Tensor]:
+        """f for the kernels: the slopes [K] of its pieces, or None where it is s + log σ(s)."""
+        return None
+
+    def logits(self, h_nD: Tensor) -> Tensor:
+        """Logits f(A B h) [n, V]."""
+        return self.f(product(self.states(h_nD), self.A))
+
+    @property
+    def held_entries(self) -> int:
+        """All of the vocabulary above the rank of the kernels."""
+        return parts.held(self.A)
+
+    def fused_loss(self, h_nD: Tensor, y_n: Tensor) -> Tensor:
+        """lse − own of f(z Aᵀ)."""
+        own, lse = parts.pointwise(self.states(h_nD), self.A, y_n, self.f, self.piece_slopes(), self.limit)
+        return lse - own
+
+
 def build_head(key: HeadKey, vocab_size: int, hidden_size: int) -> Head:
     """Build the head of a key; its parameters are not started yet."""
     kind = HEAD_KINDS[key.kind]

@@ -1,14 +1,16 @@
 """Losses of kinds of heads from two numbers of each row of logits of their parts, see `losses.statistics`.
 
-A part is a factorised block of logits z Aᵀ. Kernels compute its numbers up to the rank `fused.FLASH_RANK` without its
-logits; above it, they are held.
+A part is a factorised block of logits z Aᵀ, or of f(z Aᵀ) with an increasing f, see `losses.pointwise`. Kernels compute
+its numbers up to the rank `fused.FLASH_RANK` without its logits; above it, they are held.
 
-Dims: n tokens of a chunk, R rank, V vocabulary of the part.
+Dims: n tokens of a chunk, R rank, V vocabulary of the part, K pieces.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
+from typing import Optional
 
 from torch import Tensor
 
@@ -28,6 +30,28 @@ def statistics(z_nR: Tensor, A_VR: Tensor, y_n: Tensor) -> tuple[Tensor, Tensor]
     if not held(A_VR):
         own, lse = importlib.import_module("bottleneck.losses.statistics").statistics(z_nR, A_VR, y_n)
         return own, lse
-    logits = product(z_nR, A_VR).float()
+    return _held_statistics(product(z_nR, A_VR).float(), y_n)
+
+
+def pointwise(
+    z_nR: Tensor,
+    A_VR: Tensor,
+    y_n: Tensor,
+    f: Callable[[Tensor], Tensor],
+    slopes_K: Optional[Tensor] = None,
+    limit: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """`statistics` of the logits f(z Aᵀ).
+
+    Args: f: an elementwise function; slopes_K, limit: the same one for the kernels, see `losses.pointwise.statistics`.
+    """
+    if not held(A_VR):
+        kernels = importlib.import_module("bottleneck.losses.pointwise")
+        own, lse = kernels.statistics(z_nR, A_VR, y_n, slopes_K, limit)
+        return own, lse
+    return _held_statistics(f(product(z_nR, A_VR)).float(), y_n)
+
+
+def _held_statistics(logits: Tensor, y_n: Tensor) -> tuple[Tensor, Tensor]:
     own = logits.gather(1, y_n.clamp(min=0)[:, None]).squeeze(1)
     return own.masked_fill(y_n < 0, 0.0), logits.logsumexp(-1)

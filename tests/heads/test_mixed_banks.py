@@ -162,7 +162,7 @@ def test_heads_as_a_hydra_sweep(toy, tmp_path):
         (["heads=[{lr: 0.1}]", "optim.lr=0.2"], "optim.lr: every entry of heads has an lr of its own; leave one out"),
         (["heads=[{}, {kind: mos}]", "head.whiten=true"], "head.whiten: does not go with heads[1].kind=mos"),
         (["heads=[{}, {kind: mos}]", "optim.lr_ratio=2"], "optim.lr_ratio: does not go with heads[1].kind=mos"),
-        (["heads=[{kind: plif}]", "head.loss_impl=fused"], "head.loss_impl=fused: does not go with heads[0].kind=plif"),
+        (["heads=[{kind: full}]", "head.loss_impl=fused"], "head.loss_impl=fused: does not go with heads[0].kind=full"),
         (["heads=[{kind: mos}]", "head.options={components: 2}"], "head.options.components: not an option of this run"),
         (["optim.kind_lr_ref={magic: 1}"], "optim.kind_lr_ref.magic: no such kind; allowed are block, "),
         (["optim.kind_lr_ref={mos: 0}"], "optim.kind_lr_ref.mos=0: must be a number above 0"),

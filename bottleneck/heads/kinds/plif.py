@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from bottleneck.core.extensions import HEAD_KINDS, HeadKind
-from bottleneck.heads.head import Factored, product
+from bottleneck.heads.head import FUSIBLE, Pointwise
 
 
-class PiecewiseLinear(Factored):
+class PiecewiseLinear(Pointwise):
     """logits = f(A B h) with A [V, R], B [R, D] and slopes v [K]; f is the identity at the start.
 
     Args: pieces: K; limit: the ends of the first and last piece, in nats of logit.
@@ -30,11 +30,14 @@ class PiecewiseLinear(Factored):
         self.pieces, self.limit = pieces, float(limit)
         self.slopes = nn.Parameter(torch.full((pieces,), math.log(math.e - 1)))  # softplus of it is 1
 
-    def logits(self, h_nD: Tensor) -> Tensor:
-        """Logits [n, V]."""
-        s_nV = product(self.states(h_nD), self.A)
+    def piece_slopes(self) -> Tensor:
+        """softplus(v) [K]."""
+        return softplus(self.slopes)
+
+    def f(self, s_nV: Tensor) -> Tensor:
+        """f of each logit."""
         width = 2 * self.limit / self.pieces
-        slopes = softplus(self.slopes).to(s_nV.dtype)
+        slopes = self.piece_slopes().to(s_nV.dtype)
         below = torch.cat([slopes.new_zeros(1), slopes.cumsum(0)[:-1]]) * width - self.limit  # f at each left knot
         with torch.no_grad():
             piece = ((s_nV + self.limit) / width).floor().clamp(0, self.pieces - 1).long()
@@ -55,5 +58,6 @@ KIND = HEAD_KINDS.register(
         PiecewiseLinear,
         options={"pieces": 64, "limit": 20.0},
         refuses=refuses,
+        impls=FUSIBLE,
     )
 )

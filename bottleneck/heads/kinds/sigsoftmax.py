@@ -9,16 +9,15 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from bottleneck.core.extensions import HEAD_KINDS, HeadKind
-from bottleneck.heads.head import Factored, product
+from bottleneck.heads.head import FUSIBLE, Pointwise
 
 
-class Sigsoftmax(Factored):
+class Sigsoftmax(Pointwise):
     """Parameters A [V, R], B [R, D]; logits = s + log σ(s)."""
 
-    def logits(self, h_nD: Tensor) -> Tensor:
-        """Logits [n, V]: the logarithm of exp(s) σ(s)."""
-        s_nV = product(self.states(h_nD), self.A)
+    def f(self, s_nV: Tensor) -> Tensor:
+        """The logarithm of exp(s) σ(s)."""
         return s_nV + logsigmoid(s_nV)
 
 
-KIND = HEAD_KINDS.register(HeadKind("sigsoftmax", "p ∝ exp(s) σ(s) with s = A B h", Sigsoftmax))
+KIND = HEAD_KINDS.register(HeadKind("sigsoftmax", "p ∝ exp(s) σ(s) with s = A B h", Sigsoftmax, impls=FUSIBLE))
