@@ -2,64 +2,126 @@
 # Is it the rank? Low-rank curves with three seeds, then every kind of head at three parameter budgets, on two real backbones.
 #
 #     bottleneck/benchmark/kinds.sh 'TEXTS/*.jsonl.zst'                  all of it, on one GPU; a run that is finished is not repeated
+#     GPUS="0 1 2 3" bottleneck/benchmark/kinds.sh 'TEXTS/*.jsonl.zst'   the same runs, spread over four GPUs
 #     TOKENS=16384 EXTRA="batch_size=4 trainer=cpu …" BACKBONES=smollm2 bottleneck/benchmark/kinds.sh 'TEXTS/*'        a trial
 #
-# From the environment: VALIDATION (validation text; default: documents held out, and then ORDERS must be one), ORDERS (data.seed of the
-# runs of refined, such as "0 1 2"; default 0), BACKBONES (of smollm2, gemma3; default both), PARTS (of curve, kinds, cost; default all), TOKENS (default those
-# of the experiments, 100M), EXTRA (more overrides of train.py), OUT (default outputs/kinds), PYTHON (default .venv/bin/python).
+# The curves: seed 0 tries a grid of rates at every rank; seeds 1 and 2 take the best of them. Nothing in the start `refined`
+# is random, so its repeats differ in the order of the text, which needs VALIDATION, since data.seed also chooses held-out documents.
+# The kinds: one run for each parameter budget, with a grid of rates for every head.
+#
+# From the environment: VALIDATION (validation text; default: documents held out), BACKBONES (of smollm2, gemma3; default
+# both), PARTS (of curve, kinds, cost; default all), BUDGETS (of 0, 1, 2; default all), TOKENS (default those of the
+# experiments, 100M), KINDS_TOKENS (default TOKENS), EXTRA (more overrides of train.py), OUT (default outputs/kinds),
+# GPUS (default: as they are visible, one run at a time), PYTHON (default .venv/bin/python).
 # What fails does not stop the rest; the exit code tells.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 texts=${1:?give the text: a file, a folder or a glob}
 python=${PYTHON:-.venv/bin/python}
 out=${OUT:-outputs/kinds}
-failed=0
-[ -n "${VALIDATION:-}" ] || [ "$(wc -w <<<"${ORDERS:-0}")" -eq 1 ] || { echo "ORDERS=$ORDERS: data.seed also chooses held-out documents; give VALIDATION" >&2; exit 2; }
+mkdir -p "$out"
+rm -f "$out/failed"
+orders=(0)
+[ -n "${VALIDATION:-}" ] && orders=(0 1 2)
 
 train() { # train NAME OVERRIDES…
     local name=$1
     shift
     echo "== $name" >&2
     # shellcheck disable=SC2086
-    "$python" train.py "$@" data=local "data.files=$texts" ${VALIDATION:+"data.validation_files=$VALIDATION"} ${TOKENS:+tokens=$TOKENS} ${EXTRA:-} ckpt_path=last "hydra.run.dir=$out/$name" || failed=1
+    "$python" train.py "$@" data=local "data.files=$texts" ${VALIDATION:+"data.validation_files=$VALIDATION"} ${EXTRA:-} \
+        ckpt_path=last "hydra.run.dir=$out/$name" || echo "$name" >> "$out/failed"
 }
 
 draw() { # draw FOLDER AXIS RUN…
     local to=$1 x=$2
     shift 2
-    "$python" -m bottleneck.curve "$@" --out "$out/$to" --x "$x" || failed=1
+    "$python" -m bottleneck.curve "$@" --out "$out/$to" --x "$x" || echo "$to" >> "$out/failed"
 }
 
-for name in ${BACKBONES:-smollm2 gemma3}; do
-    case $name in
-        smollm2) backbone=smollm2_135m_gguf ;;
-        gemma3) backbone=gemma3_270m_gguf ;;
-        *) echo "BACKBONES=$name: allowed are smollm2, gemma3" >&2; exit 2 ;;
+best() { # best RUN: the rate of each rank with the lowest loss, as optim.table
+    "$python" - "$out/$1/curve.json" << 'PYTHON'
+import json, sys
+
+heads = json.load(open(sys.argv[1]))["heads"]
+print("{" + ",".join(f"{h['rank']}:{h['lr']}" for h in heads if h["best"]) + "}")
+PYTHON
+}
+
+curve_of() { # curve_of BACKBONE START: the grid, then the repeats at its best rates
+    local name=$1 start=$2 common=("experiment=rank_curve" "backbone=${backbones[$1]}" "head=$2" ${TOKENS:+"tokens=$TOKENS"}) table
+    train "$name-$start-0" "${common[@]}" seed=0 optim.lr_rule=grid
+    table=$(best "$name-$start-0") || { echo "$name-$start: no best rates" >> "$out/failed"; return; }
+    if [ "$start" = scaled ]; then
+        train "$name-$start-1" "${common[@]}" 'seed=[1,2]' optim.lr_rule=table "optim.table=$table"
+    else
+        for order in "${orders[@]:1}"; do
+            train "$name-$start-$order" "${common[@]}" seed=0 "data.seed=$order" optim.lr_rule=table "optim.table=$table"
+        done
+    fi
+}
+
+kinds_of() { # kinds_of BACKBONE BUDGET, then what each of its heads costs
+    local tokens=${KINDS_TOKENS:-${TOKENS:-}} heads
+    heads=$("$python" - "conf/experiment/kinds_$1.yaml" "$2" << 'PYTHON'
+import sys
+
+from omegaconf import OmegaConf
+
+heads = OmegaConf.load(sys.argv[1]).heads
+print("[" + ",".join("{" + ",".join(f"{k}: {v[int(sys.argv[2])] if k == 'rank' else v}" for k, v in h.items()) + "}" for h in heads) + "]")
+PYTHON
+    ) && train "$1-kinds-$2" "experiment=kinds_$1" "backbone=${backbones[$1]}" "heads=$heads" ${tokens:+"tokens=$tokens"}
+}
+
+cost_of() { # cost_of BACKBONE BUDGET
+    "$python" -m bottleneck.benchmark cost "$out/$1-kinds-$2" --csv "$out/$1-cost-$2.csv" || echo "$1-cost-$2" >> "$out/failed"
+}
+
+declare -A busy=()
+run() { # run COMMAND…: on the first GPU that is free
+    if [ -z "${GPUS:-}" ]; then
+        "$@"
+        return
+    fi
+    while :; do
+        for gpu in $GPUS; do
+            if ! kill -0 "${busy[$gpu]:-}" 2> /dev/null; then
+                CUDA_VISIBLE_DEVICES=$gpu "$@" &
+                busy[$gpu]=$!
+                return
+            fi
+        done
+        wait -n
+    done
+}
+
+declare -A backbones=([smollm2]=smollm2_135m_gguf [gemma3]=gemma3_270m_gguf)
+names=${BACKBONES:-smollm2 gemma3}
+parts=${PARTS:-curve kinds cost}
+budgets=${BUDGETS:-0 1 2}
+for name in $names; do
+    [ -n "${backbones[$name]:-}" ] || { echo "BACKBONES=$name: allowed are smollm2, gemma3" >&2; exit 2; }
+done
+for part in $parts; do
+    case $part in
+        curve) for name in $names; do for start in scaled refined; do run curve_of "$name" "$start"; done; done ;;
+        kinds) for name in $names; do for budget in $budgets; do run kinds_of "$name" "$budget"; done; done ;;
+        cost) wait; for name in $names; do for budget in $budgets; do run cost_of "$name" "$budget"; done; done ;;
+        *) echo "PARTS=$part: allowed are curve, kinds, cost" >&2; exit 2 ;;
     esac
-    for part in ${PARTS:-curve kinds cost}; do
+done
+wait
+for name in $names; do
+    for part in $parts; do
         case $part in
-            curve)
-                train "$name-scaled" experiment=rank_curve "backbone=$backbone" head=scaled
-                # nothing in refined is random, so its repeats differ in the order of the text
-                runs=()
-                for order in ${ORDERS:-0}; do
-                    train "$name-refined-$order" experiment=rank_curve "backbone=$backbone" head=refined seed=0 "data.seed=$order"
-                    runs+=("$out/$name-refined-$order")
-                done
-                draw "$name-curve" rank "$out/$name-scaled" "${runs[@]}"
-                ;;
-            kinds)
-                train "$name-kinds" "experiment=kinds_$name" "backbone=$backbone"
-                draw "$name-parameters" parameters "$out/$name-kinds"
-                draw "$name-flops" flops "$out/$name-kinds"
-                ;;
-            cost)
-                "$python" -m bottleneck.benchmark cost "$out/$name-kinds" --csv "$out/$name-cost.csv" || failed=1
-                draw "$name-step" step_ms "$out/$name-kinds"
-                draw "$name-decode" decode_ms "$out/$name-kinds"
-                ;;
-            *) echo "PARTS=$part: allowed are curve, kinds, cost" >&2; exit 2 ;;
+            curve) draw "$name-curve" rank "$out/$name"-scaled-* "$out/$name"-refined-* ;;
+            kinds) for x in parameters flops; do draw "$name-$x" "$x" "$out/$name"-kinds-*; done ;;
+            cost) for x in step_ms decode_ms; do draw "$name-${x%_ms}" "$x" "$out/$name"-kinds-*; done ;;
         esac
     done
 done
-exit $failed
+if [ -s "$out/failed" ]; then
+    echo "failed: $(tr '\n' ' ' < "$out/failed")" >&2
+    exit 1
+fi
