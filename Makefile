@@ -3,13 +3,16 @@
 # .venv first, once.
 PYTHON ?= python3
 BIN = .venv/bin
+# Tests run in two processes side by side, each file in one of them. With WORKERS=0 in one.
+WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: sweep test test-all check docs vllm llama-cpp clean
 sweep: .venv/installed
 	$(BIN)/python train.py $(ARGS)
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: .venv/installed-test
 	$(BIN)/python -m pytest $(ARGS)

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # Transformers copies a folder's own code there, without a lock
+    os.environ["HF_MODULES_CACHE"] = os.path.expanduser(f"~/.cache/huggingface/modules-{worker}")
 if not torch.cuda.is_available():  # the Triton kernels then run in its interpreter; read when they are first imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 import transformers

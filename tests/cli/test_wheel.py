@@ -59,7 +59,7 @@ def installed(tmp_path_factory) -> Path:
     """An environment with the wheel. A .pth file shares our dependencies, since installing torch takes minutes."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    ignore = shutil.ignore_patterns(".*", "tests", "docs", "outputs", "multirun", "build", "*.egg-info")
+    ignore = shutil.ignore_patterns(".*", "__pycache__", "tests", "docs", "outputs", "multirun", "build", "*.egg-info")
     shutil.copytree(ROOT, source, symlinks=True, ignore=ignore)
     build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, source]
     work(build, folder, PATH="/usr/bin:/bin")
