@@ -32,7 +32,8 @@ def setting():
 def brute_force(h, head, A, B):
     """KL in float64, logits in full."""
     want = torch.log_softmax(head.logits(h).double(), -1)
-    have = torch.log_softmax((h.double() @ B.double().T) @ A.double().T, -1)
+    A, B = A.to(h.device, torch.float64), B.to(h.device, torch.float64)
+    have = torch.log_softmax((h.double() @ B.T) @ A.T, -1)
     return (want.exp() * (want - have)).sum(-1).mean()
 
 
