@@ -16,6 +16,7 @@ from rich.console import Console
 
 from bottleneck.cli import one_line_errors as cli
 from bottleneck.core.errors import Parser, check
+from bottleneck.results import equal_cost
 from bottleneck.results.cost import AXES, MEASURED, measured_on
 from bottleneck.results.files import MERGED, complete, read, write, write_missing
 from bottleneck.results.merging import band_losses, finish, mark_best, merge
@@ -57,7 +58,11 @@ def command(argv: list[str]) -> None:
     if args.x != "rank":
         _check_cost(curves, args.x)
     write(curves, args.out, args.x)
-    show(curves, Console())
+    console = Console()
+    show(curves, console)
+    for c in curves if args.x != "rank" else ():
+        for line in equal_cost.lines(c, args.x):
+            console.print(line, highlight=False, soft_wrap=True)
     print(printable(f"wrote {args.out}/curve.json, curve.csv, curve.png"))
 
 

@@ -29,7 +29,8 @@ def pyplot() -> Any:
 def draw(curves: list[dict[str, Any]], file: BinaryIO, x: str = "rank") -> None:
     """Draw curve.png: one colour for each line; dashed: the original head; dotted: before training; faint: other rates.
 
-    Bars are 95 % confidence intervals over the validation text.
+    Bars are 95 % confidence intervals over the validation text. Beside a cost there are none: heads of one cost would
+    lie on each other's bars, while their differences are far more certain (`results.equal_cost`).
 
     Args: x: a key of `cost.AXES`. Beside a cost, the picture has the Pareto front of all lines.
     """
@@ -110,7 +111,7 @@ def _draw_heads(axes: Any, axis: Axis, heads: list[dict[str, Any]], colour: str,
     axes.plot([axis.of(h) for h in best], [h["perplexity"] for h in best], "o-", color=colour, label=name, ms=5)
     for h in best:
         bounds = h.get("perplexity_interval") or [None]
-        if None not in bounds:
+        if None not in bounds and not axis.cost:
             axes.plot([axis.of(h)] * 2, bounds, color=colour, lw=1, alpha=0.7, solid_capstyle="butt", label="_interval")
     axes.plot([axis.of(h) for h in rest], [h["perplexity"] for h in rest], "o", color=colour, alpha=0.25, ms=3)
     if best and closed_form(best[0]["init"]):

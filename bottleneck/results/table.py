@@ -90,20 +90,21 @@ def _spread(heads: list[dict[str, Any]], best: dict[str, Any]) -> str:
 def _rates_at_the_end(heads: list[dict[str, Any]]) -> list[str]:
     """A hint if the best of several rates is the lowest or the highest: a better one may lie beyond."""
     out = []
+    several = len({kind_of(h) for h in heads}) > 1
     for which, pick, advice in (("lowest", min, "lower"), ("highest", max, "higher")):
         ranks = []
         for h in (h for h in heads if h["best"]):
             rates = {o["lr"] for o in heads if (series(o), o["rank"]) == (series(h), h["rank"])}
             if len(rates) > 2 and h["lr"] == pick(rates):
-                ranks.append(_place(h).removeprefix("rank "))
+                ranks.append(_place(h, several).removeprefix("rank "))
         if ranks:
             out.append(f"the {which} rate tried is the best at rank {', '.join(ranks)}: try {advice} ones")
     return out
 
 
-def _place(h: dict[str, Any]) -> str:
-    """A head's rank, and its kind if that is not W = A B."""
-    kind = kind_of(h)
+def _place(h: dict[str, Any], several: bool = False) -> str:
+    """A head's rank, and its kind if that is not W = A B or if there are several kinds."""
+    kind = kind_of(h) or ("low_rank" if several else "")
     return f"rank {h['rank']}" + (f" ({kind})" if kind else "")
 
 

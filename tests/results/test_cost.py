@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bottleneck.benchmark import __main__ as benchmark
 from bottleneck.heads.head import build_head
 from bottleneck.heads.key import HeadKey
-from bottleneck.results import curve, picture
+from bottleneck.results import curve, equal_cost, picture
 from bottleneck.results.cost import AXES, MEASURED, pareto
 from bottleneck.results.schema import fault
 from conftest import HIDDEN, VOCAB, composed
@@ -124,3 +124,19 @@ def test_milliseconds_are_measured_only_when_asked_for(mixed_run, tmp_path, caps
     capsys.readouterr()
     assert curve.main(words) == 2
     assert "--x step_ms: measured in different ways: " in capsys.readouterr().err
+
+
+def test_other_kinds_are_compared_with_the_low_rank_head_of_their_cost():
+    """Heads that differ by exactly 0.1 on every stretch: the difference is 0.1 and certain, whatever the losses are."""
+    c = made({8: 2.5, 16: 2.3}, validation_tokens=1200)
+    groups = [2.5 + (-1) ** i for i in range(12)]
+    c["reference"] |= {"group_tokens": [100] * 12, "group_losses": groups}
+    c["heads"][0]["group_losses"] = groups
+    mixture = {"kind": "mos", "options": {"components": 2}, "best": True}
+    near, far = (c["heads"][0] | mixture | {"rank": r, "parameters": n} for r, n in ((7, 1300), (9, 1400)))
+    near |= {"loss": 2.4, "group_losses": [x - 0.1 for x in groups]}
+    c["heads"] += [near, far]
+    assert [(a["rank"], b["rank"]) for a, b in equal_cost.pairs(c, "parameters")] == [(7, 8)]
+    _, line = equal_cost.lines(c, "parameters")
+    assert "rank 7, against rank 8: -0.1000 (95 %: -0.1000 to -0.1000)" in line and "mos components=2" in line
+    assert equal_cost.lines(c, "step_ms") == [], "not measured"
