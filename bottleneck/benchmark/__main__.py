@@ -14,7 +14,7 @@ from typing import Optional
 
 from rich.console import Console
 
-from bottleneck.benchmark import table
+from bottleneck.benchmark import slowed, table
 from bottleneck.cli import one_line_errors as cli
 from bottleneck.core.errors import Parser, check
 
@@ -52,7 +52,11 @@ def command(argv: list[str]) -> list[table.Row]:
     parser.add_argument("--csv", type=Path, help="write the rows there as well")
     module.add_arguments(parser)
     args = parser.parse_intermixed_args(argv[1:])
-    rows = module.run(args)
+    with slowed.watch() as readings:
+        rows = module.run(args)
+    for row in rows:
+        if row.device == "cuda":
+            row.slowed = slowed.warning(readings)
     table.show(rows, Console(width=max(Console().width, WIDTH)))
     if args.csv is not None:
         table.write_csv(rows, args.csv)

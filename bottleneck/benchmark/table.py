@@ -40,6 +40,7 @@ class Row:
     dA_error: Optional[float] = None
     dB_error: Optional[float] = None
     note: str = ""
+    slowed: str = ""  # which GPUs were slowed down by heat or a lack of power, if any were
 
 
 def row(
@@ -105,7 +106,7 @@ def write_csv(rows: list[Row], path: Path) -> None:
 
 
 def show(rows: list[Row], console: Console) -> None:
-    """The rows as a table, hardware and versions below it."""
+    """The rows as a table, below it hardware and versions, and a warning if a GPU was slowed down."""
     about = {k: v for k, v in measured_with().items() if v}
     places = "; ".join(sorted({hardware(r.device) for r in rows}))
     table = Table(
@@ -139,3 +140,5 @@ def show(rows: list[Row], console: Console) -> None:
             *[r.note] * noted,
         )
     console.print(table)
+    for line in dict.fromkeys(r.slowed for r in rows if r.slowed):
+        console.print(f"warning: {line}", style="bold red", markup=False, highlight=False, soft_wrap=True)
