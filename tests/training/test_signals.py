@@ -106,6 +106,20 @@ def test_the_hint_after_a_stopped_multirun_names_the_sweep(monkeypatch, capsys):
         assert capsys.readouterr().err == f"stopped by SIGTERM after step 7; {words}\n"
 
 
+def test_the_hint_of_a_run_without_checkpoints_promises_none(run, monkeypatch, capsys, tmp_path):
+    """The folder is that of a real run, whose config says so."""
+
+    def main():
+        raise Stopped(signal.SIGTERM, 7)
+
+    run("tokens=512", "ranks=[2]", "trainer.checkpoint_every=null", run_dir=tmp_path)
+    monkeypatch.setattr(cli, "folders", [tmp_path])
+    monkeypatch.setattr(cli, "sweeps", [])
+    assert cli.one_line_errors(main) == 128 + signal.SIGTERM
+    kept = "no checkpoint was kept (trainer.checkpoint_every=null): the same command starts again"
+    assert capsys.readouterr().err == f"stopped by SIGTERM after step 7; {kept}\n"
+
+
 def test_slurms_launcher_without_slurm_is_one_line(monkeypatch, capsys):
     """The words are submitit's own."""
     from submitit.slurm.slurm import SlurmExecutor

@@ -136,11 +136,7 @@ def measure(c: StudyConfig, folder: Path) -> tuple[dict[str, Any], Optional[Trai
                 shown = [f"{h['perplexity']:.4g}" for h in part["heads"] if h["perplexity"]]
                 progress.end(", ".join(shown) or "no finite perplexity", kept)
         content = {
-            "backbone": backbone.name,
-            "backbone_hash": backbone.hash,
-            "hidden_size": width,
-            "vocab_size": vocabulary,
-            "data": text.corpus.name,
+            **text.read_by(backbone),
             "tokens": text.tokens,
             "calibration_tokens": s.calibration_tokens,
             "reference": about,

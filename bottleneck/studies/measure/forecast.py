@@ -190,11 +190,7 @@ def measure(c: StudyConfig, folder: Path, budgets: Sequence[int]) -> dict[str, A
     rows: list[dict[str, Any]] = []
     with loaded(cp, device, shapes) as backbone, StudyProgress(1, c.trainer.progress, "pass") as progress:
         about = {
-            "backbone": backbone.name,
-            "backbone_hash": backbone.hash,
-            "hidden_size": width,
-            "vocab_size": vocabulary,
-            "data": text.corpus.name,
+            **text.read_by(backbone),
             "data_hash": text.corpus.fingerprint,
             "block_size": block,
             "validation_tokens": text.tokens,

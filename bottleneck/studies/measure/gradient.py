@@ -89,14 +89,7 @@ def measure(c: StudyConfig, folder: Path) -> dict[str, Any]:
         finite = share is not None and math.isfinite(share)
         check(finite, f"{cp.where}: its gradients are not numbers; are its weights damaged?")
         progress.end(f"the original head passes on {100 * share:.1f} %", kept)
-        about = {
-            "backbone": backbone.name,
-            "backbone_hash": backbone.hash,
-            "hidden_size": width,
-            "vocab_size": vocabulary,
-            "data": text.corpus.name,
-            "tokens": text.tokens,
-        }
+        about = {**text.read_by(backbone), "tokens": text.tokens}
     return {**about, "init": s.init, "band_names": band_names(), **part}
 
 

@@ -57,14 +57,7 @@ def measure(c: StudyConfig, folder: Path) -> dict[str, Any]:
             kl, bound = part["kl"][0], part["bound"][ranks[0]]
             progress.end(f"KL of the truncated head of rank {ranks[0]}: {kl:.4g}, bound {bound:.4g}", kept)
         rows = _rows(part, ranks, trained, math.log(vocabulary) - part["entropy"])
-        about = {
-            "backbone": backbone.name,
-            "backbone_hash": backbone.hash,
-            "hidden_size": width,
-            "vocab_size": vocabulary,
-            "data": text.corpus.name,
-            "tokens": text.tokens,
-        }
+        about = {**text.read_by(backbone), "tokens": text.tokens}
     described = ("data", "tokens", "reference", "own")
     tail = [row["tail_weighted"] for row in rows]
     gaps = ("kl_truncated", "kl_fisher", "trained_gap")

@@ -15,7 +15,7 @@ from typing import Any, Iterator, Optional
 import torch
 from torch import Tensor
 
-from bottleneck.backbone.model import load_shape, load_tokenizer
+from bottleneck.backbone.model import Backbone, load_shape, load_tokenizer
 from bottleneck.core.errors import check
 from bottleneck.data.cache import tokenizer_hash
 from bottleneck.data.module import IGNORE, StepBatches, ValidationBlocks, leading_bos
@@ -54,6 +54,16 @@ class StudyText:
             targets = targets.masked_fill(counted > left, IGNORE)
             left -= int((targets != IGNORE).sum())
             yield inputs, targets
+
+    def read_by(self, backbone: Backbone) -> dict[str, Any]:
+        """The first keys of a result: whose numbers they are, and on which text."""
+        return {
+            "backbone": backbone.name,
+            "backbone_hash": backbone.hash,
+            "hidden_size": backbone.hidden_size,
+            "vocab_size": backbone.vocab_size,
+            "data": self.corpus.name,
+        }
 
     def calibration(self, tokens: int, seed: int) -> Tensor:
         """Token ids [N, T+1] of the first training sequences in the order of `data.seed`, as train.py takes them."""
