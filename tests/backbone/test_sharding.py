@@ -6,12 +6,14 @@ Run by torchrun, this file is one of the processes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import pytest
@@ -167,8 +169,9 @@ def test_zero2_is_ddp_head_by_head(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def ddp(toy, tmp_path_factory) -> Path:
-    return trained(toy, tmp_path_factory.mktemp("ddp"), "ddp")
+def whole(toy, tmp_path_factory) -> Callable[[str], Path]:
+    """whole(trainer): the folder of an undisturbed run, trained once for all tests."""
+    return functools.cache(lambda trainer: trained(toy, tmp_path_factory.mktemp(trainer), trainer))
 
 
 def trained(toy, folder: Path, trainer: str, *overrides: str) -> Path:
@@ -187,9 +190,9 @@ def trained(toy, folder: Path, trainer: str, *overrides: str) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trainer", ["fsdp", "deepspeed_zero2", "deepspeed_zero3"])
-def test_heads_equal_those_of_ddp(ddp, toy, tmp_path, trainer):
+def test_heads_equal_those_of_ddp(whole, trainer):
     """The checkpoint is equal too; it has heads and optimizer, and nothing of the backbone."""
-    folder = trained(toy, tmp_path / "run", trainer)
+    ddp, folder = whole("ddp"), whole(trainer)
     same_heads(heads_of(ddp), heads_of(folder), exact=trainer != "deepspeed_zero2")
     a, b = (json.loads((f / "curve.json").read_text()) for f in (ddp, folder))
     assert a["reference"] == b["reference"] and a["backbone_hash"] == b["backbone_hash"]
@@ -204,19 +207,17 @@ def test_heads_equal_those_of_ddp(ddp, toy, tmp_path, trainer):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trainer", ["fsdp", "deepspeed_zero2", "deepspeed_zero3"])
-def test_resuming_is_exact(toy, tmp_path, trainer):
+def test_resuming_is_exact(whole, toy, tmp_path, trainer):
     """From the checkpoint before the last, at step 18 of 20."""
-    whole = trained(toy, tmp_path / "whole", trainer)
-    on = trained(toy, tmp_path / "on", trainer, f"ckpt_path={whole / LAST.with_name('previous.ckpt')}")
-    same_heads(heads_of(whole), heads_of(on), exact=True)
+    on = trained(toy, tmp_path / "on", trainer, f"ckpt_path={whole(trainer) / LAST.with_name('previous.ckpt')}")
+    same_heads(heads_of(whole(trainer)), heads_of(on), exact=True)
 
 
 @pytest.mark.slow
-def test_zero2_resumes_ddp_and_ddp_resumes_zero2(ddp, toy, tmp_path):
-    whole = trained(toy, tmp_path / "zero2", "deepspeed_zero2")
-    for name, trainer, other in (("a", "deepspeed_zero2", ddp), ("b", "ddp", whole)):
-        on = trained(toy, tmp_path / name, trainer, f"ckpt_path={other / LAST.with_name('previous.ckpt')}")
-        same_heads(heads_of(ddp), heads_of(on), False)
+def test_zero2_resumes_ddp_and_ddp_resumes_zero2(whole, toy, tmp_path):
+    for trainer, other in (("deepspeed_zero2", "ddp"), ("ddp", "deepspeed_zero2")):
+        on = trained(toy, tmp_path / trainer, trainer, f"ckpt_path={whole(other) / LAST.with_name('previous.ckpt')}")
+        same_heads(heads_of(whole("ddp")), heads_of(on), False)
 
 
 def same_heads(a, b, exact: bool) -> None:

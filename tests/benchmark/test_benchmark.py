@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 
 import numpy as np
@@ -153,8 +154,14 @@ def test_decoding_with_two_matrices_is_compared_with_one(tmp_path):
 SMALL = ["--shape", "tiny", "--batch", "2", "--micro-batch", "2", "--block", "64", "--ranks", "8,64"]
 
 
+@pytest.fixture
+def short_validation(monkeypatch):
+    """Runs on a shape validate on 200 tokens: with 5,000 that takes most of their time, and none of it is measured."""
+    monkeypatch.setattr(shapes, "tokens_folder", functools.partial(shapes.tokens_folder, validation=200))
+
+
 @pytest.mark.slow
-def test_a_sweep_on_one_and_two_processes(tmp_path):
+def test_a_sweep_on_one_and_two_processes(tmp_path, short_validation):
     """bottleneck/benchmark/gpus.sh runs these two benchmarks on any number of GPUs."""
     assert (
         benchmark.main(
@@ -185,7 +192,7 @@ def test_a_sweep_on_one_and_two_processes(tmp_path):
 
 
 @pytest.mark.slow
-def test_heads_taught_by_a_target_are_compared_with_heads_without(tmp_path):
+def test_heads_taught_by_a_target_are_compared_with_heads_without(tmp_path, short_validation):
     words = ["taught", *SMALL, "--target", "tiny", "--steps", "2", "--objectives", "lk"]
     assert benchmark.main([*words, "--csv", str(tmp_path / "rows.csv")]) == 0
     with open(tmp_path / "rows.csv", newline="") as f:
@@ -195,7 +202,7 @@ def test_heads_taught_by_a_target_are_compared_with_heads_without(tmp_path):
 
 
 @pytest.mark.slow
-def test_one_pass_is_compared_with_one_stock_run_per_rank(tmp_path):
+def test_one_pass_is_compared_with_one_stock_run_per_rank(tmp_path, short_validation):
     assert (
         benchmark.main(
             ["sweep", *SMALL, "--steps", "3", "--stock-steps", "2", "--rates", "3", "--csv", str(tmp_path / "rows.csv")]
@@ -209,7 +216,7 @@ def test_one_pass_is_compared_with_one_stock_run_per_rank(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_process_is_reported_with_its_cost(tmp_path):
+def test_a_killed_process_is_reported_with_its_cost(tmp_path, short_validation):
     assert (
         benchmark.main(
             [
@@ -269,7 +276,7 @@ def test_parts_of_a_start_add_up_to_its_end():
 
 
 @pytest.mark.slow
-def test_the_parts_of_a_run_s_start_are_timed_in_order(capfd):
+def test_the_parts_of_a_run_s_start_are_timed_in_order(capfd, short_validation):
     case = ours.Case("tiny", [8], 1, 2, 2, 2, 64, "cpu", ["backbone.weights=random"])
     with ours.inputs("tiny", 2 * case.tokens) as (backbone, tokens):
         moments = startup._moments(case, backbone, tokens)
