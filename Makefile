@@ -15,7 +15,7 @@ test: .venv/installed-test
 	$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: .venv/installed-test
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 check: .venv/installed-dev
 	$(BIN)/ruff format --check .

@@ -15,7 +15,13 @@ import pytest
 from bottleneck.__main__ import COMMANDS, main
 from conftest import ROOT
 
-SMALL = ["ranks=[8,64]", "tokens=16384", "trainer.progress=false", "head.calibration_tokens=4096"]
+SMALL = [
+    "ranks=[8,64]",
+    "tokens=16384",
+    "trainer.progress=false",
+    "head.calibration_tokens=4096",
+    "data.validation_tokens=2000",
+]
 
 
 def test_the_command_lists_its_commands_and_refuses_others(capsys):

@@ -10,6 +10,7 @@ import random
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -316,9 +317,11 @@ def test_killed_and_resumed_is_bit_identical(toy, run, tmp_path, kills):
 @pytest.mark.slow
 def test_the_default_sweep_is_a_curve(tmp_path):
     """The default run: perplexity falls with rank, by more than noise; the best head is within 5 % of the original."""
-    done = shell("trainer=cpu", f"hydra.run.dir={tmp_path / 'run'}", timeout=580)
-    assert done.returncode == 0, done.stderr[-2000:]
-    c = json.loads((tmp_path / "run" / "curve.json").read_text())
+    folder = Path(os.environ.get("BOTTLENECK_SWEEP", tmp_path / "run"))  # .ci/run has trained it
+    if folder == tmp_path / "run":
+        done = shell("trainer=cpu", f"hydra.run.dir={folder}", timeout=580)
+        assert done.returncode == 0, done.stderr[-2000:]
+    c = json.loads((folder / "curve.json").read_text())
     assert [h["rank"] for h in c["heads"]] == [8, 16, 32, 64, 128, 256] and c["hidden_size"] == 256
     perplexity = [h["perplexity"] for h in c["heads"]]
     assert all(low > 1.2 * high for low, high in zip(perplexity, perplexity[1:])), perplexity
