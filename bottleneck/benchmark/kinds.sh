@@ -33,10 +33,13 @@ train() { # train NAME OVERRIDES…
         ckpt_path=last "hydra.run.dir=$out/$name" || echo "$name" >> "$out/failed"
 }
 
-draw() { # draw FOLDER AXIS RUN…
-    local to=$1 x=$2
+draw() { # draw FOLDER AXIS RUN…, of which some may not be finished
+    local to=$1 x=$2 run runs=()
     shift 2
-    "$python" -m bottleneck.curve "$@" --out "$out/$to" --x "$x" || echo "$to" >> "$out/failed"
+    for run in "$@"; do
+        [ ! -f "$run/curve.json" ] || runs+=("$run")
+    done
+    "$python" -m bottleneck.curve "${runs[@]}" --out "$out/$to" --x "$x" || echo "$to" >> "$out/failed"
 }
 
 best() { # best RUN: the rate of each rank with the lowest loss, as optim.table
