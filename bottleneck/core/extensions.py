@@ -130,6 +130,11 @@ class Predictions:
     targets_n: Tensor
 
     @functools.cached_property
+    def p_nV(self) -> Tensor:
+        """Probabilities [n, V]; those of the original head serve all heads."""
+        return self.log_p_nV.exp()
+
+    @functools.cached_property
     def top_nK(self) -> Tensor:
         """The five most likely tokens [n, 5] (all of a smaller vocabulary), the most likely first."""
         return self.log_p_nV.topk(min(5, self.log_p_nV.shape[1])).indices

@@ -15,7 +15,7 @@ from bottleneck.core.extensions import METRICS, Metric, Predictions
 
 def kl(original: Predictions, head: Predictions) -> Tensor:
     """Σ_v p_v log(p_v / q_v) of each token [n], nats."""
-    return (original.log_p_nV.exp() * (original.log_p_nV - head.log_p_nV)).sum(-1)
+    return (original.log_p_nV - head.log_p_nV).mul_(original.p_nV).sum(-1)
 
 
 def top1_agreement(original: Predictions, head: Predictions) -> Tensor:
@@ -30,7 +30,7 @@ def top5_agreement(original: Predictions, head: Predictions) -> Tensor:
 
 def acceptance(original: Predictions, head: Predictions) -> Tensor:
     """Σ_v min(p_v, q_v) of each token [n] (Leviathan et al. 2023, Corollary 3.6)."""
-    return torch.minimum(original.log_p_nV, head.log_p_nV).exp().sum(-1)
+    return torch.minimum(original.log_p_nV, head.log_p_nV).exp_().sum(-1)
 
 
 METRICS.register(
