@@ -1,7 +1,7 @@
-"""Run train.py in this process and write when each part of its start was done: python -m bottleneck.benchmark.moments.
+"""Run train.py in this process up to its first step: python -m bottleneck.benchmark.moments FILE OVERRIDES…
 
-It runs in a process of its own, started by `benchmark.startup`. The functions of train.py's story are wrapped from
-outside, so that the code which is measured holds no clocks.
+It runs in a process of its own, started by `benchmark.startup`, and writes when each part of the start was done. The
+functions of train.py's story are wrapped from outside, so that the code which is measured holds no clocks.
 """
 
 from __future__ import annotations
@@ -16,21 +16,33 @@ from typing import Any, Callable
 from bottleneck.core.paths import ROOT
 from bottleneck.core.startup import prepare_process
 
-STORY = (  # module, function, the part of the start that ends when it returns
+STORY = (  # module, function, the part of the start that ends when it returns for the first time
+    ("checks", "check_config", "config"),
     ("inputs", "load_inputs", "tokenizer, text, outline"),
     ("inputs", "load_backbone", "backbone on its device"),
     ("build", "build_module", "module"),
+    ("module.HeadSweep", "on_fit_start", "trainer"),
+    ("build", "_start_heads", "calibration, starts"),
+    ("module.HeadSweep", "on_train_start", "first validation"),
+    ("module.HeadSweep", "training_step", "first step"),
 )
+LAST = STORY[-1][-1]
 
 
-def trace(file: Path, arguments: list[str]) -> None:
-    """Run `train.py` with these arguments. `file` gets {part: time.time() at its end}, in order, as JSON.
+class _FirstStepDone(BaseException):
+    """Ends the run: its later phases are not measured."""
 
-    Importing comes first here, and takes the same time as where `train.py` imports.
+
+def trace(file: Path, arguments: list[str]) -> int:
+    """Run `train.py` with these arguments until its first optimizer step is done. Returns the exit code.
+
+    `file` gets {part: [time.time(), CPU seconds of this process] at its end}, in order, as JSON. Importing comes first
+    here, and takes the same time as where `train.py` imports.
     """
-    moments = {"interpreter": time.time()}
+    moments = {"interpreter": _now()}
     prepare_process()
     import train
+    from bottleneck.config import checks
     from bottleneck.training import (  # noqa: F401
         build,
         cluster,
@@ -45,27 +57,39 @@ def trace(file: Path, arguments: list[str]) -> None:
         tracking,
     )
 
-    moments["imports"] = time.time()
-    modules: dict[str, Any] = {"inputs": inputs, "build": build}
+    moments["imports"] = _now()
+    places: dict[str, Any] = {
+        "checks": checks,
+        "inputs": inputs,
+        "build": build,
+        "module.HeadSweep": module.HeadSweep,
+    }
 
     def mark(function: Callable, part: str) -> Callable:
         @functools.wraps(function)
         def marked(*args: Any, **kwargs: Any) -> Any:
             result = function(*args, **kwargs)
             if part not in moments:
-                moments[part] = time.time()
+                moments[part] = _now()
                 file.write_text(json.dumps(moments))
+            if part == LAST:
+                raise _FirstStepDone
             return result
 
         return marked
 
     for where, name, part in STORY:
-        setattr(modules[where], name, mark(getattr(modules[where], name), part))
-    for name, part in (("on_train_start", "calibration, starts, first validation"), ("training_step", "first step")):
-        setattr(module.HeadSweep, name, mark(getattr(module.HeadSweep, name), part))
+        setattr(places[where], name, mark(getattr(places[where], name), part))
     sys.argv = [str(ROOT / "train.py"), *arguments]
-    sys.exit(train.command())
+    try:
+        return train.command()
+    except _FirstStepDone:  # the run has closed its files and processes on the way here
+        return 0
+
+
+def _now() -> tuple[float, float]:
+    return time.time(), time.process_time()
 
 
 if __name__ == "__main__":
-    trace(Path(sys.argv[1]), sys.argv[2:])
+    sys.exit(trace(Path(sys.argv[1]), sys.argv[2:]))

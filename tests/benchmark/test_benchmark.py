@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import functools
+import io
 import json
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ from rich.console import Console
 
 from bottleneck.benchmark import __main__ as benchmark
 from bottleneck.benchmark import hidden, ours, shapes, startup, stock, table
-from bottleneck.benchmark.moments import STORY
+from bottleneck.benchmark.moments import LAST, STORY
 from bottleneck.core.environment import cores
 from conftest import sentences
 
@@ -265,20 +268,65 @@ def test_bad_input_is_one_line(capsys, argv, words):
     assert len(lines) == 1 and words in lines[0], lines
 
 
+def _run(*ends):
+    """A run of three parts with these ends; a CPU second passes in half a second."""
+    return {part: startup.Moment(end, 2 * end) for part, end in zip(("interpreter", "imports", LAST), ends)}
+
+
 def test_parts_of_a_start_add_up_to_its_end():
-    runs = [
-        {"interpreter": 0.5, "imports": 3.5, "first step": 4.0},
-        {"interpreter": 1.0, "imports": 3.0, "first step": 5.0},
-    ]
-    *parts, whole = startup._parts("case", runs, "cpu")
-    assert [(r.implementation, r.p50) for r in parts] == [("interpreter", 0.75), ("imports", 2.5), ("first step", 1.25)]
-    assert whole.p50 == 4.5 == sum(r.p50 for r in parts)
+    first, *parts, whole = startup._rows("case", [_run(1.0, 2.0, 9.0), _run(0.5, 3.5, 4.0), _run(1.0, 3.0, 5.0)], "cpu")
+    assert [(r.implementation, r.p50) for r in parts] == [("interpreter", 0.75), ("imports", 2.5), (LAST, 1.25)]
+    assert whole.p50 == 4.5 == sum(r.p50 for r in parts) and first.p50 == 9.0
+    assert [r.note for r in (first, *parts, whole)] == [f"{2 * r.p50:.2f} s of CPU" for r in (first, *parts, whole)]
+
+
+@pytest.mark.parametrize("found, rows", [(0, 0), (1, 1), (2, 5)])
+def test_what_was_measured_before_an_interrupt_is_kept(monkeypatch, tmp_path, capsys, found, rows):
+    """Ctrl-C comes during the run after `found` runs: the first has one row, those after it three parts and a sum."""
+    runs = [_run(1.0, 2.0, 3.0 + i) for i in range(found)]
+
+    def one(*args):
+        if not runs:
+            raise KeyboardInterrupt
+        return runs.pop(0)
+
+    calls = []
+    monkeypatch.setattr(startup, "_whole", lambda command: calls.append(command) or startup.Moment(1.0, 1.0))
+    monkeypatch.setattr(startup, "_moments", one)
+    words = ["startup", "--shape", "tiny", "--batch", "2", "--block", "64", "--repeats", "2"]
+    assert benchmark.main([*words, "--csv", str(tmp_path / "rows.csv")]) == 0
+    assert calls == [command for command in startup.HELPS.values() for _ in range(2)]
+    with open(tmp_path / "rows.csv", newline="") as f:
+        cases = [r["case"] for r in csv.DictReader(f)]
+    assert cases[:4] == list(startup.HELPS) and len(cases) == 4 + rows
+    err = capsys.readouterr().err
+    assert all(f"{name}: 1.00 s, 1.00 s of CPU" in err for name in startup.HELPS) and "interrupted" in err
+    assert [f"imports 1.00 s, {LAST} {i + 1:.2f} s" in err for i in range(3)] == [i < found for i in range(3)]
 
 
 @pytest.mark.slow
-def test_the_parts_of_a_run_s_start_are_timed_in_order(capfd, short_validation):
+def test_a_run_is_timed_in_order_and_ends_after_its_first_step(monkeypatch, tmp_path, short_validation):
+    """The run's folder shows that nothing came after that step, and temporary files are gone."""
+    seen = []
+    call = ours.call
+
+    def looked_at(command):
+        code = call(command)
+        folder = Path(command[-1].partition("=")[2])
+        seen.append((code, sorted(p.name for p in folder.iterdir()), (folder / "metrics.csv").read_text()))
+        return code
+
+    monkeypatch.setattr(ours, "call", looked_at)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     case = ours.Case("tiny", [8], 1, 2, 2, 2, 64, "cpu", ["backbone.weights=random"])
     with ours.inputs("tiny", 2 * case.tokens) as (backbone, tokens):
         moments = startup._moments(case, backbone, tokens)
-    assert list(moments)[:2] == ["interpreter", "imports"] and list(moments)[-1] == "first step"
-    assert list(moments.values()) == sorted(moments.values()) and len(moments) == 4 + len(STORY)
+    assert list(moments) == ["interpreter", "imports", *(part for _, _, part in STORY)]
+    for times in zip(*moments.values()):
+        assert list(times) == sorted(times) and times[0] > 0
+    ((code, files, rows),) = seen
+    assert code == 0 and "curve.json" not in files and "heads" not in files and not [f for f in files if "png" in f]
+    steps = {r["step"] for r in csv.DictReader(io.StringIO(rows))}
+    assert steps == {"0", "1"}
+    assert not [p for p in tmp_path.iterdir() if not p.name.startswith("torchinductor")]
