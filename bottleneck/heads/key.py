@@ -6,11 +6,12 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from bottleneck.core.errors import check
+
+if TYPE_CHECKING:
+    import torch
 
 LOW_RANK = "low_rank"
 
@@ -62,6 +63,8 @@ def as_options(given: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
 
 def generator(key: HeadKey) -> torch.Generator:
     """A CPU generator seeded by a head's rank and seed only, so that heads of all rates start from the same values."""
+    import torch  # here, since commands that only read curves need no torch
+
     digest = hashlib.sha256(f"{key.rank}/{key.seed}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 

@@ -24,7 +24,7 @@ import math
 from typing import Any, Optional
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from bottleneck.results.knee import crossing
 from bottleneck.results.schema import series
@@ -52,7 +52,7 @@ def projections(tokens: list[int], losses_HG: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _quantile(degrees: int) -> float:
-    return float(stats.t.ppf((1 + LEVEL) / 2, degrees))
+    return float(special.stdtrit(degrees, (1 + LEVEL) / 2))
 
 
 def margins(rows_HK: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy import fft
+from scipy import fft, stats
 
 from bottleneck.results import curve
 from bottleneck.results.intervals import margins, paired_difference, projections
@@ -105,6 +105,12 @@ def test_errors_are_those_of_low_frequencies():
     mean = losses @ tokens / sum(tokens)
     weighted = fft.dct((losses - mean[:, None]) * tokens * 60 / sum(tokens), norm="ortho")[:, 1 : found.shape[1] + 1]
     assert projections(tokens, losses) == pytest.approx(weighted / math.sqrt(60 * found.shape[1]), abs=1e-12)
+
+
+def test_margins_are_student_s_t():
+    for degrees in range(1, 100):
+        row = np.eye(1, degrees)  # a standard error of 1
+        assert float(margins(row)[0]) == pytest.approx(stats.t.ppf(0.975, degrees), rel=1e-14)
 
 
 def test_intervals_change_no_number_and_need_enough_text():
