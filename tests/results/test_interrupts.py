@@ -31,7 +31,7 @@ def test_an_interrupt_while_modules_are_imported_is_one_line(tmp_path):
         "import builtins, sys\n"
         "real = builtins.__import__\n"
         "def guard(name, *a, **k):\n"
-        "    if name.startswith('torch'):\n"
+        "    if name.startswith(('scipy', 'torch')):\n"
         "        raise KeyboardInterrupt\n"
         "    return real(name, *a, **k)\n"
         "builtins.__import__ = guard\n"
