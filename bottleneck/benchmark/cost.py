@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bottleneck.benchmark import slowed
 from bottleneck.benchmark.clock import seconds
 from bottleneck.benchmark.table import Row, hardware, row
 from bottleneck.config.numbers import as_count
@@ -100,6 +101,8 @@ def run(args: argparse.Namespace) -> list[Row]:
                     found_ms.append(float(np.median(times)) * 1e3)
                 known[place] = found_ms
             h |= {"step_ms": known[place][0], "decode_ms": known[place][1], "timing": about}
+    if device == "cuda":
+        slowed.check_times(", ".join(str(folder / "curve.json") for folder in curves))
     for folder, c in curves.items():  # only when all are measured
         curve.write([c], folder)
     return rows

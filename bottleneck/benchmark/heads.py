@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from bottleneck.benchmark import hidden, peers, shapes
+from bottleneck.benchmark import hidden, peers, shapes, slowed
 from bottleneck.benchmark.clock import peak_mib, seconds
 from bottleneck.benchmark.peers import Case, Work
 from bottleneck.benchmark.table import Row, row
@@ -152,6 +152,8 @@ def run(args: argparse.Namespace) -> list[Row]:
         c = make(R)
         rows += _compared(_works(c, args, memories), c, args.repeats, device)
     if args.write_table:
+        if device == "cuda":
+            slowed.check_times(TABLE.name)
         _write_table(rows, args, device)
     return rows
 

@@ -9,6 +9,8 @@ import threading
 from collections.abc import Iterator
 from typing import NamedTuple, Optional
 
+from bottleneck.core.errors import check
+
 # bits of NVML's nvmlClocksEventReasons; the power cap, 0x4, is normal at full load
 REASONS = {
     0x08: "HW slowdown",
@@ -19,6 +21,9 @@ REASONS = {
 FIELDS = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")  # the second is of older drivers
 EVERY = 5.0  # seconds between two readings
 PATIENCE = 10.0  # seconds for nvidia-smi, which can hang if a card is broken
+
+
+_watched: list[list[Reading]] = []  # what the blocks that are running now have read
 
 
 class Reading(NamedTuple):
@@ -40,6 +45,7 @@ def watch() -> Iterator[list[Reading]]:
     process of its own; this one loses a few milliseconds while it is started.
     """
     readings: list[Reading] = []
+    _watched.append(readings)
     over = threading.Event()
     thread = threading.Thread(target=_read_until, args=(over, readings), daemon=True)
     thread.start()
@@ -48,6 +54,14 @@ def watch() -> Iterator[list[Reading]]:
     finally:
         over.set()
         thread.join()
+        _watched.remove(readings)
+
+
+def check_times(what: str) -> None:
+    """Raise UserError if a GPU was slowed so far: times that others rely on, such as `what`, are then not written."""
+    now = visible(_ask(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    said = warning([r for readings in [*_watched, now] for r in readings])
+    check(not said, f"{what}: not written, {said}; run it again when the card is cool")
 
 
 def warning(readings: list[Reading]) -> str:

@@ -9,6 +9,7 @@ import pytest
 
 from bottleneck.benchmark import __main__ as benchmark
 from bottleneck.benchmark import decode, slowed, table
+from bottleneck.core.errors import UserError
 
 HOT = "0, GPU-aa11, 86, 420, 0x0000000000000020\n1, GPU-bb22, 61, 1980, 0x0000000000000004\n"
 FINE = "0, GPU-aa11, 60, 1980, 0x0000000000000000\n1, GPU-bb22, 61, 1980, 0x0000000000000004\n"
@@ -172,3 +173,17 @@ def test_gpus_are_read_at_the_start_in_between_and_at_the_end(nvidia_smi, monkey
         answer.write_text(FINE)
         wait_for(len(readings) + 4, readings)
     assert readings[0].reasons == readings[-2].reasons == 0 and "GPU 0" in slowed.warning(readings)
+
+
+def test_times_of_a_slowed_gpu_are_not_written_where_others_read_them(nvidia_smi):
+    """What `heads --write-table` and `cost` call before they write; a card that was hot only before counts too."""
+    answer = nvidia_smi()
+    with slowed.watch():
+        for _ in range(500):
+            if slowed._watched[0]:
+                break
+            time.sleep(0.01)
+        answer.write_text(FINE)
+        with pytest.raises(UserError, match=r"measured.csv: not written, .*86 °C, 420 MHz"):
+            slowed.check_times("measured.csv")
+    slowed.check_times("measured.csv")
