@@ -39,6 +39,7 @@ draw() { # draw FOLDER AXIS RUN…, of which some may not be finished
     for run in "$@"; do
         [ ! -f "$run/curve.json" ] || runs+=("$run")
     done
+    [ ${#runs[@]} -gt 0 ] || return
     "$python" -m bottleneck.curve "${runs[@]}" --out "$out/$to" --x "$x" || echo "$to" >> "$out/failed"
 }
 
