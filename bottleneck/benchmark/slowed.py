@@ -54,7 +54,7 @@ def watch() -> Iterator[list[Reading]]:
     finally:
         over.set()
         thread.join()
-        _watched.remove(readings)
+        _watched.pop()
 
 
 def check_times(what: str) -> None:

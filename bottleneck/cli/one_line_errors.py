@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import math
 import os
 import sys
@@ -152,17 +151,7 @@ def one_line_errors(main: Callable[[], object], after_interrupt: Optional[str] =
 
 
 def _how_to_resume() -> str:
-    if folders and not sweeps and _keeps_nothing(Path(folders[-1])):
-        return "no checkpoint was kept (trainer.checkpoint_every=null): the same command starts again"
     return how_to_resume(*folders[-1:], **({"sweep": sweeps[-1]} if sweeps else {}))
-
-
-def _keeps_nothing(folder: Path) -> bool:
-    """Whether the run in a folder was told to keep no checkpoints; False before its config is written."""
-    try:
-        return json.loads((folder / "run.json").read_text())["config"]["trainer"]["checkpoint_every"] is None
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 def _summary() -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import sys
+from pathlib import Path
 from typing import Any, NoReturn, Optional
 
 
@@ -30,7 +32,17 @@ def how_to_resume(folder: object = None, sweep: object = None) -> str:
     """
     if sweep is not None:  # hydra.run.dir would resume this job without the multirun's other jobs
         return f"resume with the same command, ckpt_path=last and hydra.sweep.dir={sweep}"
+    if folder and _keeps_no_checkpoints(Path(str(folder))):
+        return "no checkpoint was kept (trainer.checkpoint_every=null): the same command starts again"
     return "resume with ckpt_path=last and " + (f"hydra.run.dir={folder}" if folder else "the same hydra.run.dir")
+
+
+def _keeps_no_checkpoints(folder: Path) -> bool:
+    """Whether the run in a folder was told to keep none; False before its config is written."""
+    try:
+        return json.loads((folder / "run.json").read_text())["config"]["trainer"]["checkpoint_every"] is None
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 class Parser(argparse.ArgumentParser):

@@ -19,12 +19,12 @@ from typing import Any, NamedTuple, Optional
 import torch
 import triton
 from torch import Tensor
-from torch.nn.functional import logsigmoid, pad
+from torch.nn.functional import logsigmoid
 
 import bottleneck.losses.pointwise_kernels as kernels
 from bottleneck.losses import fused
 from bottleneck.losses.products import matmul_f32
-from bottleneck.losses.statistics import LOG2E
+from bottleneck.losses.statistics import LOG2E, merged, padded
 
 CHUNK_BYTES = 96 << 20  # of float32 logits, for the gradient of slopes
 STEP = 256  # entries that a program of `bend` adds at a time: two a thread
@@ -78,10 +78,7 @@ class _Pointwise(torch.autograd.Function):
         ctx: Any, z_NR: Tensor, A_VR: Tensor, y_N: Tensor, slopes_K: Optional[Tensor], limit: float
     ) -> tuple[Tensor, Tensor]:
         grad = any(ctx.needs_input_grad)
-        # Triton's interpreter gets products of bfloat16 wrong
-        dtype = torch.float32 if fused.INTERPRETED else z_NR.dtype
-        extra = fused.padded_rank(A_VR.shape[1]) - A_VR.shape[1]
-        z, A = (pad(t.to(z_NR.dtype).to(dtype), (0, extra)).contiguous() for t in (z_NR, A_VR))
+        z, A = padded(z_NR, A_VR)
         if slopes_K is None:
             f = _Map(z, z, 0.0, 0.0)
         else:
@@ -129,12 +126,7 @@ def _scan(z: Tensor, A: Tensor, y: Tensor, f: _Map, grad: bool) -> tuple[Tensor,
     here = y >= 0
     s_own = (z.float() * A[y.clamp(min=0).long()].float()).sum(-1)
     own = torch.where(here, f(s_own)[0], 0.0)
-    top = torch.where(here, own, float("-inf")).maximum(m.amax(0))  # the scan leaves the target out
-    shares = (m - top).exp()
-    others = (shares * l).sum(0)
-    total = others + torch.where(here, (own - top).exp(), 0.0)
-    rest = torch.einsum("sn,snr->nr", shares / total, acc) if grad else own
-    return own, top + total.log(), others / total, rest, s_own
+    return own, *merged(m, l, acc if grad else None, own, here), s_own
 
 
 def _spread(

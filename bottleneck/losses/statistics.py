@@ -41,14 +41,36 @@ def statistics(z_NR: Tensor, A_VR: Tensor, y_N: Tensor) -> tuple[Tensor, Tensor]
     return own, lse
 
 
+def padded(z_NR: Tensor, A_VR: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the dtype of z, with zeros up to the rank that the kernels take."""
+    # Triton's interpreter gets products of bfloat16 wrong
+    dtype = torch.float32 if fused.INTERPRETED else z_NR.dtype
+    extra = fused.padded_rank(A_VR.shape[1]) - A_VR.shape[1]
+    z, A = (torch.nn.functional.pad(t.to(z_NR.dtype).to(dtype), (0, extra)).contiguous() for t in (z_NR, A_VR))
+    return z, A
+
+
+def merged(
+    m_SN: Tensor, l_SN: Tensor, acc_SNR: Optional[Tensor], own_N: Tensor, here_N: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Join the parts of a scan, which leaves the target out, with the target.
+
+    Args: own_N: logits of the targets, where `here_N`; acc_SNR: Σ exp(s − m) · a row.
+    Returns: lse [N], Σ_{v≠y} p_v [N], and Σ_{v≠y} p_v · a row [N, R] (`own_N` without acc).
+    """
+    top = torch.where(here_N, own_N, float("-inf")).maximum(m_SN.amax(0))
+    shares = (m_SN - top).exp()
+    others = (shares * l_SN).sum(0)
+    total = others + torch.where(here_N, (own_N - top).exp(), 0.0)
+    rest = own_N if acc_SNR is None else torch.einsum("sn,snr->nr", shares / total, acc_SNR)
+    return top + total.log(), others / total, rest
+
+
 class _Statistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z_NR: Tensor, A_VR: Tensor, y_N: Tensor) -> tuple[Tensor, Tensor]:
         grad = any(ctx.needs_input_grad)
-        # Triton's interpreter gets products of bfloat16 wrong
-        dtype = torch.float32 if fused.INTERPRETED else z_NR.dtype
-        extra = fused.padded_rank(A_VR.shape[1]) - A_VR.shape[1]
-        z, A = (torch.nn.functional.pad(t.to(z_NR.dtype).to(dtype), (0, extra)).contiguous() for t in (z_NR, A_VR))
+        z, A = padded(z_NR, A_VR)
         with torch.cuda.device_of(z):
             own, lse, rest = _scan(z, A, y_N, grad)
         if grad:
@@ -88,11 +110,8 @@ def _scan(z: Tensor, A: Tensor, y: Tensor, grad: bool) -> tuple[Tensor, Tensor, 
     )  # fmt: skip
     here = y >= 0
     own = torch.where(here, (z.float() * A[y.clamp(min=0).long()].float()).sum(-1), 0.0)
-    top = torch.where(here, own, float("-inf")).maximum(m.amax(0))  # the scan leaves the target out
-    shares = (m - top).exp()
-    total = (shares * l).sum(0) + torch.where(here, (own - top).exp(), 0.0)
-    rest = torch.einsum("sn,snr->nr", shares / total, acc) if grad else own
-    return own, top + total.log(), rest
+    lse, _, rest = merged(m, l, acc if grad else None, own, here)
+    return own, lse, rest
 
 
 def _spread(z: Tensor, A: Tensor, y: Tensor, lse: Tensor, g_own: Tensor, g_lse: Tensor, dA: Tensor) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bottleneck.cli import one_line_errors as cli
-from bottleneck.core.errors import Stopped
+from bottleneck.core.errors import Stopped, how_to_resume
 from bottleneck.training.progress import TokenProgress
 from bottleneck.training.run_folder import LAST
 from bottleneck.training.signals import Flag
@@ -118,6 +118,7 @@ def test_the_hint_of_a_run_without_checkpoints_promises_none(run, monkeypatch, c
     assert cli.one_line_errors(main) == 128 + signal.SIGTERM
     kept = "no checkpoint was kept (trainer.checkpoint_every=null): the same command starts again"
     assert capsys.readouterr().err == f"stopped by SIGTERM after step 7; {kept}\n"
+    assert how_to_resume(tmp_path) == kept, "what a run says whose process was killed"
 
 
 def test_slurms_launcher_without_slurm_is_one_line(monkeypatch, capsys):
