@@ -30,6 +30,9 @@ CHUNK_BYTES = 96 << 20  # of float32 logits, for the gradient of slopes
 STEP = 256  # entries that a program of `bend` adds at a time: two a thread
 MOST_PIECES = 64  # of a program of `bend`: registers of a thread
 PROGRAMS = 2048  # of `bend`, at least: they fill any card a few times
+# f and f' of a tile take registers: with the tiles of a plain softmax, up to 512 bytes a thread are in memory
+SCAN = {**fused.SCAN, 128: fused.Tile(64, 64, 4, 3, 2)}
+SPREAD = {**fused.SPREAD, 64: fused.Tile(64, 64, 4, 3), 128: fused.Tile(64, 64, 4, 3)}
 
 
 class _Map(NamedTuple):
@@ -115,7 +118,7 @@ class _Pointwise(torch.autograd.Function):
 def _scan(z: Tensor, A: Tensor, y: Tensor, f: _Map, grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """own, lse, Σ_{v≠y} p_v [N], with `grad` Σ_{v≠y} p_v f'(s_v) a_v [N, R], and the target's s [N]; float32."""
     (N, R), V = z.shape, len(A)
-    t = fused.tile(fused.SCAN, R, z)
+    t = fused.tile(SCAN, R, z)
     blocks, S, part = fused.parts(N, V, t, z.device)
     m, l = torch.empty(2, S, N, dtype=torch.float32, device=z.device)
     acc = torch.empty(S, N, R, dtype=torch.float32, device=z.device) if grad else m
@@ -133,7 +136,7 @@ def _spread(
     z: Tensor, A: Tensor, y: Tensor, f: _Map, lse: Tensor, share: Tensor, g_lse: Tensor, columns: int
 ) -> Tensor:
     (N, R), V = z.shape, len(A)
-    t = fused.tile(fused.SPREAD, R, z)
+    t = fused.tile(SPREAD, R, z)
     dA = torch.empty(V, columns, dtype=torch.float32, device=z.device)
     kernels.spread[(triton.cdiv(V, t.entries),)](
         z, A, y, f.below, f.slopes, lse * LOG2E, share, g_lse, dA, *f.scalars, N, V, columns, R=R, BN=t.tokens,

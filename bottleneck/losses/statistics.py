@@ -27,6 +27,8 @@ import bottleneck.losses.statistic_kernels as statistic_kernels
 from bottleneck.losses import fused
 
 LOG2E = 1.4426950408889634
+# two weights a token take registers: at 128 tokens a tile `spread` of rank 128 keeps 76 bytes a thread in memory
+SPREAD = {**fused.SPREAD, 128: fused.Tile(64, 64, 4, 3)}
 
 
 def statistics(z_NR: Tensor, A_VR: Tensor, y_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,7 +64,7 @@ def merged(
     shares = (m_SN - top).exp()
     others = (shares * l_SN).sum(0)
     total = others + torch.where(here_N, (own_N - top).exp(), 0.0)
-    rest = own_N if acc_SNR is None else torch.einsum("sn,snr->nr", shares / total, acc_SNR)
+    rest = own_N if acc_SNR is None else ((shares / total)[..., None] * acc_SNR).sum(0)
     return top + total.log(), others / total, rest
 
 
@@ -116,7 +118,7 @@ def _scan(z: Tensor, A: Tensor, y: Tensor, grad: bool) -> tuple[Tensor, Tensor, 
 
 def _spread(z: Tensor, A: Tensor, y: Tensor, lse: Tensor, g_own: Tensor, g_lse: Tensor, dA: Tensor) -> None:
     (N, R), V = z.shape, len(A)
-    t = fused.tile(fused.SPREAD, R, z)
+    t = fused.tile(SPREAD, R, z)
     statistic_kernels.spread[(triton.cdiv(V, t.entries),)](
         z, A, y, lse * LOG2E, g_own, g_lse, dA, N, V, dA.shape[1], R=R, BN=t.tokens, BV=t.entries,
         PRECISE=z.dtype == torch.float32, num_warps=t.warps, num_stages=t.stages,
