@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 
 from bottleneck.cli.imports import run
+from bottleneck.downstream.arguments import parser
 
 
 def main() -> int:
     """Returns the exit code."""
-    return run("bottleneck.downstream.lm_eval")
+    return run("bottleneck.downstream.lm_eval", parser)
 
 
 if __name__ == "__main__":

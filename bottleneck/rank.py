@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 
 from bottleneck.cli.imports import run
+from bottleneck.drafts.arguments import parser
 
 
 def main() -> int:
     """Returns the exit code."""
-    return run("bottleneck.drafts.rank")
+    return run("bottleneck.drafts.rank", parser)
 
 
 if __name__ == "__main__":

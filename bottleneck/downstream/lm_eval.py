@@ -28,9 +28,10 @@ from rich.table import Table
 
 from bottleneck.backbone.model import load_tokenizer
 from bottleneck.cli import one_line_errors as cli
-from bottleneck.core.errors import Parser, UserError, check
+from bottleneck.core.errors import UserError, check
 from bottleneck.core.files import leftovers
 from bottleneck.downstream import scores as downstream
+from bottleneck.downstream.arguments import parser
 from bottleneck.downstream.scores import OURS, heads_of, identity, read_results
 from bottleneck.downstream.tasks import fingerprint, load_tasks, one_line
 from bottleneck.serve.export import quiet
@@ -231,25 +232,7 @@ def _show(table: list[dict[str, Any]], tasks: list[str], limit: Optional[int]) -
 
 def command(argv: list[str]) -> list[dict[str, Any]]:
     """Parse the arguments and score. Returns the rows of downstream.csv."""
-    parser = Parser(
-        prog="python -m bottleneck.evaluate", description="Score the heads of a run with lm-evaluation-harness."
-    )
-    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of a finished run")
-    parser.add_argument(
-        "--tasks",
-        required=True,
-        help="names of lm-eval's tasks, YAML files, folders of YAML files; separated by commas",
-    )
-    parser.add_argument(
-        "--ranks", help="ranks to score, separated by commas (default: all); the original head is always scored"
-    )
-    parser.add_argument("--limit", type=int, help="only so many questions of each task, for a first look")
-    parser.add_argument("--batch-size", default="8", help="sequences in one forward pass, or auto (default: 8)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
-    parser.add_argument(
-        "--backbone", metavar="PATH", help="where the backbone is now, if it has moved: folder or Hub name"
-    )
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     specs = [s.strip() for s in args.tasks.split(",") if s.strip()]
     check(bool(specs), "--tasks: give at least one task")
     ranks = None if args.ranks is None else [_count("--ranks", r) for r in args.ranks.split(",")]

@@ -27,11 +27,12 @@ from bottleneck.backbone.model import Backbone, load_shape, load_tokenizer
 from bottleneck.backbone.target import target_config
 from bottleneck.cli import one_line_errors as cli
 from bottleneck.core.environment import cores, environment
-from bottleneck.core.errors import Parser, check
+from bottleneck.core.errors import check
 from bottleneck.core.files import write_atomic
 from bottleneck.data.module import leading_bos
 from bottleneck.data.prepare import prepare
 from bottleneck.drafts.acceptance import Draft, measured
+from bottleneck.drafts.arguments import parser
 from bottleneck.drafts.picture import draw
 from bottleneck.drafts.speedup import best_of, speedups
 from bottleneck.drafts.steps import body_seconds, head_seconds, target_seconds
@@ -175,23 +176,9 @@ def write(content: dict[str, Any], out: Path) -> None:
         write_atomic(out / f"rank.{name}", functools.partial(Path.write_bytes, data=raw))
 
 
-def _parser() -> Parser:
-    parser = Parser(prog="python -m bottleneck.rank", description="Which rank to ship as a draft for a target model.")
-    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of a finished run")
-    parser.add_argument("--target", required=True, metavar="MODEL", help="Hub name, folder or .gguf file of the target")
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder of rank.json, .csv, .png (default: RUN_DIR/rank)"
-    )
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 32], help="sequences of a step (default: 1 32)")
-    parser.add_argument("--context", type=int, default=64, help="cached tokens of each sequence (default: 64)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
-    parser.add_argument("--backbone", metavar="PATH", help="where the backbone is now, if it has moved")
-    return parser
-
-
 def command(argv: list[str]) -> dict[str, Any]:
     """Parse the arguments, measure, write and show. Returns the content of rank.json."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     for name, values in (("batch", args.batch), ("context", [args.context]), ("threads", [args.threads or 1])):
         check(min(values) >= 1, f"--{name} {min(values)}: must be at least 1")
     run = open_run(args.run, args.backbone)

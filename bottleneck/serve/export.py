@@ -26,10 +26,11 @@ from torch import Tensor
 
 from bottleneck.backbone.model import DTYPES, Backbone, label, load_model, load_tokenizer
 from bottleneck.cli import one_line_errors as cli
-from bottleneck.core.errors import Parser, check
+from bottleneck.core.errors import check
 from bottleneck.heads.head import Head
 from bottleneck.heads.key import LOW_RANK, HeadKey
 from bottleneck.serve import truncated
+from bottleneck.serve.arguments import parser
 from bottleneck.serve.folder import (
     Seen,
     add_older_names,
@@ -47,7 +48,6 @@ from bottleneck.serve.swap import prove, replace_head, set_head
 from bottleneck.training.finished_run import FinishedRun, open_run
 
 __all__ = ["command", "export", "main", "open_run", "prove", "quiet", "set_head"]
-FORMS = ("dense", "serve", "factored", "modelling")
 FACTS = "bottleneck.json"  # origin of a head
 HEAD_FACTS = ("rank", "lr", "seed", "init", "parameters", "loss", "perplexity", "bits_per_byte", "initial_loss")
 RUN_FACTS = ("data", "data_hash", "tokens", "validation_tokens", "recipe", "reference", "versions")
@@ -268,41 +268,9 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _parser() -> Parser:
-    parser = Parser(
-        prog="python -m bottleneck.export",
-        description="Write a trained head as a Transformers model, as a model for vLLM, or as its two matrices.",
-    )
-    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="folder of a finished run")
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--rank", type=int, help="rank of the head; the best of this rank, of any kind")
-    which.add_argument("--head", metavar="NAME", help="name of the head, as in RUN_DIR/heads")
-    parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="new or empty folder")
-    parser.add_argument(
-        "--form",
-        choices=FORMS,
-        default="dense",
-        help="whole model, model with the head as two matrices, these alone, or model with any kind (default: dense)",
-    )
-    parser.add_argument("--lr", type=float, help="the head of this rate (default: the best of the rank)")
-    parser.add_argument("--seed", type=int, help="the head of this seed (default: the best of the rank)")
-    parser.add_argument(
-        "--dtype", choices=tuple(DTYPES), default="float32", help="of the weights written (default: float32)"
-    )
-    parser.add_argument(
-        "--backbone", metavar="PATH", help="where the backbone is now, if it has moved: folder or Hub name"
-    )
-    parser.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="run Python code from the backbone's repository, which some families need; only if you trust it",
-    )
-    return parser
-
-
 def command(argv: list[str]) -> Path:
     """Parse the arguments and export. Returns the new folder."""
-    args = _parser().parse_args(argv)
+    args = parser().parse_args(argv)
     run = open_run(args.run, args.backbone)
     if args.trust_remote_code:  # the run's own setting is not followed: its folder may come from somebody else
         run.backbone = dataclasses.replace(run.backbone, trust_remote_code=True)

@@ -37,7 +37,11 @@ def test_an_interrupt_while_modules_are_imported_is_one_line(tmp_path):
         "builtins.__import__ = guard\n"
         "import bottleneck.curve, bottleneck.race, bottleneck.report, bottleneck.export, bottleneck.evaluate\n"
         "b = bottleneck\n"
-        "sys.exit(sum(c.main() for c in (b.curve, b.race, b.report, b.export, b.evaluate)) - 520)"
+        "given = {b.export: ['RUN', '--rank', '8', '--to', 'DIR'], b.evaluate: ['RUN', '--tasks', 'a']}\n"
+        "def code(c):\n"
+        "    sys.argv[1:] = given.get(c, [])\n"
+        "    return c.main()\n"
+        "sys.exit(sum(map(code, (b.curve, b.race, b.report, b.export, b.evaluate))) - 520)"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 130 and done.stdout == "" and done.stderr == 5 * LINE

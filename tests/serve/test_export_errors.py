@@ -18,6 +18,7 @@ from bottleneck.backbone.model import Backbone, load_model
 from bottleneck.config.schema import BackboneConfig
 from bottleneck.core.run_file import RUN_FILE
 from bottleneck.serve import export
+from bottleneck.serve.arguments import FORMS
 from conftest import VOCAB
 from support.finished import finished, row
 from support.finished import swept as swept  # a fixture
@@ -147,7 +148,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, swept, toy_backbone, tmp
     assert sorted(tmp_path.rglob("*")) == before and (full / "x").read_text() == "kept"
 
 
-@pytest.mark.parametrize("form", export.FORMS)
+@pytest.mark.parametrize("form", FORMS)
 def test_full_disk(form, swept, tmp_path, capsys):
     """A limit on the size of files stands for a full disk; the system's message is repeated."""
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -166,7 +167,7 @@ def test_values_that_a_dtype_cannot_hold(toy_backbone, tmp_path, capsys):
     tensors = load_file(path)
     tensors["A"][0, 0] = 1e6
     save_file(tensors, path, metadata={"bottleneck": json.dumps({"backbone_hash": digest})})
-    for form in export.FORMS:
+    for form in FORMS:
         assert (
             export.main([str(folder), "--rank", "4", "--to", str(tmp_path / "e"), "--dtype", "float16", "--form", form])
             == 2

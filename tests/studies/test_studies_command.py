@@ -6,8 +6,6 @@ import dataclasses
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -106,16 +104,6 @@ def test_help_lists_every_study_and_the_keys_of_the_chosen_one():
     assert set(re.findall(r"\bstudy\.[a-z_]+\b", page)) - {"study.study"} <= known
     spectrum = shell("study=spectrum", "--help").stdout
     assert "Keys of study=spectrum" in spectrum and re.search(r"^  study.drop_padding +Leave out", spectrum, re.M)
-
-
-@pytest.mark.parametrize("command", ["study", "curve", "report", "race"])
-def test_help_loads_no_torch(command):
-    """Loading torch takes seconds, and a minute from a slow network disk."""
-    words = [sys.executable, "-X", "importtime", "-m", f"bottleneck.{command}", "--help"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert done.returncode == 0 and done.stdout and "numpy" in loaded
-    assert not loaded & {"torch", "transformers", "matplotlib", "scipy.stats"}
 
 
 def test_every_key_has_a_sentence():
