@@ -59,7 +59,8 @@ def run(args: argparse.Namespace) -> list[Row]:
     ranks = ours.read_ranks(args)
     as_count("--repeats", args.repeats)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    more = ["backbone.weights=pretrained", *args.overrides]
+    # unlike the other benchmarks of whole runs, as `train.py` decides: so short a run does not compile its layers
+    more = ["backbone.weights=pretrained", "backbone.compile=auto", *args.overrides]
     case = ours.Case(args.shape, ranks, args.rates, args.steps, args.batch, args.micro_batch, args.block, device, more)
     said = Console(stderr=True)
     rows: list[Row] = []
