@@ -276,7 +276,7 @@ def _check_trainer(c: TrainConfig) -> None:
     as_rate("trainer.timeout_minutes", t.timeout_minutes)
     check(t.timeout_minutes <= YEAR, f"trainer.timeout_minutes={t.timeout_minutes:g}: must be at most a year, {YEAR}")
     for name in ("threads", "val_every", "checkpoint_every"):
-        if getattr(t, name) is not None:
+        if getattr(t, name) not in (None, "auto"):
             as_count(f"trainer.{name}", getattr(t, name))
     processes = t.devices * t.num_nodes
     multiple = f"must be a multiple of the {processes} processes (trainer.devices x num_nodes)"

@@ -249,7 +249,11 @@ class TrainerConfig:
     timeout_minutes: float = key(10, "With several processes: how long one waits for the others before it gives up.")
     threads: Optional[int] = key(None, "CPU threads of one process. Default: its share of the cores.")
     val_every: Optional[int] = key(None, "Steps between validations, besides those at the start and the end.")
-    checkpoint_every: Optional[int] = key(50, "Steps between checkpoints. null: none, not even at the end.")
+    checkpoint_every: Literal["auto"] | int | None = key(
+        "auto",
+        "Steps between checkpoints. auto: 50, and more where writing them would take over 5 % of the run's time. "
+        "null: none, not even at the end.",
+    )
     log_every: int = key(10, "Steps between logged rows.")
     progress: bool = key(True, "Show progress with tokens/s and the time left.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 import zipfile
 from pathlib import Path
 from typing import Any, Optional
@@ -15,6 +16,7 @@ from bottleneck.core.errors import UserError, check
 from bottleneck.core.files import write_atomic
 from bottleneck.training.run_folder import LAST, PREVIOUS
 
+EVERY, SHARE = 50, 0.05  # of trainer.checkpoint_every=auto
 CHECKSUM = "checksum"  # in checkpoint["bottleneck"]; checkpoints of earlier versions have none
 
 
@@ -95,18 +97,37 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
 
 
 class SaveLast(pl.Callback):
-    """Writes checkpoints/last.ckpt every `every` steps and at the end; keeps the one before as previous.ckpt."""
+    """Writes checkpoints/last.ckpt every so many steps and at the end; keeps the one before as previous.ckpt.
 
-    def __init__(self, run_dir: Path, every: int):
-        self.path, self.every = run_dir / LAST, every
-        self.step = -1
+    Args: every: steps, or "auto": EVERY of them, and more where writing takes over SHARE of the run's time, since a
+        checkpoint of many heads is gigabytes.
+    """
+
+    def __init__(self, run_dir: Path, every: str | int):
+        self.path = run_dir / LAST
+        self.every = EVERY if every == "auto" else int(every)
+        self.share = SHARE if every == "auto" else None
+        self.step = self.asked = -1
+        self.due = float("-inf")  # time.monotonic() from which the next one does not take more than its share
 
     def save(self, trainer: pl.Trainer) -> None:
         """Save this step, once."""
-        if self.step != trainer.global_step:
-            trainer.save_checkpoint(self.path)
-            self.step = trainer.global_step
+        if self.step == trainer.global_step:
+            return
+        begin = time.monotonic()
+        trainer.save_checkpoint(self.path)
+        end = time.monotonic()
+        self.step = trainer.global_step
+        if self.share is not None:
+            self.due = end + (end - begin) * (1 / self.share - 1)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
-        if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
+        if trainer.global_step == trainer.max_steps or self._now(trainer):
             self.save(trainer)
+
+    def _now(self, trainer: pl.Trainer) -> bool:
+        """Whether a checkpoint is due after this step: the first process decides, since saving is a common act."""
+        if trainer.global_step % self.every or trainer.global_step == self.asked:
+            return False
+        self.asked = trainer.global_step
+        return self.share is None or bool(trainer.strategy.broadcast(time.monotonic() >= self.due))

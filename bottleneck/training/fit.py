@@ -80,7 +80,7 @@ def _callbacks(t: TrainerConfig, run_dir: Path, flag: Flag) -> list[pl.Callback]
     callbacks: list[pl.Callback] = [TokenProgress()] if t.progress else []
     callbacks += [processes.SendBfloat16()] if t.reduce_dtype == "bfloat16" and t.devices * t.num_nodes > 1 else []
     callbacks += [ValidateEvery(t.val_every)] if t.val_every else []
-    saves = [checkpoint.SaveLast(run_dir, t.checkpoint_every)] if t.checkpoint_every else []
+    saves = [checkpoint.SaveLast(run_dir, t.checkpoint_every)] if t.checkpoint_every is not None else []
     return [*callbacks, *saves, StopOnSignal(flag, saves[0].save if saves else None)]
 
 
