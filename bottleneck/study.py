@@ -64,7 +64,7 @@ def _run() -> None:
     if sys.argv[1:] == ["experiment=paper"]:
         print(listing(figure for s in STUDIES for figure in s.commands))
         return
-    sys.argv[1:] = load_plugins(own_words(sys.argv[1:]))
+    sys.argv[1:] = cli.overrides_first(load_plugins(own_words(sys.argv[1:])))
     register()  # after the plugins, which declare studies too
     try:
         main()

@@ -119,6 +119,8 @@ class Source:
             "limits": [c.max_tokens, c.validation_tokens],
         }
         about["reading"] = READING
+        if c.text_unit == "auto" and any(reader_of(f) == "text" for f in self.validation_files):
+            about["validation_unit"] = "of the training text"  # once it was that of the validation text alone
         if c.dataset and c.streaming:
             about["lanes"] = LANES
         if c.bad_rows != "error":
@@ -154,10 +156,13 @@ class Source:
         for reader in ("text", "json", "parquet", "arrow"):
             paths = [f for f in files if reader_of(f) == reader]
             unit = self.cfg.text_unit
-            if unit == "auto":  # one file alone is a corpus; of several, each is a document
-                unit = "paragraph" if len(paths) == 1 else "file"
+            if unit == "auto":  # one training file alone is a corpus; of several, each is a document
+                # the same for validation text: else its documents would be of another kind, and copies not be found
+                trained = [f for f in self.files if reader_of(f) == "text"] or paths
+                unit = "paragraph" if len(trained) == 1 else "file"
                 if paths and reader == "text":
-                    log.info("data.text_unit=auto: a document is a %s", unit)
+                    part = "validation text" if files == self.validation_files != self.files else "training text"
+                    log.info("data.text_unit=auto: in the %s a document is a %s", part, unit)
             if paths:
                 yield reader, paths, unit
 

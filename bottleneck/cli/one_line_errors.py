@@ -61,7 +61,7 @@ def job(work: Callable[[], Any]) -> Any:
         before.restore()
         if not here:
             raise
-        name = f"job {run.job.num} ({run.job.override_dirname}): " if run.mode == RunMode.MULTIRUN else ""
+        name = f"{_job_name(run)}: " if run.mode == RunMode.MULTIRUN else ""
         failures.append(f"{name}{error}")
         print(f"error: {failures[-1]}", file=sys.stderr)
     except Exception as error:  # a defect, ours or a library's
@@ -69,8 +69,14 @@ def job(work: Callable[[], Any]) -> Any:
             raise
         traceback.print_exc()
         first = next(iter(str(error).strip().splitlines()), "")
-        failures.append(f"job {run.job.num} ({run.job.override_dirname}): {type(error).__name__}: {first}")
+        failures.append(f"{_job_name(run)}: {type(error).__name__}: {first}")
     return math.nan
+
+
+def _job_name(run: Any) -> str:
+    """Number of a multirun's job and the overrides that are its own: those which the command line does not have."""
+    own = [word for word in run.overrides.task if word not in sys.argv]
+    return f"job {run.job.num} ({','.join(own) or run.job.override_dirname})"
 
 
 def keep_hydra_files(cfg: DictConfig) -> None:
@@ -96,12 +102,26 @@ def composed(overrides: list[str]) -> DictConfig:
         return compose("train", overrides=words)
 
 
+# options of Hydra whose value is the next word; that of --info may be left out
+VALUED = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"}
+VALUED |= {"--experimental-rerun", "--info", "-i"}
+
+
+def overrides_first(words: list[str]) -> list[str]:
+    """Overrides, then options: argparse refuses overrides on both sides of an option (ranks=8 -m tokens=1e5,1e6)."""
+    overrides: list[str] = []
+    options: list[str] = []
+    for before, word in zip(["", *words], words):
+        (options if word.startswith("-") or (before in VALUED and "=" not in word) else overrides).append(word)
+    return overrides + options
+
+
 def hydra_command(main: Callable[[], object]) -> Callable[[], object]:
     """A Hydra main function that loads the plugins named on the command line before it composes."""
 
     def command() -> None:
         register()
-        sys.argv[1:] = load_plugins(sys.argv[1:])
+        sys.argv[1:] = overrides_first(load_plugins(sys.argv[1:]))
         main()
 
     return command

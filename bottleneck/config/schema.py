@@ -103,7 +103,11 @@ class DataConfig:
     bad_rows: Literal["error", "skip"] = key(
         "error", "A row whose text is not a string: error, or skip (leave it out and count it)."
     )
-    text_unit: Literal["auto", "file", "paragraph", "line"] = key("auto", "What counts as one document in .txt files.")
+    text_unit: Literal["auto", "file", "paragraph", "line"] = key(
+        "auto",
+        "What counts as one document in .txt files. auto: a file; a paragraph where there is a single training file, "
+        "then in validation text too.",
+    )
     document_start: Optional[str] = key(
         None, "Regular expression: rows are joined until one matches, as WikiText's titles do."
     )

@@ -16,6 +16,8 @@ from bottleneck.results.labels import kind_of, labels
 from bottleneck.results.metric_names import Column, columns
 from bottleneck.results.schema import series
 
+HARM = 1.02  # loss over that of the start; at rank d a start is the original head, and training may lose 1 %
+
 
 def show(curves: list[dict[str, Any]], console: Console) -> None:
     """Print the best head of every rank beside the original head, the knees, and hints about rates."""
@@ -25,7 +27,7 @@ def show(curves: list[dict[str, Any]], console: Console) -> None:
         measured = Measurement.get(console, console.options.update(max_width=1000), table)
         console.width = max(console.width, measured.maximum)
         console.print(table)
-        for line in [*(knee_lines(c) if "knee" in c else ()), *_rates_at_the_end(c["heads"])]:
+        for line in [*(knee_lines(c) if "knee" in c else ()), *_rates_at_the_end(c["heads"]), *_harmed(c["heads"])]:
             console.print(line, highlight=False, soft_wrap=True)
         lost = [f"{_place(h)} lr {h['lr']:.3g} seed {h['seed']}" for h in c["heads"] if h["status"] != "ok"]
         if lost:
@@ -100,6 +102,17 @@ def _rates_at_the_end(heads: list[dict[str, Any]]) -> list[str]:
         if ranks:
             out.append(f"the {which} rate tried is the best at rank {', '.join(ranks)}: try {advice} ones")
     return out
+
+
+def _harmed(heads: list[dict[str, Any]]) -> list[str]:
+    """A hint if training made the best head of a rank worse than its start: its rate is too high for so short a run."""
+    several = len({kind_of(h) for h in heads}) > 1
+    worse = [
+        f"{_place(h, several)} ({h['initial_loss']:.4f} to {h['loss']:.4f})"
+        for h in heads
+        if h["best"] and h.get("initial_loss") is not None and h["loss"] > HARM * h["initial_loss"]
+    ]
+    return [f"training made worse: {', '.join(worse)}: give lower rates or more tokens"] if worse else []
 
 
 def _place(h: dict[str, Any], several: bool = False) -> str:

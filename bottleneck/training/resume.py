@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import logging
 import os
 import re
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bottleneck.config.checks import total_steps
+from bottleneck.config.numbers import as_list
 from bottleneck.config.schema import TrainConfig
 from bottleneck.core.errors import UserError, check
 from bottleneck.core.run_file import read_run_file
@@ -93,7 +95,7 @@ def find(c: TrainConfig, run_dir: Path) -> StartingPoint:
         return StartingPoint(path, saved["global_step"])
     if not has_checkpoint(run_dir):
         done = _finished_without_checkpoint(stored, run_dir, tokens=steps * c.batch_size * c.data.block_size)
-        _warn_of_unread_inputs(done, stored, read_run_file(run_dir))
+        _check_unread_inputs(done, stored, read_run_file(run_dir), run_dir)
         if done is None:
             log.info("ckpt_path=last: no checkpoint in %s yet, starting at step 0", run_dir)
         return StartingPoint(finished=done)
@@ -101,7 +103,7 @@ def find(c: TrainConfig, run_dir: Path) -> StartingPoint:
     if skipped is not None:
         log.warning("%s; resuming from %s, step %d", skipped, path.name, saved["global_step"])
     done = curve.complete(run_dir) if saved["global_step"] >= steps else None
-    _warn_of_unread_inputs(done, stored, saved["bottleneck"]["config"])
+    _check_unread_inputs(done, stored, saved["bottleneck"]["config"], run_dir)
     return StartingPoint(path, saved["global_step"], done)
 
 
@@ -210,15 +212,32 @@ FREE = (
 )
 
 
-def _warn_of_unread_inputs(
-    finished: Optional[dict[str, Any]], current: dict[str, Any], begun: Optional[dict[str, Any]]
+def _check_unread_inputs(
+    finished: Optional[dict[str, Any]], current: dict[str, Any], begun: Optional[dict[str, Any]], run_dir: Path
 ) -> None:
-    """Backbone and text of a resumed run are compared by their content; a finished run reads neither."""
+    """Backbone and text of a resumed run are compared by their content; a finished run reads neither.
+
+    They may have moved, which is only logged. Raises UserError for others than the run was trained with.
+    """
     if finished is None or begun is None:
         return
     a, b = _flat(begun), _flat(current)
     for key in sorted(key for key in a.keys() & b.keys() if key.startswith(INPUTS) and not _same(a[key], b[key])):
-        log.warning("%s=%s was not read: the run is finished, and was trained with %s", key, b[key], a[key])
+        trained = f"the run in {run_dir} is finished, and was trained with {a[key]}"
+        check(not _another(key, a[key], b[key]), f"{key}={b[key]}: {trained}; give another folder")
+        log.warning("%s=%s was not read: %s", key, b[key], trained)
+
+
+def _another(key: str, old: Any, new: Any) -> bool:
+    """Whether an input is another one than before and has not just moved: both are there, or both are Hub names."""
+    there = [
+        {Path(path).resolve() for word in as_list(value) for path in glob.glob(str(word), recursive=True)}
+        for value in (old, new)
+    ]
+    if all(there):
+        return there[0] != there[1]
+    hub = all(isinstance(v, str) and not v.startswith(("/", ".", "~")) for v in (old, new))
+    return key == "backbone.path" and hub and not any(there)
 
 
 def check_same_run(stored: dict[str, Any], current: dict[str, Any], path: Path) -> None:

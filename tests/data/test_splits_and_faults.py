@@ -251,6 +251,22 @@ def test_copies_of_validation_documents_are_counted(tmp_path, tokenizer, caplog)
     assert "10 copies of validation documents" in caplog.text
 
 
+def test_one_validation_file_is_cut_as_the_training_files_are(tmp_path, tokenizer, caplog):
+    """Regression: it alone was cut at empty lines, so that its copy among the training files was not found."""
+    for name, text in {"a": "one two\n\nthree", "b": "four\n\nfive six", "c": "seven"}.items():
+        (tmp_path / "t").mkdir(exist_ok=True)
+        (tmp_path / "t" / f"{name}.txt").write_text(text)
+    shutil.copy(tmp_path / "t/b.txt", tmp_path / "held.txt")
+    held = str(tmp_path / "held.txt")
+    with caplog.at_level(logging.INFO):
+        corpus = prepare(config(tmp_path, files=str(tmp_path / "t"), validation_files=held), tokenizer)
+    assert corpus.manifest["read"]["copies"] == 1
+    assert len(documents(corpus.train, tokenizer)) == 2 and len(documents(corpus.validation, tokenizer)) == 1
+    assert "in the validation text a document is a file" in caplog.text
+    with pytest.raises(UserError, match="its 2 documents are copies of validation documents"):  # paragraphs of one file
+        prepare(config(tmp_path, files=held, validation_files=str(tmp_path / "t")), tokenizer)
+
+
 @pytest.mark.parametrize("own_split", [True, False])
 def test_copies_that_differ_in_white_space_only(tmp_path, tokenizer, own_split):
     """The same documents saved by another editor: with a mark, Windows' line breaks, blanks at ends of lines."""

@@ -35,12 +35,14 @@ def test_a_defect_in_one_job_does_not_stop_the_others(monkeypatch, capsys, launc
     """Its traceback is printed and the next jobs run, as after a UserError. On a cluster or alone it is raised."""
     run = SimpleNamespace(
         runtime=SimpleNamespace(output_dir="out", cwd="."),
-        job=SimpleNamespace(num=1, chdir=False, override_dirname="ranks=8", get=lambda *_: 1),
+        job=SimpleNamespace(num=1, chdir=False, override_dirname="ranks=8,tokens=5", get=lambda *_: 1),
+        overrides=SimpleNamespace(task=["ranks=8", "tokens=5"]),
         mode=mode,
         launcher={"_target_": launcher},
         sweep=SimpleNamespace(dir="sweep"),
     )
     monkeypatch.setattr(cli.HydraConfig, "get", lambda: run)
+    monkeypatch.setattr(cli.sys, "argv", ["train.py", "-m", "ranks=4,8", "tokens=5"])
     monkeypatch.setattr(cli, "failures", [])
     monkeypatch.setattr(cli, "started", [0])
     monkeypatch.setattr(cli, "folders", [])

@@ -9,9 +9,10 @@ import signal
 import pytest
 
 from bottleneck.core.errors import Stopped, UserError
+from bottleneck.training.resume import _another as another
 from bottleneck.training.resume import wanted_checkpoint as wanted
 from bottleneck.training.run_folder import LAST, LOCK, PREVIOUS
-from conftest import assert_same_heads, heads_of
+from conftest import assert_same_heads, composed, heads_of
 
 
 def test_a_damaged_last_checkpoint_is_replaced_by_the_previous_one(run, tmp_path, caplog):
@@ -131,3 +132,20 @@ def test_one_run_in_a_folder(run, tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     with FileLock(tmp_path / "run" / LOCK), pytest.raises(UserError, match="another run is using this folder"):
         run()
+
+
+def test_a_finished_run_is_not_read_for_another_backbone_or_text(run, toy, tmp_path):
+    """Regression: a notebook got the curve of another model, with only a line in the log."""
+    run()
+    mine, other = tmp_path / "mine.txt", tmp_path / "other.txt"
+    mine.write_text("one\n")
+    other.write_text("two\n")
+    old, new, gone = composed(toy).backbone.path, str(tmp_path / "model"), str(tmp_path / "gone")
+    shutil.copytree(old, new)
+    assert another("backbone.path", old, new) and another("backbone.path", "org/a", "org/b")
+    assert another("data.files", [str(mine)], [str(tmp_path / "*.txt")])
+    assert not another("data.files", [str(mine)], str(mine.parent / "." / mine.name))  # the same, spelled otherwise
+    assert not another("backbone.path", gone, new)  # moved
+    assert not another("backbone.path", "org/a", new)  # downloaded
+    with pytest.raises(UserError, match="backbone.path=.*model: the run in .*run is finished, and was trained with"):
+        run("ckpt_path=last", f"backbone.path={new}")
