@@ -145,8 +145,8 @@ class Pieces:
                 jobs = self._missing()
                 if not jobs:
                     break
-                if self.first is not None and not self.first.known and jobs[0] != (0, 0):
-                    jobs = []
+                if self.first is not None and not self.first.known:  # what is held out is not decided yet
+                    jobs = [job for job in jobs if job == (0, 0)]
                 found = next(((j, r) for j in jobs if j not in self.flying if (r := self._lane_of(j, built))), None)
                 if found is not None:
                     self._start(*found)
