@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any, Callable, NamedTuple, Optional
 
+MATRICES = ("low_rank", "full")  # kinds whose logits are W h
 LINEAR = ("low_rank", "full", "truncated", "low_rank_truncated")  # kinds whose weights each take part in one product
 
 
@@ -54,7 +55,8 @@ MEASURED = ("step_ms", "decode_ms")
 def measured_on(h: dict[str, Any]) -> str:
     """The hardware and settings of a row's milliseconds, in words."""
     t = h.get("timing") or {}
-    return ", ".join([str(t.get("device")), f"{t.get('tokens')} tokens a step", str(t.get("dtype"))])
+    threads = [f"{t['threads']} thread{'s' * (t['threads'] > 1)}"] if "threads" in t else []
+    return ", ".join([str(t.get("device")), *threads, f"{t.get('tokens')} tokens a step", str(t.get("dtype"))])
 
 
 def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -23,7 +23,8 @@ def pairs(c: dict[str, Any], x: str) -> list[tuple[dict[str, Any], dict[str, Any
     known = [(cost, h) for cost, h in costs if cost is not None]
     found = []
     for cost, h in ((cost, h) for cost, h in known if kind_of(h)):
-        near = [(of, low) for of, low in known if not kind_of(low) and abs(cost - of) <= NEAR * of]
+        alike = [(of, low) for of, low in known if not kind_of(low) and low["init"] == h["init"]]
+        near = [(of, low) for of, low in alike if abs(cost - of) <= NEAR * of]
         if near:
             of, low = min(near, key=lambda pair: pair[1]["loss"])
             found.append((of, h["loss"], h, low))

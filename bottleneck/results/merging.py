@@ -7,7 +7,7 @@ import math
 from typing import Any, Iterable
 
 from bottleneck.core.errors import check
-from bottleneck.results.cost import LINEAR
+from bottleneck.results.cost import MATRICES
 from bottleneck.results.intervals import add_intervals, knee_intervals
 from bottleneck.results.knee import knees
 from bottleneck.results.metric_names import from_plugins
@@ -66,7 +66,7 @@ def finish(c: dict[str, Any]) -> dict[str, Any]:
     """
     c = printable(c)
     heads = mark_best(c["heads"])
-    full = [h for h in heads if h["rank"] == c["hidden_size"] and h["best"] and h.get("kind", "low_rank") in LINEAR]
+    full = [h for h in heads if h["rank"] == c["hidden_size"] and h["best"] and h.get("kind", "low_rank") in MATRICES]
     best = min(full, key=lambda h: h["loss"], default=None)
     c = {**c, "heads": heads, "trained_reference": best and {k: best[k] for k in sorted(NUMBERS)}}
     described = from_plugins(heads)

@@ -22,7 +22,7 @@ from bottleneck.studies.shared.output import write
 from bottleneck.studies.shared.pictures import canvas, save
 
 log = logging.getLogger(__name__)
-FIELDS = ("loss", "rank", "effective_rank", "tail_energy", "exponent")
+FIELDS = ("loss", "rank", "limit", "effective_rank", "tail_energy", "exponent")
 COLUMNS = ("backbone", "head", "kind", "rank_of_head", *FIELDS)
 
 
@@ -31,7 +31,11 @@ class Escape(StudyKeys):
     """Output rank against loss for the heads of a run; `tokens` is the number of contexts."""
 
     run: str = key("???", "Folder of a finished run of train.py on this backbone.")
-    columns: int = key(4_096, "Tokens of the vocabulary, evenly spaced, whose log-probabilities are used.", read=Any)
+    columns: int = key(
+        4_096,
+        "Tokens of the vocabulary whose log-probabilities are used: half the likeliest, half evenly spaced.",
+        read=Any,
+    )
     bands: int = key(8, "Bands of singular directions of the original head to remove in turn.", read=Any)
     histories: int = key(128, "Rows of the extended logit matrix.", read=Any)
     futures: int = key(32, "Futures of the extended logit matrix, of 4 tokens each.", read=Any)
@@ -73,8 +77,9 @@ def run(c: StudyConfig, folder: Path) -> dict[str, Any]:
     entries = [original, *content["heads"]]
     for e in entries:
         beyond = "–" if e["tail_energy"] is None else f"{e['tail_energy']:.2g}"
-        said = "%s: loss %.4f, output rank %d (effective %.1f), share of energy beyond the hidden size %s"
-        log.info(said, e["head"], e["loss"], e["rank"], e["effective_rank"] or 0.0, beyond)
+        said = "%s: loss %.4f, output rank %s%d (effective %.1f), share of energy beyond the hidden size %s"
+        least = "at least " if e["rank"] >= e["limit"] else ""  # so many contexts and columns show no more
+        log.info(said, e["head"], e["loss"], least, e["rank"], e["effective_rank"] or 0.0, beyond)
     found = content["reference"]["extended"]["exponent"]
     log.info("extended logit matrix: exponent %s", "–" if found is None else f"{found:.3f}")
     if content["rho"] is not None:

@@ -48,11 +48,12 @@ def verdict(entry: dict[str, Any]) -> str:
     if entry["rank"] is None:
         return f"no rank up to {entry['limit']} shows (largest gap {entry['gap']:.2g}): higher, or hidden by rounding"
     said = f"rank {entry['rank']} (the next singular value is {entry['gap']:.3g} times smaller)"
-    if entry["known_rank"] is None:
-        return said
-    return said + (
-        ", as exported" if entry["known_rank"] == entry["rank"] else f", but exported as {entry['known_rank']}"
-    )
+    if entry["known_rank"] is not None:
+        same = entry["known_rank"] == entry["rank"]
+        said += ", as exported" if same else f", but exported as {entry['known_rank']}"
+    if entry["limit"] < entry["hidden_size"] and entry["known_rank"] != entry["rank"]:
+        said += f"; this block shows at most {entry['limit']} of {entry['hidden_size']}: give more tokens to be sure"
+    return said
 
 
 def draw(entries: list[dict[str, Any]], file: BinaryIO) -> None:

@@ -15,7 +15,7 @@ from bottleneck.benchmark import __main__ as benchmark
 from bottleneck.heads.head import build_head
 from bottleneck.heads.key import HeadKey
 from bottleneck.results import curve, equal_cost, picture
-from bottleneck.results.cost import AXES, MEASURED, pareto
+from bottleneck.results.cost import AXES, MEASURED, measured_on, pareto
 from bottleneck.results.schema import fault
 from conftest import HIDDEN, VOCAB, composed
 from support.curves import made, save
@@ -140,3 +140,18 @@ def test_other_kinds_are_compared_with_the_low_rank_head_of_their_cost():
     _, line = equal_cost.lines(c, "parameters")
     assert "rank 7, against rank 8: -0.1000 (95 %: -0.1000 to -0.1000)" in line and "mos components=2" in line
     assert equal_cost.lines(c, "step_ms") == [], "not measured"
+    near["init"] = "svd"  # a difference of starts would be taken for one of kinds
+    assert equal_cost.pairs(c, "parameters") == []
+
+
+def test_the_bias_takes_part_in_no_product():
+    head = build_head(HeadKey(8, 1e-3, 0, "low_rank_bias"), VOCAB, HIDDEN)
+    with FlopCounterMode(display=False) as counted, torch.no_grad():
+        head.logits(torch.randn(1, HIDDEN))
+    assert head.flops_per_token == counted.get_total_flops()
+
+
+def test_times_of_different_numbers_of_threads_are_different_measurements():
+    timing = {"device": "CPU, 2 cores", "tokens": 64, "dtype": "float32"}
+    said = {measured_on({"timing": timing | {"threads": n}}) for n in (1, 2)}
+    assert len(said) == 2 and any("1 thread," in words for words in said)

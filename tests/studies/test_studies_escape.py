@@ -10,6 +10,7 @@ import torch
 from bottleneck.backbone.model import FullHead
 from bottleneck.core.errors import UserError
 from bottleneck.studies.formulas.output_rank import centred_spectrum, exponent, losses_without_bands, output_rank
+from bottleneck.studies.measure.escape import chosen_columns, one_head
 from support.study_runs import run_study
 
 
@@ -64,3 +65,39 @@ def test_escape_study_on_a_finished_run(tmp_path, run, toy):
         run_study(tmp_path / "few", *words, "tokens=20", f"study.run={tmp_path / 'run'}")
     with pytest.raises(UserError, match="none"):
         run_study(tmp_path / "none", *words, f"study.run={tmp_path / 'none'}")
+
+
+def test_the_rank_of_kinds_with_full_rows_is_seen():
+    """Regression: evenly spaced columns of a large vocabulary met few of the frequent tokens, and so half of the rank.
+
+    A head of rank 3 with full rows for 40 likely tokens has rank 43 in d = 60.
+    """
+    V, d, rows, r = 5_000, 60, 40, 3
+    h = torch.randn(300, d, generator=g(0))
+    W = torch.randn(V, r, generator=g(1)) @ torch.randn(r, d, generator=g(2)) / d**0.5
+    frequent = torch.randperm(V, generator=g(3))[:rows]
+    W[frequent] = torch.randn(rows, d, generator=g(4)) / d**0.5
+    bias = torch.zeros(V).index_fill(0, frequent, 6.0)
+    y = torch.randint(0, V, (300,), generator=g(5))
+
+    def logits(x):
+        return x @ W.T + bias
+
+    fixed = chosen_columns(logits, h, vocab=V, columns=200)
+    assert len(fixed) == 200 == len(set(fixed.tolist())) and set(frequent.tolist()) <= set(fixed.tolist())
+    found = one_head(logits, h, y, vocab=V, fixed=fixed)
+    assert found["rank"] == rows + r and found["limit"] == 199
+    every = chosen_columns(logits, h, vocab=V, columns=10**6)
+    assert every.tolist() == list(range(V))
+
+
+def test_sizes_that_cannot_show_the_rank_are_refused(tmp_path, run, toy):
+    run("ranks=[2]", run_dir=tmp_path / "run")
+    text = [o for o in toy if o.startswith(("backbone", "data"))]
+    words = [*text, "study=escape", "tokens=500", "trainer=cpu", f"study.run={tmp_path / 'run'}"]
+    for word, said in (
+        ("study.columns=8", "study.columns=8: the rank needs"),
+        ("study.bands=400", "study.bands=400: mu"),
+    ):
+        with pytest.raises(UserError, match=said):
+            run_study(tmp_path / "e", *words, word)

@@ -160,3 +160,11 @@ def test_the_stored_curves_are_whole():
     curves = laws.read()
     assert len(curves) > 20 and all(c.budgets for c in curves)
     json.dumps([vars(c) for c in laws.stored().checks])
+
+
+def test_a_rate_that_diverged_does_not_count():
+    """Regression: its missing loss ended the study after all of its training."""
+    row = {"backbone": "b", "text": "t", "hidden_size": 8, "vocab_size": 9, "rank": 2}
+    rows = [row | {"tokens": t, "loss": x} for t in (0, *laws.SHORT) for x in (None, 3.0)]
+    (c,) = laws.curves_of(rows)
+    assert c.losses == dict.fromkeys((0, *laws.SHORT), 3.0)

@@ -80,6 +80,8 @@ def refuses(bands: Sequence[int], shrink: int) -> Optional[str]:
     """Why an option is impossible."""
     if shrink < 1:
         return f"shrink={shrink}: must be at least 1"
+    if not all(type(b) is int for b in bands):
+        return f"bands={list(bands)}: must be rising whole numbers above 0"
     rising = all(a < b for a, b in zip([0, *bands], bands))
     return None if rising else f"bands={list(bands)}: must be rising whole numbers above 0"
 

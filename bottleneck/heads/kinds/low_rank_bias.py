@@ -25,6 +25,11 @@ class LowRankBias(Factored):
         super().__init__(vocab_size, rank, hidden_size)
         self.bias = nn.Parameter(torch.zeros(vocab_size))
 
+    @property
+    def flops_per_token(self) -> int:
+        """Of the products; the bias is only added."""
+        return 2 * (self.A.numel() + self.B.numel())
+
     def logits(self, h_nD: Tensor) -> Tensor:
         """Logits [n, V]."""
         return product(self.states(h_nD), self.A) + self.bias

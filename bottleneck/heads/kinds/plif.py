@@ -18,6 +18,8 @@ from torch.nn.functional import softplus
 from bottleneck.core.extensions import HEAD_KINDS, HeadKind
 from bottleneck.heads.head import FUSIBLE, Pointwise
 
+MOST = 65_536  # pieces
+
 
 class PiecewiseLinear(Pointwise):
     """logits = f(A B h) with A [V, R], B [R, D] and slopes v [K]; f is the identity at the start.
@@ -48,6 +50,8 @@ def refuses(pieces: int, limit: float) -> Optional[str]:
     """Why an option is impossible."""
     if pieces < 1:
         return f"pieces={pieces}: must be at least 1"
+    if pieces > MOST:
+        return f"pieces={pieces}: must be at most {MOST:,}"
     return None if limit > 0 else f"limit={limit}: must be above 0"
 
 

@@ -93,7 +93,8 @@ def curves_of(rows: Iterable[dict[str, Any]]) -> list[Curve]:
     for row in rows:
         name = (row["backbone"], row["text"], int(row["hidden_size"]), int(row["vocab_size"]), int(row["rank"]))
         losses, tokens = found.setdefault(name, {}), int(row["tokens"])
-        losses[tokens] = min(losses.get(tokens, math.inf), float(row["loss"]))
+        if row["loss"] is not None:  # diverged
+            losses[tokens] = min(losses.get(tokens, math.inf), float(row["loss"]))
     whole = {name: losses for name, losses in found.items() if all(t in losses for t in (0, *SHORT))}
     return [Curve(b, x, d, V, r, losses) for (b, x, d, V, r), losses in whole.items()]
 

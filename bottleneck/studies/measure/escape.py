@@ -18,6 +18,7 @@ from bottleneck.core.errors import check
 from bottleneck.data.module import IGNORE
 from bottleneck.heads.key import HeadKey
 from bottleneck.losses.chunked import chunk_rows
+from bottleneck.results.schema import series
 from bottleneck.studies.formulas.output_rank import centred_spectrum, losses_without_bands, output_rank
 from bottleneck.studies.formulas.spearman import spearman
 from bottleneck.studies.shared.config import StudyConfig
@@ -43,9 +44,28 @@ def states(backbone: Backbone, text: StudyText, micro_batch: int) -> tuple[Tenso
 
 
 @torch.no_grad()
-def one_head(logits: Logits, h_ND: Tensor, y_N: Tensor, *, vocab: int, columns: int) -> dict[str, Any]:
-    """Loss in nats a token and output rank of one head; `columns` evenly spaced tokens of the vocabulary are used."""
-    fixed = torch.linspace(0, vocab - 1, min(vocab, columns)).long().unique().to(h_ND.device)
+def chosen_columns(logits: Logits, h_ND: Tensor, *, vocab: int, columns: int) -> Tensor:
+    """Tokens [columns] of the vocabulary, ascending: half the likeliest over the contexts, the others evenly spaced.
+
+    Kinds that spend their parameters on frequent tokens have most of their rank among these, which evenly spaced
+    tokens of a large vocabulary hardly meet.
+    """
+    mean_V = torch.zeros(vocab, dtype=torch.float64)
+    for h in h_ND.split(chunk_rows(vocab, h_ND.device.type)):
+        mean_V += torch.softmax(logits(h).float(), -1).sum(0, dtype=torch.float64).cpu()
+    order_V = mean_V.argsort(descending=True, stable=True)
+    wanted = min(vocab, columns)
+    likely, others = order_V[: wanted // 2], order_V[wanted // 2 :].sort().values
+    spaced = torch.linspace(0, len(others) - 1, wanted - len(likely)).round().long()
+    return torch.cat([likely, others[spaced]]).sort().values.to(h_ND.device)
+
+
+@torch.no_grad()
+def one_head(logits: Logits, h_ND: Tensor, y_N: Tensor, *, vocab: int, fixed: Tensor) -> dict[str, Any]:
+    """Loss in nats a token and output rank of one head over the tokens `fixed` of the vocabulary.
+
+    `limit` is the highest rank that so many contexts and tokens can show.
+    """
     total, kept = 0.0, []
     rows = chunk_rows(vocab, h_ND.device.type)
     for h, y in zip(h_ND.split(rows), y_N.split(rows)):
@@ -53,7 +73,8 @@ def one_head(logits: Logits, h_ND: Tensor, y_N: Tensor, *, vocab: int, columns: 
         total -= log_p.gather(1, y[:, None]).sum(dtype=torch.float64).item()
         kept.append(log_p[:, fixed].cpu())
     sigma = centred_spectrum(torch.cat(kept))
-    return {"loss": total / len(y_N), **output_rank(sigma, h_ND.shape[1]), "singular_values": sigma.tolist()}
+    found = {"limit": min(len(h_ND), len(fixed)) - 1, "singular_values": sigma.tolist()}
+    return {"loss": total / len(y_N), **output_rank(sigma, h_ND.shape[1]), **found}
 
 
 @torch.no_grad()
@@ -87,13 +108,20 @@ def extended(backbone: Backbone, text: StudyText, *, histories: int, futures: in
 
 
 def best_heads(run: FinishedRun) -> list[dict[str, Any]]:
-    """The best head of each kind and rank that did not diverge."""
+    """The best head of each kind, options and rank that did not diverge."""
     best: dict[tuple[str, int], dict[str, Any]] = {}
     for row in run.curve["heads"]:
-        place = (HeadKey.of(row).kind, row["rank"])
+        place = (series(row), row["rank"])
         if row["status"] == "ok" and (place not in best or row["loss"] < best[place]["loss"]):
             best[place] = row
     return [best[place] for place in sorted(best)]
+
+
+def _check_sizes(s: Any, contexts: int, width: int, vocabulary: int) -> None:
+    check(contexts > width, f"tokens={contexts}: the rank needs more contexts than the hidden size, {width}")
+    most = f"study.columns={s.columns}: the rank needs more tokens of the vocabulary than the hidden size, {width}"
+    check(min(vocabulary, s.columns) > width, most)
+    check(s.bands <= width, f"study.bands={s.bands}: must be at most the hidden size, {width}")
 
 
 def measure(c: StudyConfig, folder: Path) -> dict[str, Any]:
@@ -104,11 +132,14 @@ def measure(c: StudyConfig, folder: Path) -> dict[str, Any]:
     (width, vocabulary), device = shapes[cp.model], device_of(c)
     run = open_run(Path(s.run).expanduser())
     text = study_text(c, [cp])
-    check(text.tokens > width, f"tokens={text.tokens}: the rank needs more contexts than the hidden size, {width}")
+    _check_sizes(s, text.tokens, width, vocabulary)
     log_memory([cp], device, 40 * text.tokens * s.columns + 12 * chunk_rows(vocabulary, device.type) * vocabulary)
-    sizes = {"columns": s.columns, "bands": s.bands, "histories": s.histories, "futures": s.futures}
+    sizes = {name: getattr(s, name) for name in ("columns", "bands", "histories", "futures")}
+    sizes["choice"] = "half likeliest"  # parts that were measured on evenly spaced columns are not used again
     parts = PartialResults(folder, s.name, {**text.identity, **sizes, "dtype": c.backbone.dtype})
     rows = best_heads(run)
+    if not rows:
+        log.warning("study.run=%s: all of its heads diverged; only the original head is measured", s.run)
     heads: list[dict[str, Any]] = []
     with StudyProgress(len(rows) + 1, c.trainer.progress, "head") as progress, loaded(cp, device, shapes) as backbone:
         other = f"its heads were trained on {run.curve['backbone']} with other weights"
@@ -118,8 +149,10 @@ def measure(c: StudyConfig, folder: Path) -> dict[str, Any]:
             bool(torch.isfinite(h_ND).all()), f"{cp.where}: its hidden states are not numbers; are its weights damaged?"
         )
 
+        fixed = chosen_columns(backbone.head.float_logits, h_ND, vocab=vocabulary, columns=s.columns)
+
         def original() -> dict[str, Any]:
-            found = one_head(backbone.head.float_logits, h_ND, y_N, vocab=vocabulary, columns=s.columns)
+            found = one_head(backbone.head.float_logits, h_ND, y_N, vocab=vocabulary, fixed=fixed)
             bands = losses_without_bands(h_ND, y_N, backbone.head, s.bands)
             matrix = extended(backbone, text, histories=s.histories, futures=s.futures, columns=16)
             return {**found, "without_bands": bands, "extended": matrix}
@@ -133,7 +166,7 @@ def measure(c: StudyConfig, folder: Path) -> dict[str, Any]:
 
             def trained(row: dict[str, Any] = row) -> dict[str, Any]:
                 head = run.head(row).to(device)
-                return one_head(lambda h: head.logits(h.float()), h_ND, y_N, vocab=vocabulary, columns=s.columns)
+                return one_head(lambda h: head.logits(h.float()), h_ND, y_N, vocab=vocabulary, fixed=fixed)
 
             part, kept = parts.get_or(f"{name} {run.hash(row)}", trained)
             heads.append({"head": name, "kind": HeadKey.of(row).kind, "rank_of_head": row["rank"], **part})

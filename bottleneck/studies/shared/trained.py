@@ -8,7 +8,7 @@ from typing import Optional
 
 from bottleneck.core.errors import check
 from bottleneck.results import curve
-from bottleneck.results.cost import LINEAR
+from bottleneck.results.cost import MATRICES
 
 
 @dataclass
@@ -56,7 +56,7 @@ def read_trained(path: str, key: str, backbone: str, backbone_hash: str) -> Trai
     (line,) = own
     losses: dict[int, float] = {}
     for h in line["heads"]:
-        if h["best"] and h.get("kind", "low_rank") in LINEAR:  # the formulas are about matrices
+        if h["best"] and h.get("kind", "low_rank") in MATRICES:  # the formulas are about matrices
             losses[h["rank"]] = min(h["loss"], losses.get(h["rank"], float("inf")))
     full = line["trained_reference"] and line["trained_reference"]["loss"]
     return Trained(line["data"], line["tokens"], dict(sorted(losses.items())), line["reference"]["loss"], full)
