@@ -111,7 +111,9 @@ def test_a_sharded_backbone_is_the_whole_one(backbones, tmp_path, mode):
         elements = sum(p.numel() for p in whole.body.parameters())
         for rank in range(2):
             got = torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True)
-            assert torch.equal(got["hidden"], whole(IDS)) and torch.equal(got["again"], whole(IDS[:1, :5])), name
+            assert torch.equal(got["hidden"], whole(IDS)), name
+            # of five rows: gathered weights lie elsewhere in memory, and some CPUs round such a product by that
+            torch.testing.assert_close(got["again"], whole(IDS[:1, :5]))
             assert torch.equal(got["head"], whole.head.W_VD) and got["hash"] == whole.hash, name
             # ZeRO keeps scales and biases whole
             assert 0.45 < got["held"] / elements < (0.51 if mode == "fsdp" else 0.56), (name, got["held"], elements)
