@@ -239,11 +239,9 @@ def export(run: FinishedRun, row: dict[str, Any], to: Path, *, form: str = "dens
     free = not to.exists() or (to.is_dir() and not any(to.iterdir()))
     check(free, f"--to {to}: exists and is not empty; give another folder")
     kind, other = HeadKey.of(row).kind, "--form modelling writes every built-in kind"
-    fits = [
-        HeadKey.of(h).name for h in run.curve["heads"] if h["best"] and h["rank"] == row["rank"] and run.is_matrix(h)
-    ]
-    if fits:
-        other += f", --head another one of rank {row['rank']}: {', '.join(fits)}"
+    same_rank = [HeadKey.of(h) for h in run.curve["heads"] if h["best"] and h["rank"] == row["rank"]]
+    if fits := [k.name for k in same_rank if k.kind == LOW_RANK]:  # these have every form
+        other += f"; --head {fits[0]} is a low_rank head of the same rank"
     if form == "modelling":
         check_kind(HeadKey.of(row))
         _modelling(run, row, run.head(row), dtype=dtype, tokenizer=load_tokenizer(run.backbone), to=to)
