@@ -7,12 +7,15 @@
 #
 # The curves: seed 0 tries a grid of rates at every rank; seeds 1 and 2 take the best of them. Nothing in the start `refined`
 # is random, so its repeats differ in the order of the text, which needs VALIDATION, since data.seed also chooses held-out documents.
-# The kinds: one run for each parameter budget, with a grid of rates for every head.
+# The kinds: one run for each parameter budget, with a grid of rates for every head. With TUNE_TOKENS the grid is tried on
+# that many tokens first, and the run takes each head's best rate times FACTORS.
+# Heads whose best rate is the highest or lowest tried are trained again at two rates beyond it, at most EDGES times.
 #
 # From the environment: VALIDATION (validation text; default: documents held out), BACKBONES (of smollm2, gemma3; default
 # both), PARTS (of curve, kinds, cost; default all), BUDGETS (of 0, 1, 2; default all), TOKENS (default those of the
-# experiments, 100M), KINDS_TOKENS (default TOKENS), EXTRA (more overrides of train.py), OUT (default outputs/kinds),
-# GPUS (default: as they are visible, one run at a time), PYTHON (default .venv/bin/python).
+# experiments, 100M), KINDS_TOKENS (default TOKENS), TUNE_TOKENS (default none), FACTORS (default 1), EDGES (default 2),
+# EXTRA (more overrides of train.py), OUT (default outputs/kinds), GPUS (default: as they are visible, one run at a
+# time), PYTHON (default .venv/bin/python).
 # What fails does not stop the rest; the exit code tells.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
@@ -30,7 +33,7 @@ train() { # train NAME OVERRIDES…
     echo "== $name" >&2
     # shellcheck disable=SC2086
     "$python" train.py "$@" data=local "data.files=$texts" ${VALIDATION:+"data.validation_files=$VALIDATION"} ${EXTRA:-} \
-        ckpt_path=last "hydra.run.dir=$out/$name" || echo "$name" >> "$out/failed"
+        ckpt_path=last "hydra.run.dir=$out/$name" || { echo "$name" >> "$out/failed"; return 1; }
 }
 
 draw() { # draw FOLDER AXIS RUN…, of which some may not be finished
@@ -43,43 +46,48 @@ draw() { # draw FOLDER AXIS RUN…, of which some may not be finished
     "$python" -m bottleneck.curve "${runs[@]}" --out "$out/$to" --x "$x" || echo "$to" >> "$out/failed"
 }
 
-best() { # best RUN: the rate of each rank with the lowest loss, as optim.table
-    "$python" - "$out/$1/curve.json" << 'PYTHON'
-import json, sys
+tuned() { # tuned COMMAND…: heads for the next run, as an override
+    "$python" -m bottleneck.benchmark.tuning "$@"
+}
 
-heads = json.load(open(sys.argv[1]))["heads"]
-print("{" + ",".join(f"{h['rank']}:{h['lr']}" for h in heads if h["best"]) + "}")
-PYTHON
+grid() { # grid NAME OVERRIDES…: a run, then its heads again whose best rate is an edge, as NAME-edge1, NAME-edge2
+    local name=$1 runs=("$out/$1") heads i
+    shift
+    train "$name" "$@" || return
+    for ((i = 1; i <= ${EDGES:-2}; i++)); do
+        heads=$(tuned beyond "${runs[@]}") || { echo "$name: rates beyond the edge" >> "$out/failed"; return 1; }
+        [ -n "$heads" ] || return 0
+        train "$name-edge$i" "$@" "heads=$heads" || return
+        runs+=("$out/$name-edge$i")
+    done
 }
 
 curve_of() { # curve_of BACKBONE START: the grid, then the repeats at its best rates
-    local name=$1 start=$2 common=("experiment=rank_curve" "backbone=${backbones[$1]}" "head=$2" ${TOKENS:+"tokens=$TOKENS"}) table
-    train "$name-$start-0" "${common[@]}" seed=0 optim.lr_rule=grid
-    table=$(best "$name-$start-0") || { echo "$name-$start: no best rates" >> "$out/failed"; return; }
+    local name=$1 start=$2 common=("experiment=rank_curve" "backbone=${backbones[$1]}" "head=$2" ${TOKENS:+"tokens=$TOKENS"}) heads
+    grid "$name-$start-0" "${common[@]}" seed=0 optim.lr_rule=grid || return
+    heads=$(tuned best "$out/$name-$start-0"*) || { echo "$name-$start: no best rates" >> "$out/failed"; return; }
     if [ "$start" = scaled ]; then
-        train "$name-$start-1" "${common[@]}" 'seed=[1,2]' optim.lr_rule=table "optim.table=$table"
+        train "$name-$start-1" "${common[@]}" 'seed=[1,2]' "heads=$heads"
     else
         for order in "${orders[@]:1}"; do
-            train "$name-$start-$order" "${common[@]}" seed=0 "data.seed=$order" optim.lr_rule=table "optim.table=$table"
+            train "$name-$start-$order" "${common[@]}" seed=0 "data.seed=$order" "heads=$heads"
         done
     fi
 }
 
-kinds_of() { # kinds_of BACKBONE BUDGET, then what each of its heads costs
-    local tokens=${KINDS_TOKENS:-${TOKENS:-}} heads
-    heads=$("$python" - "conf/experiment/kinds_$1.yaml" "$2" << 'PYTHON'
-import sys
-
-from omegaconf import OmegaConf
-
-heads = OmegaConf.load(sys.argv[1]).heads
-print("[" + ",".join("{" + ",".join(f"{k}: {v[int(sys.argv[2])] if k == 'rank' else v}" for k, v in h.items()) + "}" for h in heads) + "]")
-PYTHON
-    ) && train "$1-kinds-$2" "experiment=kinds_$1" "backbone=${backbones[$1]}" "heads=$heads" ${tokens:+"tokens=$tokens"}
+kinds_of() { # kinds_of BACKBONE BUDGET
+    local tokens=${KINDS_TOKENS:-${TOKENS:-}} common=("experiment=kinds_$1" "backbone=${backbones[$1]}") heads
+    heads=$(tuned entries "conf/experiment/kinds_$1.yaml" "$2") || { echo "$1-kinds-$2" >> "$out/failed"; return; }
+    if [ -n "${TUNE_TOKENS:-}" ]; then
+        grid "$1-tune-$2" "${common[@]}" "heads=$heads" "tokens=$TUNE_TOKENS" || return
+        # shellcheck disable=SC2086
+        heads=$(tuned best "$out/$1-tune-$2"* --factors ${FACTORS:-1}) || { echo "$1-tune-$2: no best rates" >> "$out/failed"; return; }
+    fi
+    grid "$1-kinds-$2" "${common[@]}" "heads=$heads" ${tokens:+"tokens=$tokens"}
 }
 
 cost_of() { # cost_of BACKBONE BUDGET
-    "$python" -m bottleneck.benchmark cost "$out/$1-kinds-$2" --csv "$out/$1-cost-$2.csv" || echo "$1-cost-$2" >> "$out/failed"
+    "$python" -m bottleneck.benchmark cost "$out/$1-kinds-$2"* --csv "$out/$1-cost-$2.csv" || echo "$1-cost-$2" >> "$out/failed"
 }
 
 declare -A busy=()

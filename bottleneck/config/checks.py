@@ -120,18 +120,18 @@ def _check_data(d: Any) -> None:
 
 def _check_mix(d: Any) -> None:
     """Weights and keys of the sources of `data.mix`; a source's config is checked like one of its own."""
-    if not d.mix:
-        unused = next(iter(d.sources or {}), None)
-        check(unused is None, f"data.sources.{unused}: only data.mix uses it; give it a weight there")
-        d.sources = {}
-        return
+    such = "such as {code: {files: src}}"
+    d.mix, d.sources = d.mix if d.mix is not None else {}, d.sources if d.sources is not None else {}
     check(isinstance(d.mix, dict), f"data.mix={d.mix}: must be weights by name, such as {{prose: 0.8, code: 0.2}}")
+    check(isinstance(d.sources, dict), f"data.sources={d.sources}: must be keys by name, {such}")
+    if not d.mix:
+        unused = next(iter(d.sources), None)
+        check(unused is None, f"data.sources.{unused}: only data.mix uses it; give it a weight there")
+        return
     d.mix = {str(name): as_rate(f"data.mix.{name}", weight) for name, weight in d.mix.items()}
     check(len(d.mix) > 1, f"data.mix={d.mix}: must be two texts or more; give one alone as data=…")
     for name in d.mix:
         check(bool(re.fullmatch(r"[\w.-]+", name)), f"data.mix: {name!r} must be letters, digits, _, - or .")
-    such = "such as {code: {files: src}}"
-    check(isinstance(d.sources, dict), f"data.sources={d.sources}: must be keys by name, {such}")
     unused = next((name for name in d.sources if name not in d.mix), None)
     check(unused is None, f"data.sources.{unused}: has no weight; data.mix has {', '.join(d.mix)}")
     given = [k for k in DECIDED_BY_SOURCE if getattr(d, k) != getattr(DataConfig(), k)]

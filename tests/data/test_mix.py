@@ -182,6 +182,9 @@ def stopping(tmp_path):
         ),
         (["data.mix={prose: 1, code: 1, a/b: 1}"], "data.mix: 'a/b' must be letters"),
         (["data.mix={}"], "data.sources.prose: only data.mix uses it"),
+        (["data.mix=false"], "data.mix=False: must be weights by name"),
+        (["data.sources=true"], "data.sources=True: must be keys by name"),
+        (["data.mix=null", "data.sources=0"], "data.sources=0: must be keys by name"),
     ],
 )
 def test_bad_mixes_are_one_line(texts, given, words):
