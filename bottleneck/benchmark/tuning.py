@@ -1,16 +1,17 @@
-"""Rates of heads, tuned over several runs: prints the heads of the next run, as an override of train.py.
+"""Prints the heads of the next run, with rates tuned over several runs, as an override of train.py.
 
-    python -m bottleneck.benchmark.tuning entries EXPERIMENT.yaml BUDGET      an experiment's heads at one of its budgets
-    python -m bottleneck.benchmark.tuning best RUN_DIR… [--factors 0.5 1 2]   each head at its best rate, times factors
-    python -m bottleneck.benchmark.tuning beyond RUN_DIR…                     heads whose best rate is an edge, further out
+    python -m bottleneck.benchmark.tuning entries EXPERIMENT.yaml BUDGET
+    python -m bottleneck.benchmark.tuning best RUN_DIR… [--factors 0.5 1 2]
+    python -m bottleneck.benchmark.tuning beyond RUN_DIR…
 
-`beyond` prints nothing if every best rate lies between two others. A rate at which a head diverged has been tried, so it
-closes the grid on its side. Heads with one rate have no grid and no edge.
+`entries` are an experiment's heads at one of its budgets. `best` is each head at its best rate, times factors.
+`beyond` are the heads whose best rate is the highest or the lowest tried, at rates further out; it prints nothing if
+every best rate lies between two others. A rate at which a head diverged has been tried, so it closes the grid on its
+side. Heads with one rate have no grid and no edge.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterable
 from pathlib import Path

@@ -34,13 +34,14 @@ MODEL = "model:"  # head.teacher=model:PATH
 YEAR = 366 * 24 * 60  # minutes
 
 
-def _leaves(cfg: DictConfig, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys of a composed config and their values; None for a missing value."""
+def leaves(cfg: DictConfig, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of a composed config and their values, an empty mapping as one; None for a missing value."""
     out: dict[str, Any] = {}
     key: Any
     for key in cfg:  # whole numbers in optim.table
         node = None if OmegaConf.is_missing(cfg, key) or OmegaConf.is_interpolation(cfg, key) else cfg[key]
-        out |= _leaves(node, f"{prefix}{key}.") if isinstance(node, DictConfig) else {f"{prefix}{key}": node}
+        inner = isinstance(node, DictConfig) and len(node) > 0
+        out |= leaves(node, f"{prefix}{key}.") if inner else {f"{prefix}{key}": node}
     return out
 
 
@@ -56,7 +57,7 @@ def check_config(cfg: DictConfig) -> TrainConfig:
     """
     if isinstance(OmegaConf.select(cfg, "heads"), DictConfig):
         in_form(OmegaConf.to_object(cfg.heads))  # one line about the list that it must be
-    for key, value in _leaves(cfg).items():
+    for key, value in leaves(cfg).items():
         by_name = key.startswith(tuple(f"{name}." for name in BY_NAME))
         check(key in SCHEMA_KEYS or by_name or key.startswith("optim.table."), unknown_key(key))
         check(value != "", f"{key}=: is empty; give a value, or null (an unset shell variable gives an empty one)")

@@ -53,10 +53,10 @@ def check_keys(keys: Any) -> None:
     keys.max_tokens = as_count("study.max_tokens", keys.max_tokens)
     for name in ("budgets", "check"):
         where = f"study.{name}"
-        tokens = {as_count(where, t) // STEP_TOKENS * STEP_TOKENS for t in as_list(getattr(keys, name))}
-        least = f"must be above {SHORT[1]:,} tokens, those of the longer short run"
-        check(all(t > SHORT[1] for t in tokens), f"{where}={min(tokens, default=0)}: {least}")
-        setattr(keys, name, sorted(tokens))
+        given = [as_count(where, t) for t in as_list(getattr(keys, name))]
+        least = f"must be at least {SHORT[1] + STEP_TOKENS:,} tokens, a step more than the longer short run"
+        check(all(t >= SHORT[1] + STEP_TOKENS for t in given), f"{where}={min(given, default=0)}: {least}")
+        setattr(keys, name, sorted({t // STEP_TOKENS * STEP_TOKENS for t in given}))  # whole steps
     check(len(keys.budgets) + len(keys.check) > 0, "study.budgets=[]: give at least one budget")
 
 

@@ -1,13 +1,13 @@
-"""Rates tuned over several runs: which heads are trained again, at which rates, as an override that train.py takes."""
+"""Rates tuned over several runs: which heads are trained again, at which rates, in words that train.py takes."""
 
 from __future__ import annotations
 
 import pytest
-from conftest import ROOT, composed
 
 from bottleneck.benchmark import tuning
 from bottleneck.config.checks import check_config
 from bottleneck.core.errors import UserError
+from conftest import ROOT, composed
 
 
 def head(rank: int, lr: float, loss: float | None, **more) -> dict:

@@ -173,6 +173,8 @@ def test_limits_of_the_backbone():
         ("+lr=1e-3", "lr: unknown key; did you mean optim.lr?"),
         ("micro_batch_size=4", "micro_batch_size: unknown key; did you mean trainer.micro_batch_size?"),
         ("+data.fles=x", "data.fles: unknown key; did you mean data.files?"),
+        ("+data.fles={}", "data.fles: unknown key; did you mean data.files?"),
+        ("+x.data.epochs={}", "x.data.epochs: unknown key; did you mean data.epochs?"),
         ("batch_size=many", "batch_size: "),
         ("backbone=gpt5", "backbone=gpt5: no such choice; allowed are"),
         ("ranks=8,16", "multirun"),

@@ -184,6 +184,11 @@ def test_step_numbers():
         (["study=spectrum", "study.steps=[3,3]"], "steps must rise, each once"),
         (["study=spectrum", "study.models=[]"], "study.models=[]"),
         (["study=spectrum", "+study.losses=x"], "study.losses: unknown key of study=spectrum; did you mean"),
+        (
+            ["study=spectrum", "+backbone.pth={}"],
+            "backbone.pth: unknown key of study=spectrum; did you mean backbone.path",
+        ),
+        (["study=spectrum", "+data.mix={a: 1, b: 1}"], "data.mix: studies read one text"),
         (["study=spectrum", "trainer.devices=2"], "a study runs in one process"),
         (["study=spectrum", "data.block_size=1"], "data.block_size=1"),
         (["study=downstream"], "study.results: no value"),

@@ -131,9 +131,10 @@ def _arguments(runs, to):
 @pytest.mark.parametrize(
     "word, said",
     [
-        ("study.budgets=[1000]", "study.budgets=0: must be above 1,048,576 tokens"),
-        ("study.check=[1048576]", "study.check=1048576: must be above 1,048,576 tokens"),
+        ("study.budgets=[1000]", "study.budgets=1000: must be at least 1,056,768 tokens"),
+        ("study.check=[1048576]", "study.check=1048576: must be at least 1,056,768 tokens"),
         ("study.budgets=[]", "give at least one budget"),
+        ("data.epochs=2", "data.epochs=2: a study reads its text once"),
         ("study.ranks=[0]", "study.ranks"),
     ],
 )

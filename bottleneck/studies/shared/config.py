@@ -16,14 +16,23 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from bottleneck.config import schema
-from bottleneck.config.checks import RANK_LADDER, check_config
+from bottleneck.config.checks import RANK_LADDER, check_config, leaves
 from bottleneck.config.declare import composable, freeze, group, key
 from bottleneck.config.numbers import as_count, as_list
-from bottleneck.config.schema import BackboneConfig, DataConfig, TrainConfig, TrainerConfig, TrainNode
+from bottleneck.config.schema import (
+    SCHEMA_KEYS,
+    BackboneConfig,
+    DataConfig,
+    TrainConfig,
+    TrainerConfig,
+    TrainNode,
+)
 from bottleneck.core.errors import check
 from bottleneck.core.extensions import STARTS, STUDIES, Study
 
 PYTHIA_STEPS = (0, *(2**k for k in range(10)), *range(1000, 144_000, 1000))  # steps of Pythia's published checkpoints
+SHARED = ("backbone", "data", "trainer")  # groups that studies share with training
+ONE_TEXT = "data.mix: studies read one text; give one of its sources as data=…"
 # keys that count tokens to read: data=pile reads no further than the largest of them
 TOKEN_COUNTS = ("tokens", "study.max_tokens", "study.calibration_tokens")
 
@@ -107,6 +116,8 @@ def _known_keys(name: Optional[str]) -> list[str]:
 
 def unknown_key(name: str, study: Optional[str] = None) -> str:
     """One line for a key that the command does not have, with the nearest one it has."""
+    if name.startswith(("data.mix.", "data.sources.")):
+        return ONE_TEXT
     near = difflib.get_close_matches(name, _known_keys(study), n=1, cutoff=0.6)
     hint = f"; did you mean {near[0]}?" if near else ""
     of, choice = (f" of study={study}", f"study={study} ") if study else ("", "")
@@ -136,6 +147,9 @@ def check_study(cfg: DictConfig) -> StudyConfig:
     missing = sorted(OmegaConf.missing_keys(cfg))
     check(not missing, f"{', '.join(missing)}: no value; give {missing[0] if missing else ''}=… on the command line")
     tokens = as_count("tokens", cfg.tokens, 2)
+    for given in leaves(cfg):
+        group_name = given.partition(".")[0]
+        check(group_name not in SHARED or given in SCHEMA_KEYS, unknown_key(given, name))
     base = _check_shared(cfg)
     keys: Any = OmegaConf.to_object(cfg.study)
     study.check(keys)
@@ -145,12 +159,13 @@ def check_study(cfg: DictConfig) -> StudyConfig:
 def _check_shared(cfg: DictConfig) -> TrainConfig:
     """Check the groups that studies share with training by training's rules."""
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
-    shared = {name: plain[name] for name in ("backbone", "data", "trainer")}
+    shared = {name: plain[name] for name in SHARED}
     budget = {"tokens": 2**62, "batch_size": shared["trainer"]["devices"]}
     merged: Any = OmegaConf.merge(OmegaConf.structured(TrainNode), shared, budget)
     base = check_config(merged)
     processes = base.trainer.devices * base.trainer.num_nodes
     check(processes == 1, "trainer.devices: a study runs in one process; leave devices and num_nodes at 1")
+    check(base.data.epochs == 1, f"data.epochs={base.data.epochs}: a study reads its text once; leave it out")
     return base
 
 

@@ -20,7 +20,7 @@ from bottleneck.core.errors import check
 from bottleneck.data.cache import tokenizer_hash
 from bottleneck.data.module import IGNORE, StepBatches, ValidationBlocks, leading_bos
 from bottleneck.data.prepare import Corpus, prepare
-from bottleneck.studies.shared.config import StudyConfig
+from bottleneck.studies.shared.config import ONE_TEXT, StudyConfig
 from bottleneck.studies.shared.series import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ def study_text(c: StudyConfig, series: list[Checkpoint]) -> StudyText:
     _check_models(c, series, tokenizer)
     apart = c.data.mask_documents or c.data.reset_positions
     check(not apart, "data.mask_documents, data.reset_positions: studies read joined text as it is; leave them out")
-    check(not c.data.mix, "data.mix: studies read one text; give one of its sources as data=…")
+    check(not c.data.mix, ONE_TEXT)
     check(c.data.packing == "join", "data.packing=rows: studies read joined text; give data.packing=join")
     corpus = prepare(dataclasses.replace(c.data, validation_tokens=max(c.data.validation_tokens, c.tokens)), tokenizer)
     for cp in {cp.model: cp for cp in reversed(series)}.values():
