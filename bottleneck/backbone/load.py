@@ -25,6 +25,7 @@ from bottleneck.core.errors import UserError, check
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+EXPORTS = {"head_rank": "serve", "kind_head": "modelling"}  # keys of the configs that `export` writes, to its forms
 # Names under which families keep the longest sequence they can read
 LIMITS = (
     "max_position_embeddings",
@@ -193,15 +194,33 @@ def _gguf_config(path: str, source: tuple[tuple[str, Any], ...], stamp: Optional
     return AutoConfig.from_pretrained(path, **dict(source))
 
 
+def export_form(config: Any) -> Optional[str]:
+    """`serve` or `modelling` for the config of an export whose head has code of its own; None for other models."""
+    return next((form for key, form in EXPORTS.items() if hasattr(config, key)), None)
+
+
+def check_no_export(cfg: BackboneConfig) -> None:
+    """Raises UserError for an export whose head has code of its own: it is not one matrix, as a backbone's must be."""
+    form = export_form(load_config(cfg))
+    what = f"an export of --form {form}, whose head has code of its own; a backbone's is one matrix: give --form dense"
+    check(form is None, f"backbone.path={cfg.path}: {what}")
+
+
 def load_shape(cfg: BackboneConfig) -> tuple[int, Optional[int], int]:
     """Width of the head's input, context length (None: no limit) and vocabulary, from the config alone (no weights).
 
-    Raises: UserError if the config is not that of a causal LM with one linear head.
+    Raises: UserError if the config is not that of a causal LM with one linear head, or of an export whose code may not
+        run.
     """
     config = load_config(cfg)
+    if not cfg.trust_remote_code:
+        check_no_export(cfg)
     text = config.get_text_config(decoder=True)
     limits = [v for v in (getattr(text, name, None) for name in LIMITS) if isinstance(v, int) and v > 0]
     model = empty_model(cfg)
+    if export_form(config) is not None:
+        rows = config.head_shape[0] if hasattr(config, "head_shape") else config.kind_head["options"]["vocab_size"]
+        return text.hidden_size, min(limits) if limits else None, rows
     weight = getattr(model.get_output_embeddings(), "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.ndim != 2:
         raise UserError(f"backbone {label(cfg)}: family {config.model_type} has no linear LM head")

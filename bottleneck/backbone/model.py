@@ -17,6 +17,7 @@ from bottleneck.backbone.documents import Documents, fault
 from bottleneck.backbone.head import FullHead, UnknownHeadError
 from bottleneck.backbone.load import (
     DTYPES,
+    check_no_export,
     empty_model,
     label,
     load_config,
@@ -100,6 +101,7 @@ class Backbone(nn.Module):
             block_size: see `Backbone`.
         Raises: UserError if it cannot be loaded, and as `Backbone`.
         """
+        check_no_export(cfg)
         model = load_model(cfg, torch.device(device).type).to(device)
         return cls(model, label(cfg), shape_hash(model) if cfg.weights == "random" else None, block_size=block_size)
 

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from pytorch_lightning.strategies import Strategy
 from torch import Tensor, nn
 
+from bottleneck.backbone.load import check_no_export
 from bottleneck.backbone.model import Backbone, empty_model, label, load_model
 from bottleneck.backbone.weights import (
     body_of,
@@ -175,6 +176,7 @@ def _whole(cfg: BackboneConfig, device_type: str) -> tuple[Any, dict[str, Any]]:
         randoms(model, torch.device("cpu"))  # fills the buffers
         identity = shape_hash(model)
     else:
+        check_no_export(cfg)
         model = load_model(cfg, device_type)
         check_numbers(model, label(cfg))
         # under the names of `Backbone`: heads trained on the whole backbone can resume on the sharded one

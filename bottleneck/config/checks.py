@@ -40,8 +40,10 @@ def leaves(cfg: DictConfig, prefix: str = "") -> dict[str, Any]:
     key: Any
     for key in cfg:  # whole numbers in optim.table
         node = None if OmegaConf.is_missing(cfg, key) or OmegaConf.is_interpolation(cfg, key) else cfg[key]
-        inner = isinstance(node, DictConfig) and len(node) > 0
-        out |= leaves(node, f"{prefix}{key}.") if inner else {f"{prefix}{key}": node}
+        if isinstance(node, DictConfig) and len(node) > 0:
+            out |= leaves(node, f"{prefix}{key}.")
+        else:
+            out[f"{prefix}{key}"] = node
     return out
 
 

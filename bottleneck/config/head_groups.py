@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Optional
 
-from bottleneck.config.head_options import check_option_types, head_options
+from bottleneck.config.head_options import as_declared, check_option_types, head_options
 from bottleneck.config.numbers import as_count, as_list, as_rate, unique
 from bottleneck.config.schema import HeadConfig
 from bottleneck.core.errors import check
@@ -70,7 +70,7 @@ def _entry(where: str, given: dict[str, Any]) -> dict[str, Any]:
         entry["rank"] = unique(f"{where}.rank", ranks)
     if "lr" in given:
         entry["lr"] = unique(f"{where}.lr", [as_rate(f"{where}.lr", v) for v in as_list(given["lr"])])
-    options = {key: value for key, value in given.items() if key not in OWN}
+    options = {key: as_declared(value, kind.options.get(key)) for key, value in given.items() if key not in OWN}
     allowed = ", ".join([*OWN, *kind.options])
     for option in options:
         check(option in kind.options, f"{where}.{option}: not an option of {name}; allowed are {allowed}")

@@ -25,9 +25,13 @@ def chosen(h: HeadConfig) -> dict[str, Start | HeadKind | Objective]:
 
 def head_options(h: HeadConfig, declared: Mapping[str, Any]) -> dict[str, Any]:
     """The values of declared options: from `head.NAME` or `head.options.NAME`, else the declared default."""
-    return {
-        name: getattr(h, name) if name in FIELDS else h.options.get(name, default) for name, default in declared.items()
-    }
+    given = {name: getattr(h, name) for name in declared if name in FIELDS} | dict(h.options)
+    return {name: as_declared(given.get(name, default), default) for name, default in declared.items()}
+
+
+def as_declared(value: Any, default: Any) -> Any:
+    """A value of the default's type: 10 and 10.0 are one limit, and name one head."""
+    return float(value) if type(default) is float and type(value) is int else value
 
 
 def all_options(h: HeadConfig) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bottleneck.backbone.model import FullHead
-from bottleneck.core.errors import check
+from bottleneck.core.errors import UserError, check
 from bottleneck.core.extensions import HEAD_KINDS
 from bottleneck.heads import parts
 from bottleneck.heads.calibration import Calibration
@@ -252,9 +252,12 @@ class Pointwise(Factored):
 
 
 def build_head(key: HeadKey, vocab_size: int, hidden_size: int) -> Head:
-    """Build the head of a key; its parameters are not started yet."""
+    """Build the head of a key; its parameters are not started yet. Raises UserError for an option that does not fit."""
     kind = HEAD_KINDS[key.kind]
-    head: Head = kind.build(vocab_size, key.rank, hidden_size, **{**kind.options, **dict(key.options)})
+    try:
+        head: Head = kind.build(vocab_size, key.rank, hidden_size, **{**kind.options, **dict(key.options)})
+    except UserError as error:  # about an option, which several kinds may have
+        raise UserError(f"kind {key.kind}: {error}") from error
     return head
 
 

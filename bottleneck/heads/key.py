@@ -85,7 +85,8 @@ def _word(value: Any) -> str:
 
 def full_rank_index(keys: list[HeadKey], hidden_size: int) -> int:
     """Index of the head of rank D, the teacher if head.teacher=trained. Raises UserError unless exactly one has it."""
-    full = [i for i, key in enumerate(keys) if key.rank == hidden_size]
-    needs = f"needs exactly one head of the full rank {hidden_size} in the run, with one rate and one seed"
+    full = [i for i, key in enumerate(keys) if key.rank == hidden_size and key.kind in ("low_rank", "full")]
+    kinds = "of kind low_rank or full and"
+    needs = f"needs exactly one head {kinds} of the full rank {hidden_size} in the run, with one rate and one seed"
     check(len(full) == 1, f"head.teacher=trained: {needs}; found {len(full)}")
     return full[0]

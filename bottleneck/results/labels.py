@@ -40,10 +40,13 @@ def labels(curves: list[dict[str, Any]]) -> list[str]:
                 # a temperature of 1 is the usual one
                 if key in c["recipe"] and (key, c["recipe"][key]) != ("temperature", 1.0):
                     part.append(f"{key} {c['recipe'][key]}")
-    for key in ("backbone_hash", "data_hash"):  # different weights or texts under one name
-        for part, c in zip(parts, curves):
-            if sum(p == part for p in parts) > 1:
-                part.append(str(c[key])[:6])
+    # different weights, texts or targets under one name
+    hashes = [(c.get("backbone_hash"), c.get("data_hash"), (c.get("target") or {}).get("hash")) for c in curves]
+    for i, words in enumerate(("", "", "target ")):
+        shared = [tuple(part) for part in parts]
+        for part, name, found in zip(parts, shared, hashes):
+            if len({other[i] for other, n in zip(hashes, shared) if n == name}) > 1:
+                part.append(f"{words}{str(found[i])[:6]}")
     return [", ".join(part) for part in parts]
 
 

@@ -11,7 +11,7 @@ from bottleneck.results.cost import MATRICES
 from bottleneck.results.intervals import add_intervals, knee_intervals
 from bottleneck.results.knee import knees
 from bottleneck.results.metric_names import from_plugins
-from bottleneck.results.schema import IDENTITY, NUMBERS, head_identity, printable, series
+from bottleneck.results.schema import NUMBERS, head_identity, identity, printable, series
 
 
 def mark_best(heads: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -33,10 +33,10 @@ def merge(curves: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     lines: dict[str, dict[str, Any]] = {}
     known: dict[str, dict[tuple, dict[str, Any]]] = {}
     for c in curves:
-        identity = json.dumps([c[k] for k in IDENTITY], sort_keys=True)
-        line = lines.setdefault(identity, {**c, "heads": []})
+        key = json.dumps(identity(c), sort_keys=True)
+        line = lines.setdefault(key, {**c, "heads": []})
         _add_groups(line, c)
-        heads = known.setdefault(identity, {})
+        heads = known.setdefault(key, {})
         for h in c["heads"]:
             twin = heads.get(head_identity(h))
             if twin is None:

@@ -196,6 +196,11 @@ def head_columns() -> tuple[str, ...]:
     return tuple(f.name for f in HEAD if f.required)
 
 
+def identity(c: dict[str, Any]) -> list[Any]:
+    """What the heads of one curve have in common; a target belongs to it, since metrics compare with it."""
+    return [*(c[k] for k in IDENTITY), (c.get("target") or {}).get("hash")]
+
+
 def head_identity(h: dict[str, Any]) -> tuple:
     """The keys that identify a head within its curve."""
     return (h["init"], h.get("kind", "low_rank"), _options(h), h["rank"], h["lr"], h["seed"])

@@ -16,10 +16,14 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import gelu, log_softmax, logsigmoid, softplus
 
 PREFIX = "Kind"
+# Without this file's code Transformers would load the architecture's own class, with a random head and a warning. A
+# weight of the original head's name that fits no head makes it refuse; the other name in its report says what to do.
+REFUSED = ("lm_head.weight", "lm_head.needs_trust_remote_code")
 REST = 1e-6  # probability of all tokens together that have no row
 Tensors = Mapping[str, Tensor]
 Formula = Callable[[Tensor, Tensors, Mapping[str, Any]], Tensor]
@@ -171,6 +175,7 @@ def _with_kind(architecture: str) -> type:
 
     class WithKind(base):  # type: ignore[misc]  # the base is known at run time only
         _tied_weights_keys: dict[str, str] = {}  # as in Transformers' own classes
+        _keys_to_ignore_on_load_unexpected = [*(base._keys_to_ignore_on_load_unexpected or ()), *REFUSED]
 
         def __init__(self, config: Any) -> None:
             super().__init__(config)
@@ -181,11 +186,20 @@ def _with_kind(architecture: str) -> type:
         def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
             """As Transformers', with a folder whose weights are not complete refused."""
             report = kwargs.pop("output_loading_info", False)
-            model, found = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+            try:
+                model, found = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+            except SafetensorError as error:
+                raise ValueError(f"{path}: its weights are damaged or cut short: {error}") from error
             absent = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
             if absent:
                 raise ValueError(f"{path}: weights are missing or of another shape: {', '.join(absent[:5])}")
             return (model, found) if report else model
+
+        def save_pretrained(self, path: Any, *args: Any, state_dict: Any = None, **kwargs: Any) -> Any:
+            """As Transformers'."""
+            state = dict(self.state_dict() if state_dict is None else state_dict)
+            state |= {name: torch.zeros(1) for name in REFUSED}
+            return super().save_pretrained(path, *args, state_dict=state, **kwargs)
 
         def _init_weights(self, module: Any) -> None:
             """Families initialise linear layers that are not in the files; all tensors of this head are."""

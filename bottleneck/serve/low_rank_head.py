@@ -12,6 +12,7 @@ import json
 import os
 from typing import Any
 
+import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
@@ -19,7 +20,10 @@ from torch import Tensor, nn
 
 PREFIX = "LowRank"
 DOWN, UP = "lm_head.down.weight", "lm_head.up.weight"
-INDEX = "model.safetensors.index.json"
+INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
+# Without this file's code Transformers would load the architecture's own class, with a random head and a warning. A
+# weight of the original head's name that fits no head makes it refuse; the other name in its report says what to do.
+REFUSED = ("lm_head.weight", "lm_head.needs_trust_remote_code")
 
 
 class LowRankHead(nn.Module):
@@ -56,11 +60,15 @@ def check_folder(folder: str | os.PathLike[str], tokenizer: str | os.PathLike[st
     Args: tokenizer: folder of the tokenizer, if it is not the same.
     """
     folder = os.fspath(folder)
-    config, index = _read(folder, "config.json"), _read(folder, INDEX)
+    config = _read(folder, "config.json")
     rank, rows, width = _shape(folder, config)
-    where = index.get("weight_map")
+    if os.path.isfile(os.path.join(folder, WHOLE)) and not os.path.isfile(os.path.join(folder, INDEX)):
+        listing = WHOLE
+        where: Any = dict.fromkeys(_shapes(folder, WHOLE), WHOLE)
+    else:
+        listing, where = INDEX, _read(folder, INDEX).get("weight_map")
     if not isinstance(where, dict) or not {DOWN, UP} <= where.keys():
-        raise ValueError(f"{folder}: {INDEX} does not list {DOWN} and {UP}")
+        raise ValueError(f"{folder}: {listing} does not list {DOWN} and {UP}")
     found: dict[str, list[int]] = {}
     for name in sorted(set(where.values())):
         found |= _shapes(folder, name)
@@ -136,6 +144,7 @@ def _low_rank(architecture: str) -> type:
 
     class LowRank(base):  # type: ignore[misc]  # the base is known at run time only
         _tied_weights_keys: dict[str, str] = {}  # as in Transformers' own classes
+        _keys_to_ignore_on_load_unexpected = [*(base._keys_to_ignore_on_load_unexpected or ()), *REFUSED]
 
         def __init__(self, config: Any) -> None:
             super().__init__(config)
@@ -155,6 +164,18 @@ def _low_rank(architecture: str) -> type:
             if absent:
                 raise ValueError(f"{path}: weights are missing or of another shape: {', '.join(absent[:5])}")
             return (model, found) if report else model
+
+        def save_pretrained(self, path: Any, *args: Any, state_dict: Any = None, **kwargs: Any) -> Any:
+            """As Transformers'. The tokenizer's identity is kept only if the tokenizer is already there."""
+            state = dict(self.state_dict() if state_dict is None else state_dict)
+            state |= {name: torch.zeros(1) for name in REFUSED}
+            tokenizer = getattr(self.config, "head_tokenizer", None)
+            try:
+                if not os.path.isfile(os.path.join(path, "tokenizer.json")):
+                    self.config.head_tokenizer = None
+                return super().save_pretrained(path, *args, state_dict=state, **kwargs)
+            finally:
+                self.config.head_tokenizer = tokenizer
 
     LowRank.__name__ = LowRank.__qualname__ = PREFIX + architecture
     return LowRank

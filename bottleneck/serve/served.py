@@ -19,11 +19,11 @@ from bottleneck.backbone.model import Backbone
 from bottleneck.core.errors import check
 from bottleneck.serve import low_rank_head
 from bottleneck.serve.folder import save_model, write_json
-from bottleneck.serve.low_rank_head import DOWN, INDEX, PREFIX, UP
+from bottleneck.serve.low_rank_head import DOWN, INDEX, PREFIX, REFUSED, UP, WHOLE
 from bottleneck.serve.swap import replace_head, set_head
 
 HEAD_FILE = "model-head.safetensors"
-WHOLE, BODY_FILE = "model.safetensors", "model-body.safetensors"
+BODY_FILE = "model-body.safetensors"
 
 
 @torch.no_grad()
@@ -89,7 +89,11 @@ def check_wrappable(model: Any, backbone: Backbone, form: str) -> None:
 
 
 def add_head(part: Path, tensors: dict[str, Tensor]) -> None:
-    """Add the head's tensors to the index as one more file; loaders ignore files that the index does not list."""
+    """Add the head's tensors to the index as one more file; loaders ignore files that the index does not list.
+
+    With them go the tensors that make Transformers refuse the folder without its own code (`REFUSED`).
+    """
+    tensors = tensors | {name: torch.zeros(1) for name in REFUSED}
     if (part / INDEX).is_file():
         index = json.loads((part / INDEX).read_text(encoding="utf-8"))
     else:

@@ -22,7 +22,17 @@ from bottleneck.studies.shared.output import write
 from bottleneck.studies.shared.pictures import canvas, save
 
 log = logging.getLogger(__name__)
-FIELDS = ("rank", "known_rank", "gap", "limit", "contexts", "tokens_of_block", "effective_rank", "hidden_size")
+FIELDS = (
+    "rank",
+    "known_rank",
+    "gap",
+    "limit",
+    "contexts",
+    "tokens_of_block",
+    "effective_rank",
+    "hidden_size",
+    "hidden_rank",
+)
 COLUMNS = ("model", "step", *FIELDS)
 
 
@@ -48,10 +58,15 @@ def verdict(entry: dict[str, Any]) -> str:
     if entry["rank"] is None:
         return f"no rank up to {entry['limit']} shows (largest gap {entry['gap']:.2g}): higher, or hidden by rounding"
     said = f"rank {entry['rank']} (the next singular value is {entry['gap']:.3g} times smaller)"
-    if entry["known_rank"] is not None:
-        same = entry["known_rank"] == entry["rank"]
-        said += ", as exported" if same else f", but exported as {entry['known_rank']}"
-    if entry["limit"] < entry["hidden_size"] and entry["known_rank"] != entry["rank"]:
+    known = entry["known_rank"]
+    if known is not None:
+        flat = entry["hidden_rank"] < known
+        same = entry["rank"] == min(known, entry["hidden_rank"])
+        said += ", as exported" if same else f", but exported as {known}"
+        said += f" ({known} = d, of which hidden states after a LayerNorm show {entry['hidden_rank']})" * (
+            same and flat
+        )
+    if entry["limit"] < entry["hidden_size"] and known != entry["rank"]:
         said += f"; this block shows at most {entry['limit']} of {entry['hidden_size']}: give more tokens to be sure"
     return said
 
@@ -96,7 +111,8 @@ STUDIES.register(
             Figure(
                 14,
                 "2403.06634",
-                "ranks recovered from log-probabilities; also for exported heads: backbone=local backbone.path=EXPORT",
+                "ranks recovered from log-probabilities; also for exports: backbone=local backbone.path=EXPORT, with "
+                "backbone.trust_remote_code=true for --form serve and modelling",
                 (f"{STUDY} study=extract data=pile backbone=pythia-160m backbone.dtype=float32",),
                 "under 0.05 h",
             ),

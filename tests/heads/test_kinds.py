@@ -9,6 +9,8 @@ import torch
 
 import bottleneck.heads.head as head_module
 from bottleneck.backbone.model import FullHead
+from bottleneck.config.checks import check_config
+from bottleneck.config.head_groups import head_groups
 from bottleneck.config.schema import OptimConfig
 from bottleneck.core.errors import UserError
 from bottleneck.core.extensions import HEAD_KINDS, OBJECTIVES
@@ -23,9 +25,10 @@ from bottleneck.losses.objective import BoundObjective, steps
 from bottleneck.training.finished_run import open_run
 from bottleneck.training.optim import build_optimizer, clip_per_head
 from bottleneck.training.run_folder import LAST
-from conftest import heads_of
+from conftest import composed, heads_of
 
 V, D, N = 70, 12, 150
+LINEAR_KINDS = ("low_rank", "full", "block", "low_rank_sparse")
 
 
 # options that make small heads of a kind interesting
@@ -223,6 +226,23 @@ def test_formulas_of_the_kinds(setting):
     assert (f.flatten()[order].diff() > 0).all() and (s.abs() > 1.5).any()
 
 
+@pytest.mark.parametrize("kind", LINEAR_KINDS)
+def test_linear_kinds_are_one_matrix(kind, setting):
+    """`dense` is W with logits = h Wᵀ; the other kinds have none."""
+    head, h = randomised(key_of(kind), torch.float32), setting[0].float()
+    torch.testing.assert_close(head.logits(h), h @ head.dense().T)
+    assert all((randomised(key_of(k)).dense() is None) == (k not in LINEAR_KINDS) for k in HEAD_KINDS.names())
+
+
+def test_numbers_of_one_value_name_one_head():
+    """A limit of 10 and of 10.0 is one head, listed twice."""
+    heads = "[{kind: plif, rank: 5, limit: 10},{kind: plif, rank: 5, limit: 10.0}]"
+    entries = check_config(composed([f"heads={heads}"])).heads
+    assert entries[0] == entries[1] and type(entries[0]["limit"]) is float
+    plain = check_config(composed(["head.kind=plif", "head.options={limit: 10}"]))
+    assert head_groups(plain)[0].options["limit"] == 10 and type(head_groups(plain)[0].options["limit"]) is float
+
+
 def test_one_component_is_the_low_rank_head(setting):
     """`mos` with K = 1 is `low_rank` bit for bit: it is the same class."""
     h, y = setting[0].float(), setting[1]
@@ -313,7 +333,12 @@ def test_a_full_head_teaches_another_run(run, tmp_path):
         (("head.kind=mos", "head.options.components=[2]"), "components=[2]: must be a whole number"),
         (("head.kind=plif", "head.options.pieces=2.5"), "head.options.pieces=2.5: must be a whole number"),
         (("head.kind=plif", "head.options.pieces=0"), "head.options.pieces=0: must be at least 1"),
-        (("head.kind=plif", "head.options.limit=-3"), "head.options.limit=-3: must be above 0"),
+        (("head.kind=plif", "head.options.limit=-3"), "head.options.limit=-3.0: must be between 0.01 and 1000"),
+        (
+            ("head.kind=plif", "head.options.limit=1e9"),
+            "head.options.limit=1000000000.0: must be between 0.01 and 1000",
+        ),
+        (("head.kind=block", "head.options.bands=[5,900]"), "kind block: bands=[5, 900]: must be below 320, the vocab"),
         (("head.kind=plif", "head.options.limit=nan"), "head.options.limit=nan: must be a finite number"),
         (("head.kind=block", "head.options.bands=[5,2]"), "head.options.bands=[5, 2]: must be rising"),
         (("head.kind=block", "head.options.bands=[a]"), "head.options.bands=['a']: must be rising whole numbers"),

@@ -69,6 +69,17 @@ def test_best_is_the_lowest_of_each_rank_and_start():
     assert best == {("fisher", 0.2), ("scaled", 0.2)} and len(merged["heads"]) == 4
 
 
+def test_runs_of_different_targets_are_not_one_curve():
+    """Their metrics compare with the target. Of one target they are one curve; the picture tells two apart."""
+    runs = [
+        made({rank: 2.5}) | {"target": {"name": "t", "hash": hash, "loss": 2.0, "original": {}}}
+        for rank, hash in ((8, "aaaaaaaa"), (16, "aaaaaaaa"), (32, "bbbbbbbb"))
+    ]
+    merged = curve.merge(runs)
+    assert [(c["target"]["hash"][0], [h["rank"] for h in c["heads"]]) for c in merged] == [("a", [8, 16]), ("b", [32])]
+    assert labels(merged) == ["toy, target aaaaaa", "toy, target bbbbbb"]
+
+
 def test_two_results_for_one_head_are_refused():
     a, b = made({8: 2.5}), made({8: 2.6})
     with pytest.raises(UserError, match="rank 8, lr 0.1, seed 0 has two results"):

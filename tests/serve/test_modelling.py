@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from bottleneck.serve import export, kind_head
 from bottleneck.serve.folder import check_logits, see
 from bottleneck.serve.modelling import check_kind, rounded_logits, write_modelling
 from conftest import composed
+from support.study_runs import run_study
 from train import train
 
 ENTRIES = {
@@ -122,3 +124,87 @@ def test_other_forms_refuse_kinds_that_they_cannot_hold(every_kind, form, words,
     assert words in line and "a head of kind mos" in line and "--form modelling" in line
     with pytest.raises(UserError, match="--form modelling: has no formula of kind gain; it has low_rank, full"):
         check_kind(HeadKey(4, 0.1, 0, "gain"))
+
+
+@pytest.mark.parametrize("form", ["modelling", "serve"])
+def test_without_its_code_a_folder_is_refused_and_saved_again_it_is_the_same(form, every_kind, tmp_path, caplog):
+    """Transformers' own class would have a random head: it refuses, and its report says what to do. So does a copy."""
+    folder, rows = every_kind
+    name = HeadKey.of(rows["low_rank"]).name
+    to, copy = tmp_path / "out", tmp_path / "copy"
+    assert export.main([str(folder), "--head", name, "--form", form, "--to", str(to)]) == 0
+    model = AutoModelForCausalLM.from_pretrained(to, trust_remote_code=True).eval()
+    model.save_pretrained(copy)
+    again = AutoModelForCausalLM.from_pretrained(copy, trust_remote_code=True).eval()
+    ids = torch.randint(0, 60, (2, 9), generator=g(3))
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, again(input_ids=ids).logits)
+    root = logging.getLogger("transformers")
+    root.addHandler(caplog.handler)
+    caplog.set_level(logging.WARNING, "transformers")
+    try:
+        for each in (to, copy):
+            caplog.clear()
+            with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+                AutoModelForCausalLM.from_pretrained(each)
+            assert "lm_head.needs_trust_remote_code" in caplog.text
+    finally:
+        root.removeHandler(caplog.handler)
+
+
+@pytest.mark.parametrize("kind", ["block", "low_rank_sparse"])
+def test_other_linear_kinds_are_exported_as_ordinary_models(kind, every_kind, toy_backbone, tmp_path):
+    """W of a block or of full rows beside A B, in a model that needs no code of its own."""
+    folder, rows = every_kind
+    to = tmp_path / "out"
+    assert export.main([str(folder), "--head", HeadKey.of(rows[kind]).name, "--form", "dense", "--to", str(to)]) == 0
+    model, run = AutoModelForCausalLM.from_pretrained(to).eval(), export.open_run(folder)
+    backbone = Backbone.load(BackboneConfig(path=str(toy_backbone)))
+    ids = torch.randint(0, backbone.vocab_size, (2, 20), generator=g(1))
+    with torch.no_grad():
+        got, want = model(input_ids=ids).logits, run.head(rows[kind]).logits(backbone(ids).flatten(0, 1))
+    torch.testing.assert_close(got.flatten(0, 1), want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+
+
+def test_a_damaged_folder_is_named(every_kind, tmp_path):
+    folder, rows = every_kind
+    to = tmp_path / "out"
+    assert (
+        export.main([str(folder), "--head", HeadKey.of(rows["mos"]).name, "--form", "modelling", "--to", str(to)]) == 0
+    )
+    file = to / "model-head.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=f"{to}: its weights are damaged or cut short"):
+        AutoModelForCausalLM.from_pretrained(to, trust_remote_code=True)
+
+
+@pytest.mark.parametrize("form, kind", [("serve", "low_rank"), ("modelling", "low_rank_bias"), ("modelling", "block")])
+def test_extract_reads_the_rank_of_heads_with_their_own_code(form, kind, every_kind, toy, tmp_path):
+    """The rank shows in what the model answers; of kinds without one rank nothing is claimed."""
+    folder, rows = every_kind
+    to = tmp_path / "out"
+    assert export.main([str(folder), "--head", HeadKey.of(rows[kind]).name, "--form", form, "--to", str(to)]) == 0
+    text = [word for word in toy if word.startswith("data")]
+    words = ["study=extract", "backbone=local", f"backbone.path={to}", *text, "tokens=400", "trainer=cpu"]
+    (found,) = run_study(tmp_path / "study", *words, "backbone.trust_remote_code=true")["checkpoints"]
+    if kind == "block":
+        assert found["known_rank"] is None and found["rank"] == 4 + 2 + 1
+    else:
+        assert found["rank"] == found["known_rank"] == 4 and found["verdict"].endswith("as exported")
+    with pytest.raises(UserError, match=f"an export of --form {form}, whose head has code of its own; .* --form dense"):
+        run_study(tmp_path / "study", *words)
+    for trusted in ("true", "false"):
+        with pytest.raises(UserError, match=f"backbone.path={to}: an export of --form {form}"):
+            train(composed([*toy, f"backbone.path={to}", f"backbone.trust_remote_code={trusted}"]), tmp_path / "run")
+
+
+def test_extract_of_the_full_rank_behind_a_layer_norm(every_kind, toy, tmp_path):
+    """Hidden states of a LayerNorm lie in a plane, so d - 1 is all that a head of rank d shows."""
+    folder, rows = every_kind
+    to = tmp_path / "out"
+    assert export.main([str(folder), "--head", HeadKey.of(rows["full"]).name, "--form", "dense", "--to", str(to)]) == 0
+    text = [word for word in toy if word.startswith("data")]
+    words = ["study=extract", "backbone=local", f"backbone.path={to}", *text, "tokens=400", "trainer=cpu"]
+    (found,) = run_study(tmp_path / "study", *words)["checkpoints"]
+    assert (found["rank"], found["hidden_rank"], found["known_rank"]) == (31, 31, 32)
+    assert "as exported (32 = d, of which hidden states after a LayerNorm show 31)" in found["verdict"]

@@ -96,3 +96,13 @@ def test_an_unfit_teacher_is_refused(run, earlier, toy_backbone, tmp_path):
     (earlier / "curve.json").write_text(json.dumps(narrow))
     with pytest.raises(UserError, match=r"vocabulary and hidden size of \[320, 48\], this backbone's are \[320, 32\]"):
         run(*distill, f"head.teacher={earlier}", run_dir=tmp_path / "refused")
+
+
+def test_the_trained_teacher_is_a_whole_head_of_full_rank(run, tmp_path):
+    """Heads of rank d that leave tokens out are none; one beside a whole one does not count."""
+    words = ("objective=distill", "head.teacher=trained", "optim.lr=1e-3")
+    with pytest.raises(UserError, match="one head of kind low_rank or full and of the full rank 32 .*; found 0"):
+        run("heads=[{kind: truncated, rows: 57},{rank: 4}]", "ranks=auto", *words, run_dir=tmp_path / "none")
+    heads = "heads=[{kind: truncated, rows: 57},{rank: 4},{kind: full}]"
+    result = run(heads, "ranks=auto", *words, run_dir=tmp_path / "one")
+    assert [h["status"] for h in result.curve["heads"]] == ["ok"] * 3

@@ -15,18 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from bottleneck.backbone.model import FullHead
+from bottleneck.core.errors import check
 from bottleneck.core.extensions import HEAD_KINDS, HeadKind
 from bottleneck.heads import parts
 from bottleneck.heads.calibration import Calibration
 from bottleneck.heads.head import FUSIBLE, Head, product
 from bottleneck.heads.key import HeadKey
 
+BANDS = [1_000, 10_000]
+
 
 class Blocks(Head):
     """Parameters A_i [V_i, R_i] and B_i [R_i, D] of each band; a buffer holds each token's place.
 
     Args:
-        bands: places in the order of frequency at which a new band begins, rising; those beyond V are ignored.
+        bands: places in the order of frequency at which a new band begins, rising and below V; of `BANDS`, the usual
+            ones, those beyond V are left out.
         shrink: R_i = R / shrink^i, at least 1.
     """
 
@@ -34,6 +38,8 @@ class Blocks(Head):
 
     def __init__(self, vocab_size: int, rank: int, hidden_size: int, bands: Sequence[int], shrink: int):
         super().__init__(vocab_size, start_rank=rank)
+        fit = not bands or bands[-1] < vocab_size or list(bands) == BANDS
+        check(fit, f"bands={list(bands)}: must be below {vocab_size}, the vocabulary's size")
         edges = [0, *(b for b in bands if 0 < b < vocab_size), vocab_size]
         self.sizes = [b - a for a, b in zip(edges, edges[1:])]
         ranks = [max(1, rank // shrink**i) for i in range(len(self.sizes))]
@@ -45,6 +51,11 @@ class Blocks(Head):
         """Logits [n, V]."""
         blocks = [product(product(h_nD, B).to(h_nD.dtype), A) for A, B in zip(self.A, self.B)]
         return torch.cat(blocks, -1).index_select(1, self.place_V)
+
+    def dense(self) -> Tensor:
+        """A_i B_i of each band, in the order of ids."""
+        bands = [A.detach() @ B.detach() for A, B in zip(self.A, self.B)]
+        return torch.cat(bands).index_select(0, self.place_V)
 
     @property
     def held_entries(self) -> int:
@@ -92,7 +103,7 @@ KIND = HEAD_KINDS.register(
         "a low-rank block for each frequency band (options bands, shrink)",
         Blocks,
         impls=FUSIBLE,
-        options={"bands": [1_000, 10_000], "shrink": 2},
+        options={"bands": BANDS, "shrink": 2},
         refuses=refuses,
     )
 )

@@ -22,6 +22,8 @@ ROWS = 1024
 class LowRankSparse(Factored):
     """logits = A B h, but U h [F] for F tokens, whose ids are stored in a buffer.
 
+    A has a row for every token; those of the F tokens are computed and replaced, so they are counted as parameters.
+
     Args: rows: F.
     """
 
@@ -36,6 +38,10 @@ class LowRankSparse(Factored):
     def logits(self, h_nD: Tensor) -> Tensor:
         """Logits [n, V]."""
         return product(self.states(h_nD), self.A).index_copy(1, self.tokens_F, product(h_nD, self.U))
+
+    def dense(self) -> Tensor:
+        """A B, with U in the rows of the F tokens."""
+        return (self.A.detach() @ self.B.detach()).index_copy(0, self.tokens_F, self.U.detach())
 
     @property
     def held_entries(self) -> int:

@@ -19,6 +19,7 @@ from bottleneck.core.extensions import HEAD_KINDS, HeadKind
 from bottleneck.heads.head import FUSIBLE, Pointwise
 
 MOST = 65_536  # pieces
+MOST_NATS = 1_000.0  # float32 adds the limit to a logit and takes it off again: 6e-5 of rounding at 1,000
 
 
 class PiecewiseLinear(Pointwise):
@@ -31,6 +32,11 @@ class PiecewiseLinear(Pointwise):
         super().__init__(vocab_size, rank, hidden_size)
         self.pieces, self.limit = pieces, float(limit)
         self.slopes = nn.Parameter(torch.full((pieces,), math.log(math.e - 1)))  # softplus of it is 1
+
+    @property
+    def flops_per_token(self) -> int:
+        """Of the products; the slopes are in none."""
+        return 2 * (self.A.numel() + self.B.numel())
 
     def piece_slopes(self) -> Tensor:
         """softplus(v) [K]."""
@@ -52,7 +58,7 @@ def refuses(pieces: int, limit: float) -> Optional[str]:
         return f"pieces={pieces}: must be at least 1"
     if pieces > MOST:
         return f"pieces={pieces}: must be at most {MOST:,}"
-    return None if limit > 0 else f"limit={limit}: must be above 0"
+    return None if 0.01 <= limit <= MOST_NATS else f"limit={limit}: must be between 0.01 and {MOST_NATS:g}"
 
 
 KIND = HEAD_KINDS.register(

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from bottleneck.backbone.adapters import adapter_of
+from bottleneck.backbone.load import check_no_export
 from bottleneck.backbone.model import load_config, load_shape
 from bottleneck.config.schema import BackboneConfig
 from bottleneck.core.errors import UserError, check
@@ -43,6 +44,7 @@ def stored_head(cp: Checkpoint, shapes: Shapes) -> Optional[Head]:
     A model may be configured as tied and yet hold two different matrices; Transformers then reads the head's own.
     Raises: UserError for another shape than its model's first checkpoint, unreadable files, and NaN.
     """
+    check_no_export(cp.backbone)
     width, _, vocabulary = load_shape(cp.backbone)
     check_shape(cp, shapes[cp.model], (width, vocabulary))
     if adapter_of(cp.backbone.path, cp.backbone.revision) is not None:  # which may change the head
