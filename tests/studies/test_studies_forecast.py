@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -143,6 +144,35 @@ def test_impossible_keys_are_refused_before_anything_is_read(word, said):
 
     with pytest.raises(UserError, match=said):
         check_study(composed("study=forecast", word))
+
+
+def test_a_text_too_short_is_refused_in_the_words_of_the_study_before_weights_load(toy, tmp_path, small, monkeypatch):
+    """Regression: the key was said to be `tokens`, after the closed forms had been measured and stored."""
+    monkeypatch.setattr(measure, "loaded", None)
+    given = [*words(toy), "study.budgets=[1e6]", "study.ranks=[4]", "data.name=toy"]
+
+    def refused(start: str, end: str, *more: str) -> list[int]:
+        with pytest.raises(UserError) as found:
+            run_study(tmp_path / "f", *given, *more)
+        assert not list((tmp_path / "f").iterdir())
+        about = r"toy has (\d+) training tokens in blocks of 64; "
+        numbers = re.fullmatch(re.escape(start) + about + end, str(found.value))
+        assert numbers is not None, str(found.value)
+        return list(map(int, numbers.groups()))
+
+    trained = "study.check={}: its budgets are trained, and "  # in whole steps
+    have, most = refused(trained.format(999936), r"give at most (\d+), or more text", "study.check=[10240,1e6]")
+    assert have - 256 < most <= have < 999936 and most % 256 == 0
+    cut = ("study.check=20000", "data.max_tokens=9000")
+    have, most = refused(trained.format(19968), r"give at most (\d+), or a larger data.max_tokens", *cut)
+    assert have - 256 < most <= have < 9500
+    monkeypatch.setattr(laws, "SHORT", (8 * 256, have // 256 * 256))
+    refused(trained.format(19968), "leave it out, or a larger data.max_tokens", *cut)
+    monkeypatch.setattr(laws, "SHORT", (8 * 256, 76800))
+    short = "study=forecast: its short runs read 76800 training tokens, "
+    refused(short, "give a larger study.max_tokens", "study.max_tokens=9000", "data.max_tokens=9000")
+    monkeypatch.setattr(laws, "SHORT", (8 * 256, 768000))
+    refused("study=forecast: its short runs read 768000 training tokens, ", "give more text")
 
 
 def test_what_is_outside_the_fitted_range_has_no_interval_but_a_reason():

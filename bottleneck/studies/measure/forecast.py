@@ -148,7 +148,6 @@ def train(
         seed: of the order of the text.
         done: (tokens, rows of rank, lr, loss, loss of the original head), called at the start with 0 tokens and then
             for each budget.
-    Raises: UserError if the text is shorter than the largest budget.
     """
     device, dtype = backbone.lm_head.weight.device, backbone.dtype
     runs = begin(backbone, budgets, ranks, text.calibration(CALIBRATION, seed), micro_batch)
@@ -168,6 +167,23 @@ def train(
         at((step + 1) / last)
 
 
+def check_length(c: StudyConfig, text: StudyText, budgets: Sequence[int]) -> None:
+    """Raises UserError, in the words of the study, if the text is shorter than a budget that is trained."""
+    name, block = text.corpus.name, text.block
+    have = len(text.corpus.order(c.data.seed, block)) * block
+    limit = c.data.max_tokens  # of a streamed text: by default the larger of tokens and study.max_tokens
+    cut = limit is not None and have + block >= limit
+    key = "study.max_tokens" if limit == max(c.tokens, c.study.max_tokens) else "data.max_tokens"
+    about = f"{name} has {have} training tokens in blocks of {block}"
+    more = f"a larger {key}" if cut else "more text"
+    short = max(set(budgets) - set(c.study.check))
+    check(have >= short, f"study=forecast: its short runs read {short} training tokens, {about}; give {more}")
+    most = have // STEP_TOKENS * STEP_TOKENS
+    fewer = f"give at most {most}" if most >= short + STEP_TOKENS else "leave it out"
+    given = max(c.study.check, default=0)
+    check(have >= given, f"study.check={given}: its budgets are trained, and {about}; {fewer}, or {more}")
+
+
 def measure(c: StudyConfig, folder: Path, budgets: Sequence[int]) -> dict[str, Any]:
     """Losses of every rank before training and after each budget.
 
@@ -182,6 +198,7 @@ def measure(c: StudyConfig, folder: Path, budgets: Sequence[int]) -> dict[str, A
     block = c.data.block_size
     check(STEP_TOKENS % block == 0, f"data.block_size={block}: must divide the {STEP_TOKENS:,} tokens of a step")
     text = study_text(c, [cp])
+    check_length(c, text, budgets)
     heads = len(FACTORS) * sum(ranks) * (width + vocabulary)
     log_memory([cp], device, 16.0 * heads * len(budgets))
     settings = {"recipe": recipe(), "ranks": ranks, "seed": c.data.seed, "dtype": c.backbone.dtype}
