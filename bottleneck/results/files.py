@@ -38,17 +38,14 @@ def read(paths: Iterable[Path], skip: Optional[Path] = None) -> list[dict[str, A
     A multirun's folder holds those of its jobs, and in `MERGED` the same heads as one curve, which is read only if its
     folder is given.
 
-    Args: skip: a folder that is not read.
+    Args: skip: a folder that is not read: --out, which may hold the curve of the same command before.
     """
     curves: list[dict[str, Any]] = []
     for path in paths:
-        files = [path] if path.is_file() else sorted(path.rglob("curve.json"))
-        files = [
-            f
-            for f in files
-            if (skip is None or f.parent.resolve() != skip.resolve())
-            and (f.parent == path or f == path or not _merged(f.parent))
-        ]
+        there = [path] if path.is_file() else sorted(path.rglob("curve.json"))
+        there = [f for f in there if f.parent == path or f == path or not _merged(f.parent)]
+        files = [f for f in there if skip is None or f.parent.resolve() != skip.resolve()]
+        check(bool(files) or not there, f"--out {skip}: is one of the runs; give another folder")
         check(bool(files), f"{path}: no curve.json there; give the folder of a finished run, or of a multirun")
         for file in files:
             curves += _read(file)

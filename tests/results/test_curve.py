@@ -114,6 +114,18 @@ def test_bad_folders_are_one_line(tmp_path, capsys, content, words):
     assert curve.main([str(tmp_path)]) == 2
 
 
+def test_a_run_as_its_own_out_is_refused(tmp_path, capsys):
+    """Regression: its curve.json was said not to be there."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    save(run, made({8: 2.5}))
+    save(other, made({64: 2.1}))
+    before = (run / "curve.json").read_bytes()
+    for runs in ([run], [run / "curve.json"], [other, run]):
+        assert curve.main([*map(str, runs), "--out", str(run)]) == 2
+        assert capsys.readouterr().err == f"error: --out {run}: is one of the runs; give another folder\n"
+    assert (run / "curve.json").read_bytes() == before
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):
     save(tmp_path / "run", made({8: 2.5}))
     (tmp_path / "file").write_text("in the way")
