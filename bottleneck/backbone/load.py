@@ -55,11 +55,15 @@ def _source(cfg: BackboneConfig) -> dict[str, Any]:
     return {k: v for k, v in kwargs.items() if v is not None}
 
 
+def looks_local(path: str) -> bool:
+    """Whether a path is that of a folder and no Hub name, by its form."""
+    return Path(path).expanduser().is_absolute() or path.startswith((".", "~")) or path.count("/") > 1
+
+
 def _check_path(cfg: BackboneConfig) -> None:
     """A path that looks local must exist: otherwise Transformers searches the Hub for it and reports that."""
     path = Path(cfg.path).expanduser()
-    local = path.is_absolute() or cfg.path.startswith((".", "~")) or cfg.path.count("/") > 1
-    check(not local or path.is_dir(), f"backbone.path={cfg.path}: no such folder")
+    check(not looks_local(cfg.path) or path.is_dir(), f"backbone.path={cfg.path}: no such folder")
     only = f"is for a Hub name; backbone.path={cfg.path} is a folder here, which has one revision"
     check(cfg.revision is None or not path.is_dir(), f"backbone.revision={cfg.revision}: {only}")
     if cfg.gguf_file and path.is_dir():

@@ -9,13 +9,13 @@ Dims: N sequences, T sequence length, n tokens of a chunk, D hidden size of the 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from bottleneck.backbone.load import label
+from bottleneck.backbone.load import label, looks_local
 from bottleneck.backbone.model import Backbone
 from bottleneck.config.schema import BackboneConfig
 from bottleneck.core.errors import UserError, check
@@ -23,12 +23,26 @@ from bottleneck.core.errors import UserError, check
 ABSENT = -1e4  # logit of a row that the target does not have: its probability is 0, its logarithm still finite
 
 
-def target_config(path: str, dtype: Any) -> BackboneConfig:
-    """The config of a target from a Hub name, a folder or a .gguf file. Args: dtype: as `backbone.dtype`."""
-    file = Path(path).expanduser()
+def target_config(path: str, dtype: Any, named: Optional[str] = None) -> BackboneConfig:
+    """The config of a target from a Hub name, a folder or a .gguf file.
+
+    Args:
+        dtype: as `backbone.dtype`.
+        named: the option that names it, for messages; default: `head.teacher`.
+    Raises: UserError where a file or folder is not there, or holds no config.json. Reads no file.
+    """
+    named, file = named or f"head.teacher=model:{path}", Path(path).expanduser()
     if path.endswith(".gguf"):
-        check(file.is_file(), f"head.teacher=model:{path}: no such file")
+        check(file.is_file(), f"{named}: no such file")
         return BackboneConfig(path=str(file.parent), gguf_file=file.name, dtype=dtype)
+    allowed = "give a Hub name, a model's folder or a .gguf file"
+    check(bool(path.strip()), f"{named}: is empty; {allowed}")
+    check(not file.is_file(), f"{named}: is a file; {allowed}")
+    if file.is_dir():
+        there = any((file / name).is_file() for name in ("config.json", "adapter_config.json"))
+        check(there, f"{named}: no config.json there; {allowed}")
+    else:
+        check(not looks_local(path), f"{named}: no such folder")
     return BackboneConfig(path=str(file) if path.startswith("~") else path, dtype=dtype)
 
 
@@ -49,13 +63,19 @@ class Target(nn.Module):
 
     @classmethod
     def load(
-        cls, cfg: BackboneConfig, vocab_size: int, device: Union[torch.device, str] = "cpu", *, block_size: int
+        cls,
+        cfg: BackboneConfig,
+        vocab_size: int,
+        device: Union[torch.device, str] = "cpu",
+        *,
+        block_size: int,
+        named: Optional[str] = None,
     ) -> Target:
-        """Load the weights. Raises UserError as `Backbone.load`, in the words of `head.teacher`."""
+        """Load the weights. Raises UserError as `Backbone.load`, in the words of `in_its_words`."""
         try:
             return cls(Backbone.load(cfg, device, block_size=block_size), vocab_size)
         except UserError as error:
-            raise in_its_words(cfg, error) from error
+            raise in_its_words(cfg, error, named) from error
 
     @torch.no_grad()
     def forward(self, ids_NT: Tensor) -> Tensor:
@@ -70,6 +90,9 @@ class Target(nn.Module):
         return pad(logits, (0, self.vocab_size - logits.shape[1]), value=ABSENT)
 
 
-def in_its_words(cfg: BackboneConfig, error: UserError) -> UserError:
-    """An error about a backbone as one about the target."""
-    return UserError(f"head.teacher=model:{label(cfg)}: {str(error).replace('backbone.path', 'its path')}")
+def in_its_words(cfg: BackboneConfig, error: UserError, named: Optional[str] = None) -> UserError:
+    """An error about a backbone as one about the target. Args: named: as in `target_config`."""
+    said, name = str(error), named or f"head.teacher=model:{label(cfg)}"
+    if cfg.path in name:
+        said = said.removeprefix(f"backbone.path={cfg.path}: ")
+    return UserError(f"{name}: {said.replace('backbone.path', 'its path')}")

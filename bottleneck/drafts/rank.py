@@ -123,13 +123,14 @@ def evaluate(
     run: FinishedRun, target: str, *, batches: list[int], context: int, threads: Optional[int]
 ) -> dict[str, Any]:
     """The content of rank.json. Raises UserError where text, target or heads do not fit."""
+    named = f"--target {target}"
+    model = TargetModel(target_config(target, run.backbone.dtype, named), named)
     wrong = sorted({HeadKey.of(h).kind for h in run.curve["heads"]} - set(KINDS))
     allowed = ", ".join(KINDS)
     check(not wrong, f"{run.folder}: the step of a head of kind {', '.join(wrong)} cannot be timed; allowed: {allowed}")
     data = stored_data(run.folder)
     tokenizer = load_tokenizer(run.backbone)
     vocab_size = load_shape(run.backbone)[2]
-    model = TargetModel(target_config(target, run.backbone.dtype))
     model.check_fits(tokenizer, vocab_size, data.block_size)
     corpus = prepare(data, tokenizer)
     same = corpus.fingerprint == run.curve["data_hash"]

@@ -64,19 +64,21 @@ class TargetModel:
     """The model of head.teacher=model:PATH.
 
     Attributes:
+        named: the option that names it, for messages; None: head.teacher.
         loaded: the model, once its weights are in memory.
     """
 
     config: BackboneConfig
+    named: Optional[str] = None
     loaded: Optional[Target] = None
 
     def check_fits(self, tokenizer: Any, vocab_size: int, block_size: int) -> None:
         """Raises UserError unless it reads the run's tokens as they are meant. Needs no weights."""
-        name = f"head.teacher=model:{label(self.config)}"
+        name = self.named or f"head.teacher=model:{label(self.config)}"
         try:
             theirs, (_, context, rows) = load_tokenizer(self.config), load_shape(self.config)
         except UserError as error:
-            raise in_its_words(self.config, error) from error
+            raise in_its_words(self.config, error, self.named) from error
         same = tokenizer_hash(theirs) == tokenizer_hash(tokenizer)
         check(same, f"{name}: its tokenizer is not the backbone's; a target and its draft need the same vocabulary")
         entries = max(tokenizer.get_vocab().values()) + 1
@@ -92,7 +94,7 @@ class TargetModel:
             kind = dtype if dtype != "auto" else ("bfloat16" if device_type == "cuda" else "float32")
             assert kind in DTYPES
             cfg = dataclasses.replace(self.config, dtype=kind)
-            self.loaded = Target.load(cfg, vocab_size, block_size=block_size)
+            self.loaded = Target.load(cfg, vocab_size, block_size=block_size, named=self.named)
             log.info("target: %s, weights %s", self.loaded.name, self.loaded.hash)
         return self.loaded
 

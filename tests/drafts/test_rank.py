@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -138,8 +139,23 @@ def test_what_does_not_fit_is_refused_in_one_line(swept, toy_backbone, tmp_path,
     with pytest.raises(UserError, match="--batch 0: must be at least 1"):
         rank.command([str(folder), "--target", str(target), "--batch", "0"])
     monkeypatch.setattr(Backbone, "load", lambda *a, **k: pytest.fail("weights were loaded"))
-    with pytest.raises(UserError, match="its path=.*no such folder"):
-        rank.command([str(folder), "--target", str(tmp_path / "none")])
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "file").write_text("")
+    shutil.copytree(target, tmp_path / "damaged")
+    (tmp_path / "damaged" / "config.json").write_text("{")
+    allowed = "give a Hub name, a model's folder or a .gguf file"
+    for name, said in (
+        ("none", "no such folder"),
+        ("none.gguf", "no such file"),
+        ("bare", f"no config.json there; {allowed}"),
+        ("file", f"is a file; {allowed}"),
+        ("damaged", "cannot load its "),
+    ):
+        given = tmp_path / name
+        with pytest.raises(UserError, match=f"^--target {given}: {said}"):
+            rank.command([str(folder), "--target", str(given)])
+    with pytest.raises(UserError, match="^--target : is empty"):
+        rank.command([str(folder), "--target", ""])
     curve = json.loads((folder / "curve.json").read_text())
     (folder / "curve.json").write_text(json.dumps({**curve, "data_hash": "0"}))
     with pytest.raises(UserError, match="the text of data.files is not that of the run any more"):

@@ -117,7 +117,8 @@ def test_an_unfit_target_is_refused(run, target, tmp_path, monkeypatch):
     for teacher, words in (
         (f"model:{other}", "head.teacher=model:other: its tokenizer is not the backbone's"),
         ("model:", "must be own, trained, model:PATH"),
-        (f"model:{tmp_path}/none", "head.teacher=model:none: its path=.*no such folder"),
+        (f"model:{tmp_path}/none", "^head.teacher=model:/.*/none: no such folder$"),
+        (f"model:{tmp_path}", f"^head.teacher=model:{tmp_path}: no config.json there; give a Hub name"),
         (f"model:{tmp_path}/x.gguf", "x.gguf: no such file"),
     ):
         with pytest.raises(UserError, match=words):
