@@ -8,7 +8,6 @@ and wrong types are refused when the config is composed. `config.checks` refuses
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import typing
 from dataclasses import dataclass
 from typing import Any, Literal, Optional
@@ -17,6 +16,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from bottleneck.config.declare import composable, group, key
+from bottleneck.config.nearest_key import nearest
 from bottleneck.config.packages import joined_folder, package_folder
 from bottleneck.core.default_folder import default_folder
 from bottleneck.core.paths import in_repository
@@ -346,9 +346,7 @@ ALIASES = {"lr": "optim.lr", "learning_rate": "optim.lr", "optim.learning_rate":
 
 def unknown_key(key: str) -> str:
     """One line for a key that the schema does not have, with the key that was probably meant."""
-    last = key.rpartition(".")[2]
-    same = [known for known in SCHEMA_KEYS if known.rpartition(".")[2] == last]  # the right key without its group
-    near = [ALIASES[key]] if key in ALIASES else same or difflib.get_close_matches(key, SCHEMA_KEYS, n=1, cutoff=0.5)
+    near = [ALIASES[key]] if key in ALIASES else nearest(key, SCHEMA_KEYS)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     return f"{key}: unknown key{hint} (python train.py --cfg job lists all keys)"
 

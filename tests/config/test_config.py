@@ -174,6 +174,9 @@ def test_limits_of_the_backbone():
         ("micro_batch_size=4", "micro_batch_size: unknown key; did you mean trainer.micro_batch_size?"),
         ("+data.fles=x", "data.fles: unknown key; did you mean data.files?"),
         ("+data.fles={}", "data.fles: unknown key; did you mean data.files?"),
+        ("optim.curve=1", "optim.curve: unknown key (python train.py"),  # optim. alone is nothing in common
+        ("backbone.x=1", "backbone.x: unknown key (python train.py"),
+        ("trainer.block_siz=1", "trainer.block_siz: unknown key; did you mean data.block_size?"),
         ("+x.data.epochs={}", "x.data.epochs: unknown key; did you mean data.epochs?"),
         ("batch_size=many", "batch_size: "),
         ("backbone=gpt5", "backbone=gpt5: no such choice; allowed are"),

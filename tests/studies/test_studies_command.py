@@ -15,7 +15,7 @@ from bottleneck.cli import one_line_errors as cli
 from bottleneck.config.checks import check_config
 from bottleneck.core.errors import UserError
 from bottleneck.core.extensions import STUDIES
-from bottleneck.studies.shared.config import PYTHIA_STEPS, StudyConfig, check_study
+from bottleneck.studies.shared.config import PYTHIA_STEPS, StudyConfig, check_study, unknown_key
 from bottleneck.studies.shared.figures import TRAINING, Figure, visiting
 from bottleneck.studies.shared.steps import step_number
 from conftest import ROOT
@@ -162,6 +162,31 @@ def test_a_study_of_a_plugin_is_one_file_and_one_yaml(tmp_path):
     assert unknown.returncode == 2 and "did you mean study.count?" in unknown.stderr
 
 
+@pytest.mark.parametrize(
+    "study, key, hint",
+    [
+        (
+            "escape",
+            "study.curve",
+            "; its own are study.bands, study.columns, study.futures, study.histories, study.run",
+        ),
+        ("spectrum", "curves", "; its own are study.drop_padding, study.hidden, study.models, study.steps"),
+        ("spectrum", "backbone.x", ""),
+        ("spectrum", "study.hiden", "; did you mean study.hidden?"),
+        ("spectrum", "hidden", "; did you mean study.hidden?"),
+        ("spectrum", "study.model", "; did you mean study.models?"),
+        ("spectrum", "study.path", "; did you mean backbone.path?"),
+        ("spectrum", "data.block", "; did you mean data.block_size?"),
+        ("spectrum", "token", "; did you mean tokens?"),
+        ("forecast", "study.max_token", "; did you mean study.max_tokens?"),
+    ],
+)
+def test_the_key_that_was_meant_has_a_name_like_that_given(study, key, hint):
+    """Regression: `study.` in common made study.futures the key that study.curve meant."""
+    end = f"(python -m bottleneck.study study={study} --cfg job lists them)"
+    assert unknown_key(key, study) == f"{key}: unknown key of study={study}{hint} {end}"
+
+
 def test_step_numbers():
     names = {
         "step1000": 1000,
@@ -183,7 +208,10 @@ def test_step_numbers():
         (["study=spectrum", "study.steps=[3,2]"], "study.steps: 2 comes after 3; steps must rise"),
         (["study=spectrum", "study.steps=[3,3]"], "steps must rise, each once"),
         (["study=spectrum", "study.models=[]"], "study.models=[]"),
-        (["study=spectrum", "+study.losses=x"], "study.losses: unknown key of study=spectrum; did you mean"),
+        (
+            ["study=spectrum", "+study.losses=x"],
+            "its own are study.drop_padding, study.hidden, study.models, study.steps (",
+        ),
         (
             ["study=spectrum", "+backbone.pth={}"],
             "backbone.pth: unknown key of study=spectrum; did you mean backbone.path",

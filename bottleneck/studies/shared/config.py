@@ -6,7 +6,6 @@ Each study declares its own keys in its own module; this module holds what sever
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import textwrap
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from bottleneck.config import schema
 from bottleneck.config.checks import RANK_LADDER, check_config, leaves
 from bottleneck.config.declare import composable, freeze, group, key
+from bottleneck.config.nearest_key import nearest
 from bottleneck.config.numbers import as_count, as_list
 from bottleneck.config.schema import (
     SCHEMA_KEYS,
@@ -115,11 +115,14 @@ def _known_keys(name: Optional[str]) -> list[str]:
 
 
 def unknown_key(name: str, study: Optional[str] = None) -> str:
-    """One line for a key that the command does not have, with the nearest one it has."""
+    """One line for a key that the command does not have, with the nearest one it has, or else the study's own."""
     if name.startswith(("data.mix.", "data.sources.")):
         return ONE_TEXT
-    near = difflib.get_close_matches(name, _known_keys(study), n=1, cutoff=0.6)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    known = _known_keys(study)
+    near, own = nearest(name, known), [key for key in known if key.startswith("study.")]
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    if not near and study in STUDIES and name.partition(".")[0] not in SHARED:
+        hint = f"; its own are {', '.join(own)}"
     of, choice = (f" of study={study}", f"study={study} ") if study else ("", "")
     return f"{name}: unknown key{of}{hint} (python -m bottleneck.study {choice}--cfg job lists them)"
 
