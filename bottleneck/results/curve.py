@@ -8,6 +8,7 @@ This module is the front of the room: other rooms use the names that it imports.
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import Any, Optional
@@ -18,11 +19,12 @@ from bottleneck.cli import one_line_errors as cli
 from bottleneck.core.errors import Parser, check
 from bottleneck.results import equal_cost
 from bottleneck.results.cost import AXES, MEASURED, measured_on
-from bottleneck.results.files import MERGED, complete, read, write, write_missing
+from bottleneck.results.files import MERGED, complete, given_twice, read, write, write_missing
 from bottleneck.results.merging import band_losses, finish, mark_best, merge
 from bottleneck.results.schema import IDENTITY, SCHEMA, printable
 from bottleneck.results.table import show
 
+log = logging.getLogger(__name__)
 __all__ = [
     "IDENTITY",
     "MERGED",
@@ -30,6 +32,7 @@ __all__ = [
     "band_losses",
     "complete",
     "finish",
+    "given_twice",
     "mark_best",
     "merge",
     "read",
@@ -54,6 +57,8 @@ def command(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     for run in args.runs:
         check(run.exists(), f"{run}: no such folder")
+    for run in dict.fromkeys(given_twice(args.runs)):
+        log.warning("%s: the run is given twice and counts once", run)
     curves = merge(read(args.runs, skip=args.out))
     if args.x != "rank":
         _check_cost(curves, args.x)

@@ -52,6 +52,18 @@ def read(paths: Iterable[Path], skip: Optional[Path] = None) -> list[dict[str, A
     return curves
 
 
+def given_twice(paths: Iterable[Path]) -> list[Path]:
+    """The paths that name a folder which an earlier one has named, by whatever name; curve.json names its folder."""
+    folders: set[Path] = set()
+    twice: list[Path] = []
+    for path in paths:
+        folder = (path.parent if path.is_file() else path).resolve()
+        if folder in folders:
+            twice.append(path)
+        folders.add(folder)
+    return twice
+
+
 def _read(file: Path) -> list[dict[str, Any]]:
     where = f"{file}: not a curve of bottleneck"
     try:

@@ -230,6 +230,8 @@ def command(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     for folder in (args.base, *args.runs):
         check(folder.is_dir(), f"{folder}: no such folder")
+    for folder in curve.given_twice([args.base, *args.runs]):
+        raise UserError(f"{folder}: the run is given twice; give each once, first the one whose loss is to be reached")
     base, *others = (read(folder) for folder in (args.base, *args.runs))
     found = race(base, others)
     text = io.StringIO()

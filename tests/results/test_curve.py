@@ -114,6 +114,15 @@ def test_bad_folders_are_one_line(tmp_path, capsys, content, words):
     assert curve.main([str(tmp_path)]) == 2
 
 
+def test_a_run_that_is_given_twice_counts_once_and_is_named(tmp_path, caplog):
+    run = save(tmp_path / "run", made({8: 2.5}))
+    save(tmp_path / "other", made({64: 2.1}))
+    again = [run, tmp_path / "other", run / "curve.json"]
+    assert curve.main([*map(str, again), "--out", str(tmp_path / "out")]) == 0
+    assert caplog.messages == [f"{run / 'curve.json'}: the run is given twice and counts once"]
+    assert [h["rank"] for h in json.loads((tmp_path / "out" / "curve.json").read_text())["heads"]] == [8, 64]
+
+
 def test_a_run_as_its_own_out_is_refused(tmp_path, capsys):
     """Regression: its curve.json was said not to be there."""
     run, other = tmp_path / "run", tmp_path / "other"

@@ -52,6 +52,8 @@ def test_what_cannot_be_compared_is_one_line(run, tmp_path, capsys):
         ("text", "its text is not that of a"),
         ("silent", "no losses along training"),
         ("absent", "no such folder"),
+        ("a", f"{tmp_path / 'a'}: the run is given twice; give each once"),
+        ("b/../a", "a: the run is given twice; give each once"),
     ):
         assert main([str(tmp_path / "a"), str(tmp_path / other), "--out", str(tmp_path / "out")]) == 2
         error = capsys.readouterr().err
