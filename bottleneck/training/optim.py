@@ -90,10 +90,12 @@ def bank_keys(
     """The keys of the bank: for each group ranks x rates x seeds.
 
     Args: groups: with ranks as lists. Options that differ from their default become part of the keys.
+    Raises: UserError where two groups have a head in common, as `rates` does.
     """
-    keys = []
+    keys: list[HeadKey] = []
+    owners: dict[str, str] = {}  # name of a head -> its entry of `heads`
     for group in groups:
-        declared = group.declared.options
+        declared, before = group.declared.options, len(keys)
         chosen = as_options({name: value for name, value in group.options.items() if value != declared[name]})
         for rank in group.ranks:
             assert isinstance(rank, int)  # auto is resolved
@@ -102,6 +104,10 @@ def bank_keys(
             shape = rank, hidden_size, vocab_size
             for lr in group.lr or rates(c, init, *shape, parameters=parameters, kind=group.kind):
                 keys += [dataclasses.replace(first, lr=lr, seed=seed) for seed in seeds]
+        entry = group.where.removesuffix(".kind")
+        for key in keys[before:]:
+            owner = owners.setdefault(key.name, entry)
+            check(owner == entry, f"{entry}: the same head as {owner}, {key.name}; give every head once")
     return keys
 
 

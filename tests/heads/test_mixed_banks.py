@@ -17,6 +17,7 @@ from bottleneck.heads.head import count_parameters
 from bottleneck.heads.key import HeadKey
 from bottleneck.results import table
 from bottleneck.results.schema import fault, series
+from bottleneck.training import inputs
 from bottleneck.training.finished_run import open_run
 from bottleneck.training.optim import bank_keys, power_rate, rates
 from conftest import composed, heads_of, shell
@@ -181,11 +182,13 @@ def test_impossible_banks_are_refused(overrides, words):
     [
         ("[{kind: full, rank: 8}]", "heads[0].rank: heads[0].kind=full exists at rank 32 only; leave rank out"),
         ("[{rank: 64}]", "heads[0].rank: 64 is above the hidden size of the backbone; allowed are 1 to 32"),
-        ("[{rank: 8}, {kind: low_rank, rank: [4, 8]}]", "duplicate head r8_"),
-        ("[{kind: mos, rank: 8}, {kind: mos, rank: 8, components: 4}]", "duplicate head mos_r8_"),
+        ("[{rank: 8}, {kind: low_rank, rank: [4, 8]}]", "heads[1]: the same head as heads[0], r8_lr"),
+        ("[{rank: 4}, {rank: 8, lr: 0.1}, {rank: 8, lr: [0.2, 0.1]}]", "heads[2]: the same head as heads[1], r8_"),
+        ("[{kind: mos, rank: 8}, {kind: mos, rank: 8, components: 4}]", "heads[1]: the same head as heads[0], mos_r8_"),
     ],
 )
-def test_banks_that_do_not_fit_the_backbone_are_refused(run, heads, words):
+def test_banks_that_do_not_fit_the_backbone_are_refused_before_the_text_is_opened(run, heads, words, monkeypatch):
+    monkeypatch.setattr(inputs, "prepare", lambda *a: pytest.fail("the text was opened"))
     with pytest.raises(UserError) as caught:
         run("ranks=auto", f"heads={heads}")
     assert words in str(caught.value)
