@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bottleneck.cli.hydra_messages import explain
 from bottleneck.cli.one_line_errors import composed
-from bottleneck.cli.quoting import in_quotes
+from bottleneck.config.literal import literal
 from bottleneck.core.default_folder import default_folder
 from bottleneck.core.errors import UserError, check
 from bottleneck.core.paths import CONF
@@ -127,7 +127,7 @@ def sweep(
     """
     words = [*_source("backbone", "path", backbone), *_source("data", "files", data)]
     given = {"ranks": ranks, **({} if tokens is None else {"tokens": tokens}), "trainer.progress": False}
-    words += [f"{key}={_literal(value)}" for key, value in (given | _dotted(overrides)).items()]
+    words += [f"{key}={literal(value)}" for key, value in (given | _dotted(overrides)).items()]
     run_dir = Path(folder) if folder is not None else Path("outputs") / default_folder()
     try:
         cfg = composed([*words, *(["ckpt_path=last"] if run_dir.exists() and "ckpt_path" not in overrides else [])])
@@ -144,7 +144,7 @@ def _source(group: str, key: str, value: Any) -> list[str]:
     """The words that choose a backbone or a text: a choice of conf/, or a path."""
     if isinstance(value, str) and (CONF / group / f"{value}.yaml").is_file():
         return [f"{group}={value}"]
-    return [f"{group}=local", f"{group}.{key}={_literal(value)}"]
+    return [f"{group}=local", f"{group}.{key}={literal(value)}"]
 
 
 def _dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -156,22 +156,6 @@ def _dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             out[f"{prefix}{name}"] = value
     return out
-
-
-def _literal(value: Any) -> str:
-    """A Python value as Hydra reads it on the command line."""
-    if hasattr(value, "tolist"):  # of NumPy or PyTorch
-        value = value.tolist()
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, Mapping):
-        return "{" + ",".join(f"{k}:{_literal(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, (list, tuple, range)):
-        return "[" + ",".join(map(_literal, value)) + "]"
-    if isinstance(value, (int, float)):
-        return repr(value)
-    text = str(value)
-    return text if text.isidentifier() and text.isascii() else in_quotes(text)
 
 
 def _escaped(text: str) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from bottleneck.cli import one_line_errors as cli
+from bottleneck.config.literal import literal
 from bottleneck.core.errors import Parser, check
 from bottleneck.results import curve
 
@@ -84,12 +85,7 @@ def beyond(curves: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def override(heads: list[dict[str, Any]]) -> str:
     """`[{kind: mos, rank: 64, components: 4, lr: [0.001]}]`, the value of heads=…; empty without heads."""
-
-    def text(value: Any) -> str:
-        return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)
-
-    written = ["{" + ",".join(f"{k}: {text(v)}" for k, v in e.items()) + "}" for e in heads]
-    return f"[{','.join(written)}]" if heads else ""
+    return literal(heads) if heads else ""
 
 
 def command(argv: list[str]) -> None:

@@ -17,7 +17,8 @@ from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
-from bottleneck.cli.quoting import check_choices, in_quotes, unreadable
+from bottleneck.cli.quoting import check_choices, unreadable
+from bottleneck.config.literal import in_quotes
 from bottleneck.core import plugins
 from bottleneck.core.errors import UserError
 

@@ -9,6 +9,7 @@ from typing import Any, Optional, Sequence
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from bottleneck.config.literal import in_quotes
 from bottleneck.core.errors import UserError
 from bottleneck.core.paths import CONF
 
@@ -26,13 +27,6 @@ def _read(override: str) -> Any:
         return None
 
 
-def in_quotes(value: str) -> str:
-    """A text in the quotes of Hydra's grammar, where a backslash quotes a quote and is doubled before one."""
-    escaped = re.sub(r'(\\*)"', r"\1\1\"", value)
-    escaped += "\\" * (len(escaped) - len(escaped.rstrip("\\")))
-    return f'"{escaped}"'
-
-
 def quoted(override: str) -> Optional[str]:
     """The override with its value in Hydra's quotes, quoted again for the shell: `'data.files="a=b.txt"'`.
 
@@ -43,16 +37,10 @@ def quoted(override: str) -> Optional[str]:
         return None
     if value[0] == "[" and value[-1] == "]":  # a list: its elements are quoted, not the whole
         elements = value[1:-1].split(",")
-        line = f"{key}=[{','.join(e if _plain(e) else _in_quotes(e) for e in elements)}]"
+        line = f"{key}=[{','.join(e if _plain(e) else in_quotes(e) for e in elements)}]"
         return shlex.quote(line) if all(elements) and _read(line) is not None else None
-    line = f"{key}={_in_quotes(value)}"
+    line = f"{key}={in_quotes(value)}"
     return shlex.quote(line) if parsed(line) == value else None
-
-
-def _in_quotes(value: str) -> str:
-    escaped = re.sub(r'(\\*)"', r"\1\1\"", value)  # Hydra: \" is a quote, and backslashes before a quote are doubled
-    escaped += "\\" * (len(escaped) - len(escaped.rstrip("\\")))
-    return f'"{escaped}"'
 
 
 def _plain(element: str) -> bool:

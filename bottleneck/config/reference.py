@@ -7,6 +7,7 @@ import typing
 from typing import Any, NamedTuple
 
 from bottleneck.config.declare import described
+from bottleneck.config.literal import literal
 from bottleneck.config.schema import TrainConfig
 from bottleneck.core import extensions
 
@@ -32,7 +33,7 @@ def keys(schema: type = TrainConfig, prefix: str = "") -> list[Key]:
         default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
         registry = f.metadata.get("registry")
         words = (_names(registry) if registry else "") or described(hint)
-        out.append(Key(name, " | ".join(words.split(", ")), _yaml(default), f.metadata.get("sentence", "")))
+        out.append(Key(name, " | ".join(words.split(", ")), _default(default), f.metadata.get("sentence", "")))
     return out
 
 
@@ -40,8 +41,7 @@ def _names(registry: str) -> str:
     return ", ".join(getattr(extensions, registry).names())
 
 
-def _yaml(value: Any) -> str:
-    """A default as it is written in YAML."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return "(none)" if value == "???" else str(value)
+def _default(value: Any) -> str:
+    if isinstance(value, str):
+        return "(none)" if value == "???" else value
+    return literal(value)

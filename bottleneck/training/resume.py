@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from bottleneck.config.checks import total_steps
+from bottleneck.config.literal import literal
 from bottleneck.config.numbers import as_list
 from bottleneck.config.schema import TrainConfig
 from bottleneck.core.errors import UserError, check
@@ -223,9 +224,10 @@ def _check_unread_inputs(
         return
     a, b = _flat(begun), _flat(current)
     for key in sorted(key for key in a.keys() & b.keys() if key.startswith(INPUTS) and not _same(a[key], b[key])):
-        trained = f"the run in {run_dir} is finished, and was trained with {a[key]}"
-        check(not _another(key, a[key], b[key]), f"{key}={b[key]}: {trained}; give another folder")
-        log.warning("%s=%s was not read: %s", key, b[key], trained)
+        old, new = _text(a[key]), _text(b[key])
+        trained = f"the run in {run_dir} is finished, and was trained with {old}"
+        check(not _another(key, a[key], b[key]), f"{key}={new}: {trained}; give another folder")
+        log.warning("%s=%s was not read: %s", key, new, trained)
 
 
 def _another(key: str, old: Any, new: Any) -> bool:
@@ -251,7 +253,8 @@ def check_same_run(stored: dict[str, Any], current: dict[str, Any], path: Path) 
         if re.sub(r"^data\.sources\.[^.]+\.", "data.", key).startswith(FREE):
             continue
         hint = "a run is resumed with the settings it began with"
-        check(_same(a.get(key), b.get(key)), f"{key}={b.get(key)}: the run in {path} has {a.get(key)}; {hint}")
+        old, new = a.get(key), b.get(key)
+        check(_same(old, new), f"{key}={_text(new)}: the run in {path} has {_text(old)}; {hint}")
 
 
 def _same(stored: Any, current: Any) -> bool:
@@ -259,6 +262,17 @@ def _same(stored: Any, current: Any) -> bool:
         return bool(stored == current)
     except (RuntimeError, TypeError, ValueError):  # a damaged checkpoint holds a tensor there
         return False
+
+
+def _text(value: Any) -> str:
+    """A stored value as the command line takes it; `rank: 8` for the list of one rank that an entry of `heads` has."""
+    if isinstance(value, list):
+        value = [{k: _alone(k, v) for k, v in e.items()} if isinstance(e, dict) else e for e in value]
+    return value if isinstance(value, str) else literal(value)
+
+
+def _alone(name: str, value: Any) -> Any:
+    return value[0] if name in ("rank", "lr") and isinstance(value, list) and len(value) == 1 else value
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

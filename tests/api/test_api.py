@@ -14,7 +14,7 @@ import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 import bottleneck
-from bottleneck.api import _literal
+from bottleneck.config.literal import literal
 from bottleneck.core.errors import UserError
 from conftest import ROOT
 
@@ -111,4 +111,4 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
     ],
 )
 def test_python_values_arrive_as_they_are(value, wanted):
-    assert OverridesParser.create().parse_override(f"key={_literal(value)}").value() == wanted
+    assert OverridesParser.create().parse_override(f"key={literal(value)}").value() == wanted

@@ -71,11 +71,12 @@ def test_the_command(run, tmp_path, capsys):
     tuning.command(["beyond", str(tmp_path / "run")])
     printed = capsys.readouterr().out.strip()
     assert printed == (
-        "[{kind: mos,rank: 2,components: 2,lr: [1e-07,1e-06]},{kind: mos,rank: 8,components: 2,lr: [1e-07,1e-06]}]"
+        "[{kind: mos, rank: 2, components: 2, lr: [1e-07, 1e-06]}, "
+        "{kind: mos, rank: 8, components: 2, lr: [1e-07, 1e-06]}]"
     )
     run(f"heads={printed}", "ranks=auto", run_dir=tmp_path / "run-edge1")
     capsys.readouterr()
     tuning.command(["best", str(tmp_path / "run"), str(tmp_path / "run-edge1"), "--factors", "1", "2"])
-    assert capsys.readouterr().out.count("lr: [1e-06,2e-06]") == 2
+    assert capsys.readouterr().out.count("lr: [1e-06, 2e-06]") == 2
     with pytest.raises(UserError, match="none: no curve.json there"):
         tuning.command(["beyond", str(tmp_path / "none")])

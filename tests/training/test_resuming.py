@@ -94,6 +94,21 @@ def test_a_finished_run_without_checkpoints_is_not_overwritten(run, tmp_path, ke
     assert files == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
 
 
+def test_heads_of_another_run_are_named_in_words_that_can_be_pasted(run, tmp_path):
+    """Regression: they were a Python repr of hundreds of characters."""
+    low, mos = "{kind: low_rank, rank: 8}", "{kind: mos, rank: [2, 4], lr: 0.01, components: 2}"
+    heads = f"[{low}, {mos}, {{kind: block, bands: [30]}}]"
+    first = run(f"heads={heads}", "ranks=16", "tokens=512", run_dir=tmp_path / "run").curve
+    for other, words in ((["ranks=[2]"], "null"), (["heads=[{rank: 8}]", "ranks=auto"], f"[{low}]")):
+        with pytest.raises(UserError) as caught:
+            run(*other, "tokens=512", "ckpt_path=last", run_dir=tmp_path / "run")
+        said = str(caught.value)
+        start, _, stored = said.partition(f"the run in {tmp_path / 'run' / LAST} has ")
+        assert start == f"heads={words}: " and stored == f"{heads}; a run is resumed with the settings it began with"
+    pasted = run(f"heads={stored.partition(';')[0]}", "ranks=16", "tokens=512", "ckpt_path=last")
+    assert pasted.module is None and pasted.curve == first
+
+
 def test_a_restarted_job_that_began_from_a_file_resumes_from_its_own_checkpoint(tmp_path):
     file = str(tmp_path / "p.ckpt")
     assert (
