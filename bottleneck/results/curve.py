@@ -20,6 +20,7 @@ from bottleneck.core.errors import Parser, check
 from bottleneck.results import equal_cost
 from bottleneck.results.cost import AXES, MEASURED, measured_on
 from bottleneck.results.files import MERGED, complete, given_twice, read, write, write_missing
+from bottleneck.results.knee import cost_lines
 from bottleneck.results.merging import band_losses, finish, mark_best, merge
 from bottleneck.results.schema import IDENTITY, SCHEMA, printable
 from bottleneck.results.table import show
@@ -66,7 +67,7 @@ def command(argv: list[str]) -> None:
     console = Console()
     show(curves, console)
     for c in curves if args.x != "rank" else ():
-        for line in equal_cost.lines(c, args.x):
+        for line in [*cost_lines(c, args.x), *equal_cost.lines(c, args.x)]:
             console.print(line, highlight=False, soft_wrap=True)
     print(printable(f"wrote {args.out}/curve.json, curve.csv, curve.png"))
 

@@ -10,6 +10,7 @@ import math
 from statistics import mean
 from typing import Any, Optional, Sequence
 
+from bottleneck.results.cost import AXES
 from bottleneck.results.schema import series
 
 PERCENT = (1, 5, 10)
@@ -69,6 +70,40 @@ def knees(c: dict[str, Any]) -> list[dict[str, Any]]:
             }
             out.append(row)
     return out
+
+
+def least_costs(c: dict[str, Any], x: str) -> list[tuple[int, Optional[float], str]]:
+    """(percent, cost, line) of PERCENT: the least cost at which a line of the curve is good enough, and which line.
+
+    Between two heads of a line, the loss is taken to be linear in the logarithm of the cost. The cost is None if no
+    line is good enough.
+
+    Args: x: a key of `cost.AXES`.
+    """
+    own = c["reference"]["loss"]
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for h in c["heads"]:
+        cost = AXES[x].of(h) if h["best"] and h["loss"] is not None else None
+        if cost is not None:
+            lines.setdefault(series(h), []).append((cost, h["loss"]))
+    out = []
+    for percent in PERCENT if own is not None else ():
+        target = (1 + percent / 100) * own
+        reached = [(crossing(sorted(points), target), name) for name, points in lines.items()]
+        known = [(cost, name) for cost, name in reached if cost is not None]
+        cost, name = min(known, default=(None, ""))
+        out.append((percent, cost, name))
+    return out
+
+
+def cost_lines(c: dict[str, Any], x: str) -> list[str]:
+    """What `python -m bottleneck.curve --x COST` prints of them; nothing without the original head's loss."""
+    several = len({series(h) for h in c["heads"]}) > 1
+    parts = [
+        f"{percent} %: none of these heads" if cost is None else f"{percent} %: {cost:,.4g}{f' ({name})' * several}"
+        for percent, cost, name in least_costs(c, x)
+    ]
+    return [f"least {AXES[x].label} within x % of the original head's loss: {'; '.join(parts)}"] if parts else []
 
 
 def knee_lines(c: dict[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ import textwrap
 from typing import Any, BinaryIO
 
 from bottleneck.results.cost import AXES, MEASURED, Axis, measured_on, pareto
+from bottleneck.results.knee import least_costs
 from bottleneck.results.labels import as_text, closed_form, labels
 from bottleneck.results.merging import perplexity_of
 from bottleneck.results.schema import series
@@ -54,8 +55,9 @@ def draw(curves: list[dict[str, Any]], file: BinaryIO, x: str = "rank") -> None:
             values += [h["perplexity"] for h in heads if h["best"]]
             points += [(cost, h["perplexity"]) for h in heads if h["best"] and (cost := axis.of(h)) is not None]
         values += references.draw(axes, c, first, label)
+        if len(curves) == 1:
+            _draw_knees(axes, x, c)
         if len(curves) == 1 and len(names) == 1:
-            _draw_knees(axes, axis, c)
             values += _draw_domains(axes, axis, c, colours[1:])
     if not axis.cost:
         rank_axis(axes, ranks)
@@ -144,27 +146,36 @@ class _References:
         return [own]
 
 
-def _draw_knees(axes: Any, axis: Axis, c: dict[str, Any]) -> None:
-    """A mark at the rank that is within x % of the original head's loss, or its cost, and its confidence interval."""
-    if any(h.get("kind", "low_rank") != "low_rank" for h in c["heads"]) or (axis.cost and axis.weight is None):
+def _draw_knees(axes: Any, x: str, c: dict[str, Any]) -> None:
+    """A mark where heads are within x % of the original head's loss: at the least rank or cost.
+
+    The knee of one line of low-rank heads has a confidence interval; its cost too, where that follows from the rank.
+    """
+    axis, lines = AXES[x], {series(h) for h in c["heads"]}
+    plain = len(lines) == 1 and all(h.get("kind", "low_rank") == "low_rank" for h in c["heads"])
+    if plain and (not axis.cost or axis.weight is not None):
+        scale = 1 if axis.weight is None else axis.weight * (c["vocab_size"] + c["hidden_size"])
+        found = [
+            (
+                k["percent"],
+                k["rank"] and scale * k["rank"],
+                [scale * e for e in k.get("interval") or () if e is not None],
+            )
+            for k in c.get("knee", [])
+        ]
+    elif axis.cost:
+        found = [(percent, cost, []) for percent, cost, _ in least_costs(c, x)]
+    else:
         return
-    scale = 1 if axis.weight is None else axis.weight * (c["vocab_size"] + c["hidden_size"])
-    for k in c.get("knee", []):
-        height = perplexity_of(c["reference"]["loss"] * (1 + k["percent"] / 100)) if k["rank"] is not None else None
+    for percent, at, interval in found:
+        height = perplexity_of(c["reference"]["loss"] * (1 + percent / 100)) if at is not None else None
         if height is None or height >= HIGHEST:
             continue
-        axes.plot([scale * k["rank"]], [height], "|", color="0.35", ms=11)
-        low, high = k.get("interval") or (None, None)
-        if low is not None and high is not None:
-            axes.plot([scale * low, scale * high], [height] * 2, color="0.35", lw=1, label="_interval")
-        axes.annotate(
-            f"{k['percent']} %",
-            (scale * k["rank"], height),
-            fontsize=7,
-            color="0.35",
-            textcoords="offset points",
-            xytext=(3, 6),
-        )
+        axes.plot([at], [height], "|", color="0.35", ms=11)
+        if len(interval) == 2:
+            axes.plot(interval, [height] * 2, color="0.35", lw=1, label="_interval")
+        place = {"textcoords": "offset points", "xytext": (3, 6)}
+        axes.annotate(f"{percent} %", (at, height), fontsize=7, color="0.35", **place)
 
 
 def _draw_domains(axes: Any, axis: Axis, c: dict[str, Any], colours: list[str]) -> list[float]:

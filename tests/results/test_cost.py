@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import random
@@ -16,6 +17,7 @@ from bottleneck.heads.head import build_head
 from bottleneck.heads.key import HeadKey
 from bottleneck.results import curve, equal_cost, picture
 from bottleneck.results.cost import AXES, MEASURED, measured_on, pareto
+from bottleneck.results.knee import cost_lines, least_costs
 from bottleneck.results.schema import fault
 from conftest import HIDDEN, VOCAB, composed
 from support.curves import made, save
@@ -58,6 +60,28 @@ def test_heads_and_knees_stand_at_their_cost(drawn, x):
     assert any(xs == [pytest.approx(scale * knee)] for xs in lines.values())
     own = [xs for name, xs in lines.items() if name.startswith("original head's cost")]
     assert own == ([] if x == "rank" else [[scale // 164 * 6400] * 2])
+
+
+@pytest.mark.parametrize("x", ["parameters", "decode_ms"])
+def test_the_least_cost_of_several_kinds(drawn, x):
+    """Marked at the cheapest kind: half way in the logarithm of the cost where the losses are the target -+ 0.05."""
+    c = made({4: 2.5, 8: 2.25, 16: 2.15, 64: 2.05})
+    own = c["reference"]["loss"] = 2.0
+    other = copy.deepcopy(c["heads"])
+    for i, h in enumerate(other):
+        h |= {"kind": "gated", "parameters": 2 * h["parameters"], "loss": h["loss"] - 0.005 * i, "flops_per_token": 9}
+    c["heads"] += other
+    for h in c["heads"]:
+        h["decode_ms"], h["timing"] = h["parameters"] / 1000, {}
+    scale = {"parameters": 164, "decode_ms": 0.164}[x]
+    one, five, ten = least_costs(c, x)
+    assert one == (1, None, "") and ten[0] == 10 and own * 1.1 == pytest.approx((2.25 + 2.15) / 2)
+    assert ten[1] == pytest.approx(scale * (8 * 16) ** 0.5) and ten[2] == "fisher"
+    assert five[1] == pytest.approx(scale * 16 * 4**0.5) and five[2] == "fisher"
+    (line,) = cost_lines(c, x)
+    assert line.startswith("least ") and "1 %: none of these heads; 5 %: " in line and line.endswith("(fisher)")
+    picture.draw([c], io.BytesIO(), x)
+    assert [pytest.approx(ten[1])] in drawn[0].values()
 
 
 def test_the_pareto_front_is_what_nothing_beats():
