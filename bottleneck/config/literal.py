@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+OTHERS = ("null", "true", "false", "nan", "inf")  # words that Hydra reads as other things than texts
+
 
 def literal(value: Any) -> str:
     """A Python value as Hydra reads it: `[{kind: mos, rank: 64}]`, `null`, `"a=b.txt"`."""
@@ -20,7 +22,8 @@ def literal(value: Any) -> str:
     if isinstance(value, (int, float)):
         return repr(value)
     text = str(value)
-    return text if text.isidentifier() and text.isascii() else in_quotes(text)
+    plain = text.isidentifier() and text.isascii() and text.lower() not in OTHERS
+    return text if plain else in_quotes(text)
 
 
 def in_quotes(value: str) -> str:

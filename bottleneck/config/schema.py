@@ -288,7 +288,7 @@ class TrainConfig:
     trainer: TrainerConfig = group(TrainerConfig)
     logger: LoggerConfig = group(LoggerConfig)
     ranks: Literal["auto"] | list[int] = key(
-        "auto", "Rank, list of ranks, or auto: 8, 16, 32 ... up to and including the hidden size.", read=Any
+        "auto", "Rank, list of ranks, or auto: 8, 16, 32 ... 512, 768, 1024, 1536 ... and the hidden size.", read=Any
     )
     heads: Optional[list[dict[str, bool | int | float | str | list[float]]]] = key(
         None,

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from bottleneck.cli import one_line_errors as cli
 from bottleneck.core.errors import Parser, check
+from bottleneck.core.run_file import RUN_FILE
 from bottleneck.results import equal_cost
 from bottleneck.results.cost import AXES, MEASURED, measured_on
 from bottleneck.results.files import MERGED, complete, given_twice, read, write, write_missing
@@ -61,6 +62,8 @@ def command(argv: list[str]) -> None:
     for run in dict.fromkeys(given_twice(args.runs)):
         log.warning("%s: the run is given twice and counts once", run)
     curves = merge(read(args.runs, skip=args.out))
+    whose = "is the folder of a run, whose curve.json would be lost; give another folder"
+    check(not (args.out / RUN_FILE).exists(), f"--out {args.out}: {whose}")
     if args.x != "rank":
         _check_cost(curves, args.x)
     write(curves, args.out, args.x)

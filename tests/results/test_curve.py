@@ -135,6 +135,17 @@ def test_a_run_as_its_own_out_is_refused(tmp_path, capsys):
     assert (run / "curve.json").read_bytes() == before
 
 
+def test_the_folder_of_another_run_is_kept(tmp_path, capsys):
+    """Its curve.json would be lost; a folder of a merged curve may be written again."""
+    run, other = save(tmp_path / "run", made({8: 2.5})), save(tmp_path / "other", made({16: 2.5}))
+    (other / "run.json").write_text("{}")
+    before = (other / "curve.json").read_bytes()
+    assert curve.main([str(run), "--out", str(other)]) == 2
+    assert "is the folder of a run, whose curve.json would be lost" in capsys.readouterr().err
+    assert (other / "curve.json").read_bytes() == before
+    assert [curve.main([str(run), "--out", str(tmp_path / "out")]) for _ in range(2)] == [0, 0]
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):
     save(tmp_path / "run", made({8: 2.5}))
     (tmp_path / "file").write_text("in the way")

@@ -20,8 +20,8 @@ def test_an_interrupt_while_files_are_read_is_one_line(tmp_path, monkeypatch, ca
         raise KeyboardInterrupt
 
     monkeypatch.setattr(files, "parse", stop)
-    run = save(tmp_path / "run", made({8: 2.5}))
-    assert commands(run, run, tmp_path / "out")[name]() == 130
+    run, other = (save(tmp_path / name, made({8: 2.5})) for name in ("run", "other"))
+    assert commands(run, other, tmp_path / "out")[name]() == 130
     assert capsys.readouterr().err == LINE and not (tmp_path / "out").exists()
 
 
