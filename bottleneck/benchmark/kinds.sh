@@ -12,10 +12,10 @@
 # Heads whose best rate is the highest or lowest tried are trained again at two rates beyond it, at most EDGES times.
 #
 # From the environment: VALIDATION (validation text; default: documents held out), BACKBONES (of smollm2, gemma3; default
-# both), PARTS (of curve, kinds, cost; default all), BUDGETS (of 0, 1, 2; default all), TOKENS (default those of the
-# experiments, 100M), KINDS_TOKENS (default TOKENS), TUNE_TOKENS (default none), FACTORS (default 1), EDGES (default 2),
-# EXTRA (more overrides of train.py), OUT (default outputs/kinds), GPUS (default: as they are visible, one run at a
-# time), PYTHON (default .venv/bin/python).
+# both), PARTS (of curve, kinds, cost; default all), STARTS (of scaled, refined; those of the curves; default both),
+# BUDGETS (of 0, 1, 2; default all), TOKENS (default those of the experiments, 100M), KINDS_TOKENS (default TOKENS),
+# TUNE_TOKENS (default none), FACTORS (default 1), EDGES (default 2), EXTRA (more overrides of train.py), OUT (default
+# outputs/kinds), GPUS (default: as they are visible, one run at a time), PYTHON (default .venv/bin/python).
 # What fails does not stop the rest; the exit code tells.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
@@ -117,7 +117,7 @@ for name in $names; do
 done
 for part in $parts; do
     case $part in
-        curve) for name in $names; do for start in scaled refined; do run curve_of "$name" "$start"; done; done ;;
+        curve) for name in $names; do for start in ${STARTS:-scaled refined}; do run curve_of "$name" "$start"; done; done ;;
         kinds) for name in $names; do for budget in $budgets; do run kinds_of "$name" "$budget"; done; done ;;
         cost) wait; for name in $names; do for budget in $budgets; do run cost_of "$name" "$budget"; done; done ;;
         *) echo "PARTS=$part: allowed are curve, kinds, cost" >&2; exit 2 ;;

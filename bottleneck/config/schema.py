@@ -341,7 +341,13 @@ def schema_keys(schema: type, prefix: str = "") -> list[str]:
 
 
 SCHEMA_KEYS = schema_keys(TrainConfig)
-ALIASES = {"lr": "optim.lr", "learning_rate": "optim.lr", "optim.learning_rate": "optim.lr"}
+ALIASES = {
+    "lr": "optim.lr",
+    "learning_rate": "optim.lr",
+    "optim.learning_rate": "optim.lr",
+    "model": "backbone.path",
+    "model_name_or_path": "backbone.path",
+}
 
 
 def unknown_key(key: str) -> str:

@@ -169,6 +169,7 @@ def test_limits_of_the_backbone():
         ("rank=8", "rank: unknown key; did you mean ranks?"),
         ("optim.learning_rate=1", "optim.learning_rate: unknown key; did you mean optim.lr?"),
         ("lr=1e-3", "lr: unknown key; did you mean optim.lr?"),
+        ("+model=gpt2", "model: unknown key; did you mean backbone.path?"),
         ("learning_rate=1e-3", "learning_rate: unknown key; did you mean optim.lr?"),
         ("+lr=1e-3", "lr: unknown key; did you mean optim.lr?"),
         ("micro_batch_size=4", "micro_batch_size: unknown key; did you mean trainer.micro_batch_size?"),
