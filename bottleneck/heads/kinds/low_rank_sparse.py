@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bottleneck.backbone.model import FullHead
+from bottleneck.core.errors import check
 from bottleneck.core.extensions import HEAD_KINDS, HeadKind
 from bottleneck.heads import parts
 from bottleneck.heads.calibration import Calibration
@@ -32,6 +33,8 @@ class LowRankSparse(Factored):
     def __init__(self, vocab_size: int, rank: int, hidden_size: int, rows: int):
         super().__init__(vocab_size, rank, hidden_size)
         count = kept(rows, vocab_size, ROWS)
+        left = f"must be below {vocab_size}, the vocabulary's size, so that tokens are left for A B"
+        check(count < vocab_size, f"rows={rows}: {left}")
         self.U = nn.Parameter(torch.zeros(count, hidden_size))
         self.register_buffer("tokens_F", torch.arange(count))
 
