@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 LOW_RANK = "low_rank"
+MATRICES = (LOW_RANK, "full")  # kinds whose head of rank r is one matrix of rank r
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def _word(value: Any) -> str:
 
 def full_rank_index(keys: list[HeadKey], hidden_size: int) -> int:
     """Index of the head of rank D, the teacher if head.teacher=trained. Raises UserError unless exactly one has it."""
-    full = [i for i, key in enumerate(keys) if key.rank == hidden_size and key.kind in ("low_rank", "full")]
+    full = [i for i, key in enumerate(keys) if key.rank == hidden_size and key.kind in MATRICES]
     kinds = "of kind low_rank or full and"
     needs = f"needs exactly one head {kinds} of the full rank {hidden_size} in the run, with one rate and one seed"
     check(len(full) == 1, f"head.teacher=trained: {needs}; found {len(full)}")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import Any, Callable, NamedTuple, Optional
 
-MATRICES = ("low_rank", "full")  # kinds whose logits are W h
 LINEAR = ("low_rank", "full", "truncated", "low_rank_truncated")  # kinds whose weights each take part in one product
 
 

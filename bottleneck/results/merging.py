@@ -7,7 +7,7 @@ import math
 from typing import Any, Iterable
 
 from bottleneck.core.errors import check
-from bottleneck.results.cost import MATRICES
+from bottleneck.heads.key import MATRICES
 from bottleneck.results.intervals import add_intervals, knee_intervals
 from bottleneck.results.knee import knees
 from bottleneck.results.metric_names import from_plugins

@@ -60,12 +60,10 @@ def verdict(entry: dict[str, Any]) -> str:
     said = f"rank {entry['rank']} (the next singular value is {entry['gap']:.3g} times smaller)"
     known = entry["known_rank"]
     if known is not None:
-        flat = entry["hidden_rank"] < known
         same = entry["rank"] == min(known, entry["hidden_rank"])
         said += ", as exported" if same else f", but exported as {known}"
-        said += f" ({known} = d, of which hidden states after a LayerNorm show {entry['hidden_rank']})" * (
-            same and flat
-        )
+        if same and entry["rank"] < known:
+            said += f" ({known} = d, of which hidden states after a LayerNorm show {entry['hidden_rank']})"
     if entry["limit"] < entry["hidden_size"] and known != entry["rank"]:
         said += f"; this block shows at most {entry['limit']} of {entry['hidden_size']}: give more tokens to be sure"
     return said

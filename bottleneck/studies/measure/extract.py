@@ -16,6 +16,7 @@ import torch
 from bottleneck.backbone.head import head_input
 from bottleneck.backbone.load import export_form, load_config, load_model
 from bottleneck.backbone.model import Backbone
+from bottleneck.backbone.weights import check_numbers
 from bottleneck.core.errors import check
 from bottleneck.data.module import IGNORE
 from bottleneck.losses.chunked import chunk_rows
@@ -71,11 +72,9 @@ def of_export(model: Any, name: str, vocab_size: int) -> Source:
         return head_input(lambda: model(input_ids=ids, use_cache=False), head)[used]
 
     ids = torch.arange(8, device=device)[None]
-    given, whole = (
-        head(read(ids, torch.ones_like(ids, dtype=torch.bool))).float(),
-        model(input_ids=ids).logits[0].float(),
-    )
-    scale = float((given * whole).sum() / given.square().sum())  # some families scale the logits afterwards
+    whole = model(input_ids=ids, use_cache=False).logits[0].float()
+    given = head(read(ids, torch.ones_like(ids, dtype=torch.bool))).float()[:, : whole.shape[-1]]  # without padding
+    scale = float((given * whole).sum() / given.square().sum().clamp(min=1e-30))  # some families scale the logits
     return Source(name, device, width, vocab_size, read, lambda h: head(h)[:, :vocab_size].float() * scale)
 
 
@@ -148,6 +147,7 @@ def at(
     if export_form(load_config(cp.backbone)) is None:
         return visit(cp, device, shapes, lambda backbone: work(of_backbone(backbone)))
     model = load_model(cp.backbone, device.type).to(device)
+    check_numbers(model, cp.label)
     return work(of_export(model, cp.label, shapes[cp.model][1]))
 
 
@@ -177,8 +177,8 @@ def measure(c: StudyConfig, folder: Path) -> dict[str, Any]:
         for cp in series:
             progress.begin(cp.label)
             part = parts.get(cp.key)
-            kept = part is not None
-            if part is None:
+            kept = part is not None and "hidden_rank" in part  # of an earlier version: not
+            if part is None or not kept:
                 part = at(cp, device, shapes, lambda source: one(source, text, micro_batch, top, progress))
                 check(part["effective_rank"] is not None, f"{cp.where}: its logits are all equal; they show no rank")
                 part = parts.put(cp.key, part)

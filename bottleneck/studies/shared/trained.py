@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Optional
 
 from bottleneck.core.errors import check
+from bottleneck.heads.key import MATRICES
 from bottleneck.results import curve
-from bottleneck.results.cost import MATRICES
 
 
 @dataclass
