@@ -100,10 +100,14 @@ def cost_lines(c: dict[str, Any], x: str) -> list[str]:
     """What `python -m bottleneck.curve --x COST` prints of them; nothing without the original head's loss."""
     several = len({series(h) for h in c["heads"]}) > 1
     parts = [
-        f"{percent} %: none of these heads" if cost is None else f"{percent} %: {cost:,.4g}{f' ({name})' * several}"
+        f"{percent} %: none of these heads" if cost is None else f"{percent} %: {_number(cost)}{f' ({name})' * several}"
         for percent, cost, name in least_costs(c, x)
     ]
     return [f"least {AXES[x].label} within x % of the original head's loss: {'; '.join(parts)}"] if parts else []
+
+
+def _number(cost: float) -> str:
+    return f"{cost / 1e6:,.4g}M" if cost >= 1e6 else f"{cost:,.4g}"
 
 
 def knee_lines(c: dict[str, Any]) -> list[str]:
