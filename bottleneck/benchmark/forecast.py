@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> list[Row]:
         writer.writerows(found)
         write_atomic(args.to, lambda part: part.write_bytes(text.getvalue().encode()))
     law = laws.fit(data)
-    print(f"b = {law.b[0]:.4f}, {law.b[1]:.4f}; relative error of the drop {law.error:.3f}")
+    print(f"a = {law.a:.4f}, b = {law.b[0]:.4f}, {law.b[1]:.4f}, β = {law.beta:.3f}; relative error {law.error:.3f}")
     rows = []
     for name in laws.GROUPS:
         held = laws.leave_one_out(data, name)

@@ -1,7 +1,7 @@
 """How much rank does a model need? The loss of each rank after a budget, forecast from closed forms and two short runs.
 
-The heads are trained for 0.26M and 1.05M tokens in one pass over the text; a law that was fitted on stored runs extends
-their losses to the budget, with an interval (`formulas.forecast`).
+The heads start from `refined` and are trained for 0.5M and 2M tokens in one pass over the text; a law that was fitted
+on stored runs extends their losses to the budget, with an interval (`formulas.forecast`).
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ COLUMNS = ("backbone", "data", "rank", "tokens", "loss", "low", "high", "measure
 
 @dataclass(frozen=True)
 class Forecast(StudyKeys):
-    """The loss of each rank after a budget, from closed forms and runs of at most 1.05M tokens."""
+    """The loss of each rank after a budget, from closed forms and two runs of at most 2M tokens."""
 
     ranks: list[int] | Literal["auto"] = key("auto", "As in training: a rank, a list, or auto.", read=Any)
     budgets: list[int] = key([4_000_000, 16_000_000], "Budgets to forecast, in tokens: one or a list.", read=Any)
-    max_tokens: int = key(1_100_000, "Training tokens to read of a streamed text; more with study.check.", read=Any)
+    max_tokens: int = key(2_000_000, "Training tokens to read of a streamed text; more with study.check.", read=Any)
     check: list[int] = key(
         [], "Budgets, in tokens, that are also trained, to compare the forecast with what it forecasts.", read=Any
     )
@@ -170,7 +170,7 @@ def statements(content: dict[str, Any], stored: Stored) -> list[str]:
 STUDIES.register(
     Study(
         name="forecast",
-        summary="loss of each rank after a budget with an interval, from closed forms and 1M tokens",
+        summary="loss of each rank after a budget with an interval, from closed forms and 2M tokens",
         figure="Fig. 6",
         schema=Forecast,
         check=check_keys,

@@ -2,16 +2,15 @@
 
 A head of n = r (V + d) parameters that is fitted on T tokens ends above the best head of its rank by an excess that
 falls as a power of T: n / 2T nats for a regular maximum-likelihood estimate, more slowly for a head, whose rows of rare
-tokens see few of the T tokens. So with a floor F of its rank
+tokens see few of the T tokens. With a floor F of its rank, L(T) = F + c T^-β. From the loss L₂ after T₂ tokens on, and
+with the slope s = β c T₂^-β there, in nats for each factor e of tokens,
 
-    L(T) = F + c T^-β
+    L(T) = L₂ − s (1 − (T / T₂)^-β) / β        s = a (L₁ − L₂) + b₀ + b₁ log(r / d)
 
-Floor and c differ from rank to rank; both follow from the losses L₁, L₂ of two short runs of T₁, T₂ tokens:
-
-    L(T) = L₂ − (L₁ − L₂) (1 − (T / T₂)^-β) / ((T₂ / T₁)^β − 1)
-
-Only the exponent is fitted, on stored runs of other backbones and texts: β = b₀ + b₁ log(r / d). The interval is the
-quantile of the relative errors that the law makes on backbones and texts that it was not fitted on.
+If both short runs, of T₁ and T₂ tokens, lay on the power law, s would be in proportion to L₁ − L₂. They start from
+`refined`, whose loss labels lower little at first, so the slope has two terms more. a, b₀, b₁ and β are fitted on
+stored runs of other backbones and texts. The interval is the quantile of the errors that the law makes on backbones
+that it was not fitted on, relative to the drop and `NOISE`.
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ from scipy.optimize import least_squares
 from bottleneck.core.errors import check
 
 STEP_TOKENS = 8_192  # of an optimizer step
-SHORT = (32 * STEP_TOKENS, 128 * STEP_TOKENS)  # T₁, T₂
+SHORT = (60 * STEP_TOKENS, 240 * STEP_TOKENS)  # T₁, T₂
 BLOCK = 512  # tokens of a sequence in the stored runs
 COVERAGE = 0.9
 WIDE = 32  # ranks from here on count for the widths that are reported
-NOISE = 0.005  # nats: differences of this size between two runs are chance, such as which of the rates was best
+NOISE = 0.05  # nats: the error of a forecast does not vanish with the drop (which rate was best, the text's order)
 CURVES = Path(__file__).with_name("forecast_curves.csv")
 COLUMNS = (
     "backbone",
@@ -99,12 +98,6 @@ def curves_of(rows: Iterable[dict[str, Any]]) -> list[Curve]:
     return [Curve(b, x, d, V, r, losses) for (b, x, d, V, r), losses in whole.items()]
 
 
-def share(beta: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """(L₂ − L(T)) / (L₁ − L₂) of the law."""
-    beta = np.maximum(beta, 1e-6)
-    return (1 - (tokens / SHORT[1]) ** -beta) / ((SHORT[1] / SHORT[0]) ** beta - 1)
-
-
 Points = Sequence[tuple[Curve, int]]  # a curve and a budget that was measured
 
 
@@ -149,22 +142,34 @@ class Law:
     """A fitted law.
 
     Attributes:
-        b: (b₀, b₁).
+        a: slope at T₂ for each nat of L₁ − L₂.
+        b: (b₀, b₁) of the slope, nats.
+        beta: exponent.
         error: quantile of the relative error of the drop, of which `COVERAGE` are smaller.
     """
 
+    a: float
     b: tuple[float, float]
+    beta: float
     error: float
 
     def forecast(self, curve: Curve, tokens: int) -> tuple[float, float]:
         """Loss after a budget beyond the short runs and the half-width of its interval, nats."""
-        drop = float(_drops(np.array(self.b), [curve], np.array([tokens], float))[0])
+        drop = float(_drops((self.a, *self.b, self.beta), [(curve, tokens)])[0])
         return curve.losses[SHORT[1]] - drop, self.error * (drop + NOISE)
 
 
-def _drops(b: np.ndarray, curves: Sequence[Curve], tokens: np.ndarray) -> np.ndarray:
-    r, d, gain = (np.array([getattr(c, n) for c in curves], float) for n in ("rank", "hidden_size", "gain"))
-    return gain * share(b[0] + b[1] * np.log(r / d), tokens)
+def _drops(law: Sequence[float], data: Points) -> np.ndarray:
+    """L₂ − L(T) of points, by the law of (a, b₀, b₁, β)."""
+    a, b0, b1, beta = law
+    r, d, gain = (np.array([getattr(c, n) for c, _ in data], float) for n in ("rank", "hidden_size", "gain"))
+    slope = np.maximum(a * gain + b0 + b1 * np.log(r / d), 0.0)
+    e_folds = np.log(np.array([t for _, t in data], float) / SHORT[1])
+    return slope * -np.expm1(-beta * e_folds) / beta
+
+
+def _measured(data: Points) -> np.ndarray:
+    return np.array([c.losses[SHORT[1]] - c.losses[t] for c, t in data])
 
 
 def points(curves: Sequence[Curve]) -> list[tuple[Curve, int]]:
@@ -172,25 +177,22 @@ def points(curves: Sequence[Curve]) -> list[tuple[Curve, int]]:
     return [(c, t) for c in curves for t in c.budgets]
 
 
-def relative_errors(b: Sequence[float], data: Points) -> np.ndarray:
-    """Errors of the drop as a share of the forecast drop (and `NOISE`)."""
-    curves, tokens = [c for c, _ in data], np.array([t for _, t in data], float)
-    drops = _drops(np.asarray(b), curves, tokens)
-    true = np.array([c.losses[SHORT[1]] - c.losses[t] for c, t in data])
-    return (true - drops) / (drops + NOISE)
+def relative_errors(law: Sequence[float], data: Points) -> np.ndarray:
+    """Errors of the drop as a share of the forecast drop and `NOISE`. Args: law: (a, b₀, b₁, β)."""
+    drops = _drops(law, data)
+    return (_measured(data) - drops) / (drops + NOISE)
 
 
-def fit_exponent(data: Points) -> tuple[float, float]:
-    """b₀, b₁ by robust least squares on the relative errors."""
-    curves, tokens = [c for c, _ in data], np.array([t for _, t in data], float)
-    true = np.array([c.losses[SHORT[1]] - c.losses[t] for c, t in data])
+def fit_law(data: Points) -> tuple[float, float, float, float]:
+    """a, b₀, b₁, β by robust least squares on errors relative to the measured drop and `NOISE`."""
+    true = _measured(data)
 
-    def residuals(b: np.ndarray) -> np.ndarray:
-        drops = _drops(b, curves, tokens)
-        return np.log((np.maximum(true, 0.0) + NOISE) / (drops + NOISE))
+    def residuals(law: np.ndarray) -> np.ndarray:
+        return (true - _drops(law.tolist(), data)) / (np.maximum(true, 0.0) + NOISE)
 
-    found = least_squares(residuals, [0.3, 0.0], loss="soft_l1", f_scale=0.1)
-    return float(found.x[0]), float(found.x[1])
+    bounds = ([0.0, -np.inf, -np.inf, 1e-3], [np.inf, np.inf, np.inf, 10.0])
+    a, b0, b1, beta = least_squares(residuals, [0.6, 0.005, 0.0, 0.3], bounds=bounds, loss="soft_l1", f_scale=0.3).x
+    return float(a), float(b0), float(b1), float(beta)
 
 
 Group = Callable[[Curve], Any]
@@ -199,10 +201,6 @@ GROUPS: dict[str, Group] = {
     "backbone": lambda c: c.backbone,
     "text": lambda c: c.text,
 }
-
-
-def _source(curve: Curve) -> tuple[str, str]:
-    return curve.backbone, curve.text
 
 
 def conformal(errors: np.ndarray, coverage: float = COVERAGE) -> float:
@@ -218,13 +216,15 @@ def left_out(data: Points, group: Group) -> list[tuple[Points, Points]]:
 
 
 def fit(data: Points) -> Law:
-    """The law fitted on all points; its error is that on backbones and texts left out in turn."""
+    """The law fitted on all points; its error is that on backbones left out in turn, or texts of a single backbone."""
     check(len(data) > 0, "forecast: no measured budgets to fit the law on")
-    splits = left_out(data, _source)
+    by_backbone = left_out(data, GROUPS["backbone"])
+    splits = by_backbone if len(by_backbone) > 1 else left_out(data, GROUPS["text"])
+    a, b0, b1, beta = fitted = fit_law(data)
     if len(splits) == 1:
-        return Law(fit_exponent(data), conformal(relative_errors(fit_exponent(data), data)))
-    errors = np.concatenate([relative_errors(fit_exponent(rest), held) for rest, held in splits])
-    return Law(fit_exponent(data), conformal(errors))
+        return Law(a, (b0, b1), beta, conformal(relative_errors(fitted, data)))
+    errors = np.concatenate([relative_errors(fit_law(rest), held) for rest, held in splits])
+    return Law(a, (b0, b1), beta, conformal(errors))
 
 
 @dataclass(frozen=True)

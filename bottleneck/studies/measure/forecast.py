@@ -26,9 +26,9 @@ from bottleneck.evaluation.sums import validate
 from bottleneck.heads.bank import HeadBank
 from bottleneck.heads.key import HeadKey
 from bottleneck.heads.micro_steps import MicroSteps
-from bottleneck.heads.starting import start_bank
+from bottleneck.heads.starting import Watch, start_bank, unwatched
 from bottleneck.losses import memory
-from bottleneck.studies.formulas.forecast import STEP_TOKENS
+from bottleneck.studies.formulas.forecast import SHORT, STEP_TOKENS
 from bottleneck.studies.shared.config import StudyConfig, ranks_of
 from bottleneck.studies.shared.loading import device_of, loaded, log_memory
 from bottleneck.studies.shared.partial import PartialResults
@@ -38,12 +38,12 @@ from bottleneck.studies.shared.text import StudyText, study_text
 from bottleneck.training.optim import build_optimizer, clip_per_head, power_rate, schedule
 
 log = logging.getLogger(__name__)
-START = "fisher"
-CALIBRATION = 16_384  # training tokens
+START = "refined"  # it is nearer to the head of a long run than two million labels bring `fisher`
+CALIBRATION = SHORT[1]  # training tokens: the text that the short runs read
 OPTIM = OptimConfig(betas=[0.9, 0.99], eps=1e-5, weight_decay=0.0, warmup=0.05, lr_final=0.0)
 # the rule's rates are for TUNED tokens; the best rate of a closed form falls with the budget
 TUNED, FALL = 26e6, 0.3
-FACTORS = (0.4, 1.0, 2.5)  # multiples of that rate that are trained; the best counts
+FACTORS = (0.4, 1.0, 2.5, 6.25)  # multiples of that rate that are trained; the best counts
 
 
 def recipe() -> dict[str, Any]:
@@ -97,8 +97,15 @@ class Run:
         self.scheduler.step()
 
 
-def begin(backbone: Backbone, budgets: Sequence[int], ranks: Sequence[int], ids: Tensor, micro_batch: int) -> list[Run]:
-    """The runs of all budgets, each head at its closed form. Args: ids: calibration tokens [N, T+1]."""
+def begin(
+    backbone: Backbone,
+    budgets: Sequence[int],
+    ranks: Sequence[int],
+    ids: Tensor,
+    micro_batch: int,
+    watch: Watch = unwatched,
+) -> list[Run]:
+    """The runs of all budgets, each head at its start. Args: ids: calibration tokens [N, T+1]."""
     tokens_of = micro_batch * (ids.shape[1] - 1)
     device = backbone.lm_head.weight.device
     shape = {"hidden_size": backbone.hidden_size, "vocab_size": backbone.vocab_size}
@@ -111,7 +118,7 @@ def begin(backbone: Backbone, budgets: Sequence[int], ranks: Sequence[int], ids:
         bank.memory = memory.decide(device, "auto")
         if not runs:
             hidden = (backbone(part[:, :-1].to(device)) for part in ids.split(micro_batch))
-            start_bank(bank, START, backbone.head, hidden, whiten=True)
+            start_bank(bank, START, backbone.head, hidden, whiten=True, watch=watch)
         else:  # the start depends on the rank alone
             first = runs[0].bank
             by_rank = {key.rank: first[key].state_dict() for key in first.keys}
@@ -139,7 +146,7 @@ def train(
     seed: int,
     micro_batch: int,
     done: Callable[[int, list[dict[str, Any]], float], None],
-    at: Callable[[float], None] = lambda share: None,
+    watch: Watch = unwatched,
 ) -> None:
     """Train all heads for all budgets in one pass of the backbone.
 
@@ -148,13 +155,14 @@ def train(
         seed: of the order of the text.
         done: (tokens, rows of rank, lr, loss, loss of the original head), called at the start with 0 tokens and then
             for each budget.
+        watch: (what, steps) -> steps, reporting progress.
     """
     device, dtype = backbone.lm_head.weight.device, backbone.dtype
-    runs = begin(backbone, budgets, ranks, text.calibration(CALIBRATION, seed), micro_batch)
+    runs = begin(backbone, budgets, ranks, text.calibration(CALIBRATION, seed), micro_batch, watch)
     done(0, *_losses(backbone, runs[0], text, micro_batch))
     last = runs[-1].steps
     batches = StepBatches(text.corpus, text.block, STEP_TOKENS // text.block, last, seed, text.bos)
-    for step in range(last):
+    for step in watch("training", range(last)):
         hidden = []
         with torch.no_grad():
             for ids in batches[step].to(device).split(micro_batch):
@@ -164,7 +172,6 @@ def train(
             if step + 1 == run.steps:
                 done(run.tokens, *_losses(backbone, run, text, micro_batch))
         runs = [run for run in runs if run.steps > step + 1]  # frees what is finished
-        at((step + 1) / last)
 
 
 def check_length(c: StudyConfig, text: StudyText, budgets: Sequence[int]) -> None:
@@ -229,7 +236,7 @@ def measure(c: StudyConfig, folder: Path, budgets: Sequence[int]) -> dict[str, A
         progress.begin("training")
         if missing:
             options = {"seed": c.data.seed, "micro_batch": micro_batch}
-            train(backbone, text, missing, ranks, **options, done=done, at=progress.at)
+            train(backbone, text, missing, ranks, **options, done=done, watch=progress.over)
         progress.end(f"{max(budgets):,} tokens", not missing)
         for tokens in (0, *budgets):
             part = found[tokens]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Optional
+from typing import Any, Iterable, Iterator, Optional
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -60,6 +60,14 @@ class StudyProgress:
             self._print(
                 f"{self.unit} {self.done + 1}/{self.total} {self.label}: {100 * share:.0f} %, {left:.0f} s left"
             )
+
+    def over(self, label: str, steps: Iterable[Any]) -> Iterator[Any]:
+        """Iterate over the steps of the current part, or of a stage of it with a label of its own."""
+        self.begin(label)
+        every = list(steps)
+        for i, step in enumerate(every):
+            yield step
+            self.at((i + 1) / len(every))
 
     def end(self, note: str, kept: bool = False) -> None:
         """Close the current part. `kept`: an earlier run computed it, so its time does not count in the estimate."""
