@@ -68,7 +68,7 @@ def test_listed_commands_pass_the_checks():
                 None,
                 4_096,
                 50_000,
-                1_100_000,
+                2_000_000,
                 65_536,
                 150_000_000,
             ), command
