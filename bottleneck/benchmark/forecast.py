@@ -80,6 +80,6 @@ def _row(case: str, name: str, held: Sequence[laws.Forecasted]) -> Row:
     """Percentiles of the absolute error in nats; the interval in the note."""
     c = laws.summary(name, held)
     p20, p50, p80 = (float(p) for p in np.percentile([abs(f.error) for f in held], [20, 50, 80]))
-    widths = f"half-width {c.half_width:.3f} to {c.widest:.3f}"
+    widths = f"half-width {c.half_width:.3f} in the median, {c.widest:.3f} at most"
     note = f"{c.points} losses, error {c.rms:.3f}, {c.coverage:.0%} inside, {widths}"
     return Row("forecast", case, "law", p20, p50, p80, "nats", note=note)

@@ -7,6 +7,7 @@
 #
 # The curves: seed 0 tries a grid of rates at every rank; seeds 1 and 2 take the best of them. Nothing in the start `refined`
 # is random, so its repeats differ in the order of the text, which needs VALIDATION, since data.seed also chooses held-out documents.
+# bottleneck.curve draws each order as a line of its own; `python -m bottleneck.benchmark.repeats` prints their mean and interval.
 # The kinds: one run for each parameter budget, with a grid of rates for every head. With TUNE_TOKENS the grid is tried on
 # that many tokens first, and the run takes each head's best rate times FACTORS.
 # Heads whose best rate is the highest or lowest tried are trained again at two rates beyond it, at most EDGES times.
@@ -16,7 +17,7 @@
 # BUDGETS (of 0, 1, 2; default all), TOKENS (default those of the experiments, 100M), KINDS_TOKENS (default TOKENS),
 # TUNE_TOKENS (default none), FACTORS (default 1), EDGES (default 2), EXTRA (more overrides of train.py), OUT (default
 # outputs/kinds), GPUS (default: as they are visible, one run at a time), PYTHON (default .venv/bin/python).
-# What fails does not stop the rest; the exit code tells.
+# Relative names are seen from the repository. What fails does not stop the rest; the exit code tells.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 texts=${1:?give the text: a file, a folder or a glob}
@@ -116,11 +117,17 @@ for name in $names; do
     [ -n "${backbones[$name]:-}" ] || { echo "BACKBONES=$name: allowed are smollm2, gemma3" >&2; exit 2; }
 done
 for part in $parts; do
+    [[ $part =~ ^(curve|kinds|cost)$ ]] || { echo "PARTS=$part: allowed are curve, kinds, cost" >&2; exit 2; }
+done
+for budget in $budgets; do
+    [[ $budget =~ ^[012]$ ]] || { echo "BUDGETS=$budget: allowed are 0, 1, 2" >&2; exit 2; }
+done
+[[ ${EDGES:-2} =~ ^[0-9]+$ ]] || { echo "EDGES=$EDGES: must be a whole number" >&2; exit 2; }
+for part in $parts; do
     case $part in
         curve) for name in $names; do for start in ${STARTS:-scaled refined}; do run curve_of "$name" "$start"; done; done ;;
         kinds) for name in $names; do for budget in $budgets; do run kinds_of "$name" "$budget"; done; done ;;
         cost) wait; for name in $names; do for budget in $budgets; do run cost_of "$name" "$budget"; done; done ;;
-        *) echo "PARTS=$part: allowed are curve, kinds, cost" >&2; exit 2 ;;
     esac
 done
 wait

@@ -83,6 +83,15 @@ def beyond(curves: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return further
 
 
+def _read(runs: list[Path]) -> list[dict[str, Any]]:
+    """The curves of runs that differ in their heads only. Raises UserError for others."""
+    found = curve.read(runs)
+    for name in ("backbone", "backbone_hash", "data", "data_hash", "tokens"):
+        values = sorted({str(c[name]) for c in found})
+        check(len(values) < 2, f"runs with {name} {', '.join(values)}: their rates are not comparable")
+    return found
+
+
 def override(heads: list[dict[str, Any]]) -> str:
     """`[{kind: mos, rank: 64, components: 4, lr: [0.001]}]`, the value of heads=…; empty without heads."""
     return literal(heads) if heads else ""
@@ -103,9 +112,9 @@ def command(argv: list[str]) -> None:
     if args.part == "entries":
         print(override(entries(args.experiment, args.budget)))
     elif args.part == "best":
-        print(override(best(curve.read(args.runs), args.factors)))
+        print(override(best(_read(args.runs), args.factors)))
     else:
-        print(override(beyond(curve.read(args.runs))))
+        print(override(beyond(_read(args.runs))))
 
 
 if __name__ == "__main__":

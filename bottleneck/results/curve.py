@@ -22,6 +22,7 @@ from bottleneck.results import equal_cost
 from bottleneck.results.cost import AXES, MEASURED, measured_on
 from bottleneck.results.files import MERGED, complete, given_twice, read, write, write_missing
 from bottleneck.results.knee import cost_lines
+from bottleneck.results.labels import labels
 from bottleneck.results.merging import band_losses, finish, mark_best, merge
 from bottleneck.results.schema import IDENTITY, SCHEMA, printable
 from bottleneck.results.table import show
@@ -69,9 +70,10 @@ def command(argv: list[str]) -> None:
     write(curves, args.out, args.x)
     console = Console()
     show(curves, console)
-    for c in curves if args.x != "rank" else ():
-        for line in [*cost_lines(c, args.x), *equal_cost.lines(c, args.x)]:
-            console.print(line, highlight=False, soft_wrap=True)
+    for c, label in zip(curves, labels(curves)) if args.x != "rank" else ():
+        found = [*cost_lines(c, args.x), *equal_cost.lines(c, args.x)]
+        for line in [f"{label}:"] * (len(curves) > 1 and bool(found)) + found:
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
     print(printable(f"wrote {args.out}/curve.json, curve.csv, curve.png"))
 
 

@@ -10,7 +10,7 @@ import math
 from statistics import mean
 from typing import Any, Optional, Sequence
 
-from bottleneck.results.cost import AXES
+from bottleneck.results.cost import AXES, pareto
 from bottleneck.results.schema import series
 
 PERCENT = (1, 5, 10)
@@ -75,8 +75,9 @@ def knees(c: dict[str, Any]) -> list[dict[str, Any]]:
 def least_costs(c: dict[str, Any], x: str) -> list[tuple[int, Optional[float], str]]:
     """(percent, cost, line) of PERCENT: the least cost at which a line of the curve is good enough, and which line.
 
-    Between two heads of a line, the loss is taken to be linear in the logarithm of the cost. The cost is None if no
-    line is good enough.
+    Heads that a cheaper one of their line beats do not count: measured costs need not rise with the rank. Between two
+    heads that count, the loss is taken to be linear in the logarithm of the cost. The cost is None if no line is good
+    enough.
 
     Args: x: a key of `cost.AXES`.
     """
@@ -89,7 +90,7 @@ def least_costs(c: dict[str, Any], x: str) -> list[tuple[int, Optional[float], s
     out = []
     for percent in PERCENT if own is not None else ():
         target = (1 + percent / 100) * own
-        reached = [(crossing(sorted(points), target), name) for name, points in lines.items()]
+        reached = [(crossing(pareto(points), target), name) for name, points in lines.items()]
         known = [(cost, name) for cost, name in reached if cost is not None]
         cost, name = min(known, default=(None, ""))
         out.append((percent, cost, name))

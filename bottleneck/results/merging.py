@@ -40,14 +40,15 @@ def merge(curves: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         for h in c["heads"]:
             twin = heads.get(head_identity(h))
             if twin is None:
-                heads[head_identity(h)] = h
-                line["heads"].append(dict(h))
+                heads[head_identity(h)] = dict(h)
+                line["heads"].append(heads[head_identity(h)])
                 continue
             check(
                 twin["loss"] == h["loss"],
                 f"curve.json: rank {h['rank']}, lr {h['lr']}, seed {h['seed']} has two results, {twin['loss']} and "
                 f"{h['loss']}; merge one run of it",
             )
+            twin |= {k: v for k, v in h.items() if k not in twin}  # such as times that were measured in one folder only
     return [finish(line) for line in lines.values()]
 
 

@@ -33,7 +33,8 @@ def draw(curves: list[dict[str, Any]], file: BinaryIO, x: str = "rank") -> None:
     Bars are 95 % confidence intervals over the validation text. Beside a cost there are none: heads of one cost would
     lie on each other's bars, while their differences are far more certain (`results.equal_cost`).
 
-    Args: x: a key of `cost.AXES`. Beside a cost, the picture has the Pareto front of all lines.
+    Args: x: a key of `cost.AXES`. Beside a cost, the picture has the Pareto front of all lines if they
+            share a backbone and text.
     """
     axis = AXES[x]
     plt = pyplot()
@@ -43,6 +44,7 @@ def draw(curves: list[dict[str, Any]], file: BinaryIO, x: str = "rank") -> None:
     values: list[float] = []
     points: list[tuple[float, float]] = []
     number, references = 0, _References(curves)
+    alike = len({(c["backbone_hash"], c["data_hash"]) for c in curves}) == 1  # else perplexities are not comparable
     for c, label in zip(curves, map(as_text, labels(curves))):
         names = sorted({series(h) for h in c["heads"]})
         first = colours[number % len(colours)]
@@ -66,7 +68,7 @@ def draw(curves: list[dict[str, Any]], file: BinaryIO, x: str = "rank") -> None:
         if ranks and min(ranks) <= PAPER_MARK <= max(ranks):
             axes.axvline(PAPER_MARK, color="0.6", ls="-.", lw=1, label="r = 1000 (Godey et al. 2024)")
     else:
-        _cost_axis(axes, axis, curves, points, front=number > 1)
+        _cost_axis(axes, axis, curves, points, front=alike and number > 1)
     if not ranks:
         axes.set_title("every head diverged", fontsize=10)
     if values:

@@ -22,6 +22,7 @@ from bottleneck.studies.shared.output import write
 from bottleneck.studies.shared.pictures import canvas, save
 
 log = logging.getLogger(__name__)
+CLEAR = 10.0  # ratio of neighbouring singular values that counts as an end of the spectrum, as in formulas.extraction
 FIELDS = (
     "rank",
     "known_rank",
@@ -53,6 +54,12 @@ def check_keys(keys: Any) -> None:
     keys.top = None if keys.top is None else as_count("study.top", keys.top, 3)
 
 
+def fall_after(entry: dict[str, Any], rank: int) -> float:
+    """Ratio of the singular value of that index, from 1, to the next one; 0 where the next one is not known or 0."""
+    values = entry["singular_values"]
+    return values[rank - 1] / values[rank] if 0 < rank < len(values) and values[rank] > 0 else 0.0
+
+
 def verdict(entry: dict[str, Any]) -> str:
     """What the singular values say about the rank, compared with the rank that an export states."""
     if entry["rank"] is None:
@@ -64,6 +71,12 @@ def verdict(entry: dict[str, Any]) -> str:
         said += ", as exported" if same else f", but exported as {known}"
         if same and entry["rank"] < known:
             said += f" ({known} = d, of which hidden states after a LayerNorm show {entry['hidden_rank']})"
+        fall = fall_after(entry, known)
+        if not same and fall >= CLEAR:
+            said += f", after which the values fall {fall:.3g} times: what is beyond may be rounding to 16 bits"
+    elif entry["rank"] > entry["hidden_size"]:
+        said += f", above the hidden size, {entry['hidden_size']}: its logits are not linear in the hidden states, or "
+        said += "rounding hides the end of the spectrum"
     if entry["limit"] < entry["hidden_size"] and known != entry["rank"]:
         said += f"; this block shows at most {entry['limit']} of {entry['hidden_size']}: give more tokens to be sure"
     return said

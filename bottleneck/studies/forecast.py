@@ -65,7 +65,7 @@ def forecast(curve: Curve, stored: Stored, budgets: list[int], block_size: int) 
     rows = []
     for tokens in budgets:
         loss, half = stored.law.forecast(curve, tokens)
-        outside = [*stored.range.outside(curve, block_size), *stored.range.outside_budget(tokens)]
+        outside = [*stored.range.outside(curve, block_size), *stored.range.outside_budget(tokens, curve.hidden_size)]
         low, high = (None, None) if outside else (loss - half, loss + half)
         measured = curve.losses.get(tokens)
         rows.append(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+
 import pytest
 
 from bottleneck.benchmark import tuning
 from bottleneck.config.checks import check_config
 from bottleneck.core.errors import UserError
 from conftest import ROOT, composed
+from support.curves import made, save
 
 
 def head(rank: int, lr: float, loss: float | None, **more) -> dict:
@@ -80,3 +84,23 @@ def test_the_command(run, tmp_path, capsys):
     assert capsys.readouterr().out.count("lr: [1e-06, 2e-06]") == 2
     with pytest.raises(UserError, match="none: no curve.json there"):
         tuning.command(["beyond", str(tmp_path / "none")])
+
+
+def test_runs_of_other_tokens_are_refused(tmp_path):
+    """The best rate falls with the budget, and the lowest loss would be that of the longer run."""
+    one, two = save(tmp_path / "a", made({8: 2.5})), save(tmp_path / "b", made({8: 2.4}, tokens=2000))
+    with pytest.raises(UserError, match="runs with tokens 1000, 2000"):
+        tuning.command(["best", str(one), str(two)])
+
+
+@pytest.mark.parametrize(
+    "given", [{"PARTS": "curve typo"}, {"BUDGETS": "0 7"}, {"EDGES": "two"}], ids=["PARTS", "BUDGETS", "EDGES"]
+)
+def test_the_script_refuses_bad_values_before_it_trains(tmp_path, given):
+    """Regression: with GPUS, EDGES=two left out the edges and the exit code was 0."""
+    log, stub = tmp_path / "log", tmp_path / "python"
+    stub.write_text(f"#!/bin/sh\necho run >> {log}\n")
+    stub.chmod(0o755)
+    env = {**os.environ, **given, "PYTHON": str(stub), "OUT": str(tmp_path / "out"), "GPUS": "0 1"}
+    done = subprocess.run(["bash", str(ROOT / "bottleneck/benchmark/kinds.sh"), "x"], env=env, capture_output=True)
+    assert done.returncode == 2 and next(iter(given)).encode() in done.stderr and not log.exists()

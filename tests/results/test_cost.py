@@ -179,3 +179,23 @@ def test_times_of_different_numbers_of_threads_are_different_measurements():
     timing = {"device": "CPU, 2 cores", "tokens": 64, "dtype": "float32"}
     said = {measured_on({"timing": timing | {"threads": n}}) for n in (1, 2)}
     assert len(said) == 2 and any("1 thread," in words for words in said)
+
+
+def test_the_least_measured_cost_is_that_of_a_head_that_no_cheaper_one_beats():
+    """Regression: rank 64 is good enough and measured faster than 16, which hid it: "none of these heads"."""
+    c = made({8: 2.5, 16: 2.4, 64: 2.0})
+    for h, ms in zip(c["heads"], (2.0, 2.2, 2.1)):
+        h["step_ms"] = ms
+    ten = least_costs(c, "step_ms")[2]
+    assert ten[1] is not None and 2.0 < ten[1] <= 2.1
+    c["heads"][2]["step_ms"] = 1.9  # the fastest of all
+    assert [cost for _, cost, _ in least_costs(c, "step_ms")] == [1.9] * 3
+
+
+def test_other_texts_have_no_common_front_and_lines_of_their_own(tmp_path, capsys, drawn):
+    """A perplexity on another text is no better one."""
+    runs = [str(save(tmp_path / n, made({8: x}, data=n, data_hash=n))) for n, x in (("a", 2.5), ("b", 1.5))]
+    assert curve.main([*runs, "--out", str(tmp_path / "out"), "--x", "flops"]) == 0
+    assert "Pareto front" not in drawn[0]
+    said = capsys.readouterr().out.splitlines()
+    assert [b for a, b in zip(said, said[1:]) if a in ("toy, a:", "toy, b:")] == [x for x in said if "least" in x]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from bottleneck.studies.extract import verdict
 from bottleneck.studies.formulas.extraction import common_block, recovered_rank
 from support.study_runs import QUICK, edit_head, run_study, toy_series
 
@@ -75,6 +76,33 @@ def test_exported_ranks_are_recovered(toy_backbone, toy_text, tmp_path):
     assert entries[0]["verdict"].endswith("as exported") and entries[2]["verdict"].endswith("but exported as 21")
     entries = run_study(tmp_path / "top", *words, "study.top=310", "study.steps=[3,8]")["checkpoints"]
     assert [e["rank"] for e in entries] == [3, 8] and entries[0]["tokens_of_block"] < 310
+
+
+def test_ranks_of_frequent_tokens_are_seen(toy_backbone, toy_text, tmp_path):
+    """Regression: rows of 6 likely tokens that evenly spaced ones miss, as block and low_rank_sparse have them."""
+    series = toy_series(toy_backbone, tmp_path / "toy", {"step1": 0.0})
+    width = GPTNeoXConfig.from_pretrained(toy_backbone).hidden_size
+
+    def mixed(W: torch.Tensor) -> torch.Tensor:
+        spaced = torch.linspace(0, len(W) - 1, 2 * width + 64).long().tolist()
+        missed = [i for i in range(len(W)) if i not in spaced][:6]
+        new = torch.randn(len(W), 2, generator=g(1)) @ torch.randn(2, width, generator=g(2)) / (3 * width**0.5)
+        new[missed] = 12 * torch.randn(6, width, generator=g(3)) / width**0.5
+        return new
+
+    edit_head(series / "step1", mixed)
+    source = ["data=local", f"data.files={toy_text}", f"data.cache_dir={tmp_path / 'cache'}"]
+    words = [*QUICK, *source, "backbone=local", f"backbone.path={series}", "study=extract"]
+    assert run_study(tmp_path / "all", *words)["checkpoints"][0]["rank"] == 2 + 6
+
+
+def test_the_verdict_says_what_it_cannot_know():
+    """Equal rows or 16-bit weights give the spectrum a second end, above the rank that was exported."""
+    entry = {"rank": 30, "gap": 300.0, "limit": 60, "hidden_size": 32, "hidden_rank": 32, "known_rank": 8}
+    entry["singular_values"] = [9.0] * 8 + [0.05] * 22 + [1e-4] * 32
+    assert "but exported as 8, after which the values fall 180 times" in verdict(entry)
+    assert verdict(entry | {"known_rank": 9}).endswith("but exported as 9")
+    assert "above the hidden size, 32" in verdict(entry | {"known_rank": None, "rank": 40})
 
 
 @pytest.mark.slow

@@ -89,7 +89,7 @@ def test_the_conformal_quantile_by_hand():
 @pytest.fixture
 def small(monkeypatch):
     """Steps of 256 tokens, short runs of 8 and 32 of them, one rate, and the law of planted curves."""
-    stored = laws.Stored(LAW, laws.Range((8, 64), (100, 900), (4, 16), (T2, 16 * T2)), ())
+    stored = laws.Stored(LAW, laws.Range((8, 64), (100, 900), (4, 16), ((64, 16 * T2),)), ())
     for module in (laws, measure):
         monkeypatch.setattr(module, "STEP_TOKENS", 256)
     monkeypatch.setattr(laws, "SHORT", (8 * 256, 32 * 256))
@@ -192,12 +192,22 @@ def test_a_text_too_short_is_refused_in_the_words_of_the_study_before_weights_lo
 def test_what_is_outside_the_fitted_range_has_no_interval_but_a_reason():
     range_ = laws.range_of(laws.points(planted(noise=0.0)))
     inside = planted(noise=0.0)[0]
-    assert range_.outside(inside, 512) == [] and range_.outside_budget(16 * T2) == []
+    assert range_.outside(inside, 512) == [] and range_.outside_budget(16 * T2, 576) == []
     wide = laws.Curve("z", "prose", 4096, 128_256, 2048, inside.losses)
-    assert len(range_.outside(wide, 2048)) == 4 and range_.outside_budget(17 * T2)
+    assert len(range_.outside(wide, 2048)) == 4 and range_.outside_budget(17 * T2, 4096)
     stored = laws.Stored(LAW, range_, ())
     (row,) = study.forecast(wide, stored, [4 * T2], 512)
     assert row["low"] is None and row["high"] is None and len(row["outside"]) == 3
+
+
+def test_a_longer_run_that_is_no_better_has_no_interval():
+    """Regression: without a gain from the longer short run the interval was the narrowest of all."""
+    stored = laws.stored()
+    assert not any(stored.range.outside(c, 512) for c in laws.read())
+    for losses in ({0: 5.0, T1: 4.5, T2: 4.6}, {0: 3.0, T1: 3.05, T2: 3.02}):
+        curve = laws.Curve("z", "prose", 512, 32_768, 64, losses)
+        (row,) = study.forecast(curve, stored, [4 * T2], 512)
+        assert row["low"] is None and "no better than" in row["outside"][0]
 
 
 def test_the_stored_curves_are_whole():
@@ -210,6 +220,17 @@ def test_the_stored_curves_are_whole():
 def test_a_rate_that_diverged_does_not_count():
     """Regression: its missing loss ended the study after all of its training."""
     row = {"backbone": "b", "text": "t", "hidden_size": 8, "vocab_size": 9, "rank": 2}
-    rows = [row | {"tokens": t, "loss": x} for t in (0, *laws.SHORT) for x in (None, 3.0)]
+    rows = [row | {"tokens": t, "loss": x} for t in (0, *laws.SHORT) for x in (None, "", 3.0)]  # "": read from a CSV
     (c,) = laws.curves_of(rows)
     assert c.losses == dict.fromkeys((0, *laws.SHORT), 3.0)
+
+
+def test_a_budget_is_outside_where_only_narrower_backbones_had_it():
+    curves = planted(noise=0.0)
+    data = [(c, t) for c, t in laws.points(curves) if c.hidden_size < 400 or t == 4 * T2]
+    range_ = laws.range_of(data)
+    assert range_.budgets == ((128, 16 * T2), (256, 16 * T2), (384, 16 * T2), (576, 4 * T2))
+    assert range_.outside_budget(16 * T2, 384) == [] and range_.outside_budget(4 * T2, 500) == []
+    (reason,) = range_.outside_budget(5 * T2, 500)
+    assert reason.endswith("at hidden sizes from 576 on")
+    assert range_.outside_budget(5 * T2, 4096) == [reason]  # wider than all: as the widest

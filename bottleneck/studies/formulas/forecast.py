@@ -92,7 +92,7 @@ def curves_of(rows: Iterable[dict[str, Any]]) -> list[Curve]:
     for row in rows:
         name = (row["backbone"], row["text"], int(row["hidden_size"]), int(row["vocab_size"]), int(row["rank"]))
         losses, tokens = found.setdefault(name, {}), int(row["tokens"])
-        if row["loss"] is not None:  # diverged
+        if row["loss"] not in (None, ""):  # diverged; a CSV has an empty field
             losses[tokens] = min(losses.get(tokens, math.inf), float(row["loss"]))
     whole = {name: losses for name, losses in found.items() if all(t in losses for t in (0, *SHORT))}
     return [Curve(b, x, d, V, r, losses) for (b, x, d, V, r), losses in whole.items()]
@@ -103,26 +103,35 @@ Points = Sequence[tuple[Curve, int]]  # a curve and a budget that was measured
 
 @dataclass(frozen=True)
 class Range:
-    """What a law was fitted on: the lowest and highest of each number."""
+    """What a law was fitted on: the lowest and highest of each number.
+
+    Attributes:
+        budgets: (hidden size, largest budget) of each hidden size.
+    """
 
     hidden_size: tuple[int, int]
     vocab_size: tuple[int, int]
     rank: tuple[int, int]
-    tokens: tuple[int, int]
+    budgets: tuple[tuple[int, int], ...]
 
     def outside(self, curve: Curve, block_size: int) -> list[str]:
         """Why a head is outside, one reason each; empty if it is not."""
         names = {"hidden_size": "hidden size", "vocab_size": "vocabulary", "rank": "rank"}
         found = [(word, getattr(curve, name), getattr(self, name)) for name, word in names.items()]
         reasons = [f"{w} {x:,}, fitted on {lo:,} to {hi:,}" for w, x, (lo, hi) in found if not lo <= x <= hi]
+        before, first, second = (curve.losses[t] for t in (0, *SHORT))
+        if second >= min(before, first):
+            reasons.append("a longer short run no better than the start or the shorter one (no stored one is)")
         if block_size != BLOCK:
             reasons.append(f"blocks of {block_size} tokens, fitted on blocks of {BLOCK}")
         return reasons
 
-    def outside_budget(self, tokens: int) -> list[str]:
-        """The reason why a budget is outside, if it is."""
-        most = self.tokens[1]
-        return [f"budget {tokens:,} tokens, fitted up to {most:,}"] if tokens > most else []
+    def outside_budget(self, tokens: int, hidden_size: int) -> list[str]:
+        """The reason why a budget is outside, if it is: larger than at that hidden size and above."""
+        wide = [(d, most) for d, most in self.budgets if d >= hidden_size] or [max(self.budgets)]
+        most = max(most for _, most in wide)
+        where = f" at hidden sizes from {min(d for d, _ in wide)} on" if len(wide) < len(self.budgets) else ""
+        return [f"budget {tokens:,} tokens, fitted up to {most:,}{where}"] if tokens > most else []
 
 
 def range_of(data: Points) -> Range:
@@ -134,7 +143,8 @@ def range_of(data: Points) -> Range:
         return min(found), max(found)
 
     d, V, r = (both(getattr(c, name) for c in curves) for name in ("hidden_size", "vocab_size", "rank"))
-    return Range(d, V, r, both(t for _, t in data))
+    sizes = sorted({c.hidden_size for c in curves})
+    return Range(d, V, r, tuple((size, max(t for c, t in data if c.hidden_size == size)) for size in sizes))
 
 
 @dataclass(frozen=True)
@@ -204,7 +214,10 @@ GROUPS: dict[str, Group] = {
 
 
 def conformal(errors: np.ndarray, coverage: float = COVERAGE) -> float:
-    """The conformal quantile of absolute errors: at least `coverage` of a new one is below it, if exchangeable."""
+    """The conformal quantile of absolute errors: a new one is below it with probability `coverage`, if exchangeable.
+
+    Of fewer than 1 / (1 - coverage) - 1 errors it is the largest, which covers less.
+    """
     ordered = np.sort(np.abs(errors))
     return float(ordered[min(len(ordered) - 1, math.ceil((len(ordered) + 1) * coverage) - 1)])
 
@@ -289,6 +302,8 @@ class Stored:
     @property
     def statement(self) -> str:
         """What the intervals were checked on, in one sentence."""
+        if not self.checks:
+            return f"Intervals of {COVERAGE:.0%}, not checked: the stored runs have one rank, backbone and text."
         said = [
             f"{c.left_out}s in turn ({c.groups}): {c.coverage:.0%} inside, half-width {c.half_width:.3f}"
             for c in self.checks

@@ -22,6 +22,7 @@ from bottleneck.data.module import IGNORE
 from bottleneck.losses.chunked import chunk_rows
 from bottleneck.studies.formulas.extraction import common_block, recovered_rank
 from bottleneck.studies.formulas.singular import summary
+from bottleneck.studies.measure.escape import chosen_columns
 from bottleneck.studies.shared.config import StudyConfig
 from bottleneck.studies.shared.loading import device_of, log_memory, visit
 from bottleneck.studies.shared.partial import PartialResults
@@ -86,24 +87,24 @@ def log_probabilities(
     and hidden states [N, D].
 
     Args:
-        top: the k most likely tokens of each context; None: the same evenly spaced tokens in every context, enough of
-            them.
+        top: the k most likely tokens of each context; None: the same tokens in every context, enough of them, see
+            `chosen_columns`.
     """
     device, V = source.device, source.vocab_size
     wanted = min(V, COLUMNS_FACTOR * source.hidden_size + 64)
-    fixed = torch.linspace(0, V - 1, wanted).long().unique().to(device)
     values, ids, hidden, done = [], [], [], 0
     for inputs, targets in text.batches(micro_batch):
-        h_ND = source.read(inputs.to(device), targets.to(device) != IGNORE)
-        hidden.append(h_ND.float().cpu())
-        for h in h_ND.split(chunk_rows(V, device.type)):
-            log_p = torch.log_softmax(source.logits(h), -1)
-            found = (log_p[:, fixed], fixed.expand(len(h), -1)) if top is None else log_p.topk(min(top, V))
-            values.append(found[0].cpu())
-            ids.append(found[1].cpu())
+        hidden.append(source.read(inputs.to(device), targets.to(device) != IGNORE))
         done += len(inputs)
         progress.at(done / len(text))
-    return torch.cat(values), torch.cat(ids), torch.cat(hidden)
+    h_ND = torch.cat(hidden)
+    fixed = chosen_columns(source.logits, h_ND, vocab=V, columns=wanted) if top is None else None
+    for h in h_ND.split(chunk_rows(V, device.type)):
+        log_p = torch.log_softmax(source.logits(h), -1)
+        found = log_p.topk(min(top or V, V)) if fixed is None else (log_p[:, fixed], fixed.expand(len(h), -1))
+        values.append(found[0].cpu())
+        ids.append(found[1].cpu())
+    return torch.cat(values), torch.cat(ids), h_ND.float().cpu()
 
 
 def hidden_rank(h_ND: torch.Tensor) -> int:
@@ -171,7 +172,10 @@ def measure(c: StudyConfig, folder: Path) -> dict[str, Any]:
     width, vocabulary = max(shapes.values())
     held = text.tokens * (top or min(vocabulary, COLUMNS_FACTOR * width + 64))
     log_memory(series, device, 24 * held + 8 * chunk_rows(vocabulary, device.type) * vocabulary)
-    parts = PartialResults(folder, c.study.name, {**text.identity, "top": top, "dtype": c.backbone.dtype})
+    settings = {"top": top, "dtype": c.backbone.dtype}
+    if top is None:
+        settings["choice"] = "half likeliest"  # parts that were measured on evenly spaced tokens are not used again
+    parts = PartialResults(folder, c.study.name, {**text.identity, **settings})
     out = []
     with StudyProgress(len(series), c.trainer.progress) as progress:
         for cp in series:
