@@ -73,10 +73,15 @@ class Curve:
         return {h["rank"]: TrainedHead(h, self.folder) for h in rows}
 
     def table(self) -> DataFrame:
-        """One row for each head, with the numbers of curve.json."""
+        """One row for each head, with the numbers of curve.json; its kind with options if one is not W = A B."""
         import pandas
 
-        rows = [{k: v for k, v in h.items() if not isinstance(v, (dict, list))} for h in self.content["heads"]]
+        from bottleneck.results.labels import kind_of
+
+        heads = self.content["heads"]
+        rows = [{k: v for k, v in h.items() if not isinstance(v, (dict, list))} for h in heads]
+        if any(map(kind_of, heads)):
+            rows = [row | {"kind": kind_of(h) or "low_rank"} for row, h in zip(rows, heads)]
         return pandas.DataFrame(rows)
 
     def plot(self, ax: Optional[Axes] = None) -> Axes:
@@ -101,9 +106,10 @@ class Curve:
 
     def _repr_html_(self) -> str:
         about = f"{self.content['backbone']} on {self.content['data']}, {self.content['tokens']:,} training tokens"
-        columns = ["rank", "lr", "initial_loss", "loss", "perplexity", "status"]
+        table, shown = self.table(), ["kind", "rank", "lr", "initial_loss", "loss", "perplexity", "status"]
+        columns = [name for name in shown if name in table]
         reference = f"original head: perplexity {self.content['reference']['perplexity']:,.2f}"
-        return f"<p>{_escaped(about)}</p>{self.table()[columns].to_html(index=False)}<p>{reference}</p>"
+        return f"<p>{_escaped(about)}</p>{table[columns].to_html(index=False)}<p>{reference}</p>"
 
 
 def sweep(

@@ -34,6 +34,7 @@ from bottleneck.downstream import scores as downstream
 from bottleneck.downstream.arguments import parser
 from bottleneck.downstream.scores import OURS, heads_of, identity, read_results
 from bottleneck.downstream.tasks import fingerprint, load_tasks, one_line
+from bottleneck.heads.key import HeadKey
 from bottleneck.serve.export import quiet
 from bottleneck.serve.swap import prove, set_head
 from bottleneck.training.finished_run import FinishedRun, open_run
@@ -155,6 +156,9 @@ def evaluate(
 def _chosen(run: FinishedRun, ranks: Optional[list[int]]) -> dict[str, Optional[dict[str, Any]]]:
     """Names and rows of what is scored. Raises UserError for a rank that does not exist or is no matrix."""
     names = heads_of(run)
+    others = sorted({HeadKey.of(h).kind for h in run.curve["heads"] if not run.is_matrix(h)})
+    if others:
+        log.info("not scored, since they are not one matrix: heads of kind %s", ", ".join(others))
     for rank in ranks or ():
         run.pick(rank)  # reports a rank that does not exist
         matrix = any(row is not None and row["rank"] == rank for row in names.values())

@@ -54,7 +54,7 @@ class _Map(NamedTuple):
         """f(s) and f'(s), elementwise."""
         if not self.width:
             return s + logsigmoid(s), 1 + torch.sigmoid(-s)
-        piece = ((s - self.low) / self.width).floor().clamp(0, len(self.slopes) - 1).long()
+        piece = ((s - self.low) / self.width).floor().clamp(0, len(self.slopes) - 1).nan_to_num(0).long()
         slope = self.slopes[piece]
         return self.below[piece] + slope * (s - self.low - piece * self.width), slope
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from bottleneck.core.errors import UserError, check
 from bottleneck.core.files import leftovers, write_atomic
-from bottleneck.heads.key import HeadKey
+from bottleneck.heads.key import LOW_RANK, HeadKey
 from bottleneck.results.details import draw_details, has_details
 from bottleneck.results.merging import band_losses, domain_perplexities
 from bottleneck.results.metric_names import columns
@@ -128,9 +128,10 @@ def _write_derived(curves: list[dict[str, Any]], out: Path, names: Iterable[str]
 
 
 def _csv(curves: list[dict[str, Any]]) -> str:
-    """One row for each head: the numbers that every head has, metrics, perplexities by text of a mix, and losses by
-    frequency of the target."""
-    names = [*head_columns(), *(m.name for m in columns(curves))]
+    """One row for each head: the numbers that every head has, its kind if one is not W = A B, metrics, perplexities by
+    text of a mix, and losses by frequency of the target."""
+    kinds = ("kind", "options") if any("kind" in h for c in curves for h in c["heads"]) else ()
+    names = [*head_columns(), *kinds, *(m.name for m in columns(curves))]
     names += dict.fromkeys(name for c in curves for h in c["heads"] for name in domain_perplexities(h))
     names += dict.fromkeys(name for c in curves for h in c["heads"] for name in band_losses(h))
     table = io.StringIO(newline="")
@@ -138,7 +139,8 @@ def _csv(curves: list[dict[str, Any]]) -> str:
     writer.writerow(("backbone", "data", "tokens", *names))
     for c in curves:
         for h in c["heads"]:
-            row = h | band_losses(h) | domain_perplexities(h)
+            row = {"kind": LOW_RANK} | h | band_losses(h) | domain_perplexities(h)
+            row["options"] = json.dumps(h["options"]) if h.get("options") else None
             writer.writerow((c["backbone"], c["data"], c["tokens"], *(row.get(name) for name in names)))
     return table.getvalue()
 

@@ -249,7 +249,8 @@ def export(run: FinishedRun, row: dict[str, Any], to: Path, *, form: str = "dens
     matrix = form != "dense" or run.is_matrix(row)
     check(matrix, f"--form dense: a head of kind {kind} is not one matrix; {other}")
     factored = form == "dense" or kind == LOW_RANK or (form == "factored" and kind in truncated.KINDS)
-    check(factored, f"--form {form}: a head of kind {kind} has no factors A and B; {other}")
+    lacks = f"has no form {form}" if kind in truncated.KINDS else "has no factors A and B"
+    check(factored, f"--form {form}: a head of kind {kind} {lacks}; {other}")
     tokenizer = load_tokenizer(run.backbone)
     if form == "factored" and HeadKey.of(row).kind in truncated.KINDS:
         _truncated(run, row, dtype=dtype, tokenizer=tokenizer, to=to)

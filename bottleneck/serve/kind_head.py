@@ -99,7 +99,7 @@ def plif(h: Tensor, t: Tensors, options: Mapping[str, Any]) -> Tensor:
     s, pieces, limit = low_rank(h, t, options), options["pieces"], float(options["limit"])
     width, slopes = 2 * limit / pieces, softplus(t["slopes"].float())
     below = torch.cat([slopes.new_zeros(1), slopes.cumsum(0)[:-1]]) * width - limit  # f at each left knot
-    piece = ((s + limit) / width).floor().clamp(0, pieces - 1).long()
+    piece = ((s + limit) / width).floor().clamp(0, pieces - 1).nan_to_num(0).long()
     return below[piece] + slopes[piece] * (s + limit - piece * width)
 
 
@@ -181,6 +181,11 @@ def _with_kind(architecture: str) -> type:
             super().__init__(config)
             h = config.kind_head
             self.lm_head = KindHead(h["kind"], h["options"], h["shapes"], h["whole"], h["divisor"])
+
+        @classmethod
+        def is_custom_code(cls) -> bool:
+            """All is initialised as in Transformers' own classes: else Falcon-H1's buffers stay without values."""
+            return False
 
         @classmethod
         def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:

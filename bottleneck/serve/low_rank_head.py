@@ -152,6 +152,11 @@ def _low_rank(architecture: str) -> type:
             self.lm_head = LowRankHead(width, config.head_rank, rows)
 
         @classmethod
+        def is_custom_code(cls) -> bool:
+            """All is initialised as in Transformers' own classes: else Falcon-H1's buffers stay without values."""
+            return False
+
+        @classmethod
         def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
             """As Transformers', with a folder that is not complete refused."""
             if os.path.isdir(path):

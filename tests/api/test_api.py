@@ -17,6 +17,7 @@ import bottleneck
 from bottleneck.config.literal import literal
 from bottleneck.core.errors import UserError
 from conftest import ROOT
+from support.curves import made
 
 
 def arguments(toy: list[str]) -> dict:
@@ -52,6 +53,16 @@ def test_sweep_is_the_command_s_run(run, toy, tmp_path, monkeypatch):
     # the second call reads the finished run and does not train again
     assert bottleneck.sweep(**arguments(toy), folder=tmp_path / "api").content == curve.content
     assert bottleneck.Curve.read(tmp_path / "api").content == curve.content
+
+
+def test_the_table_names_kinds_and_their_options(tmp_path):
+    """Heads of several kinds at one rank could not be told apart in a notebook."""
+    c = made({8: 2.5, 16: 2.4})
+    assert "kind" not in bottleneck.Curve(c, tmp_path).table()
+    c["heads"] += [c["heads"][0] | {"kind": "mos", "options": {"components": n}} for n in (2, 3)]
+    shown = bottleneck.Curve(c, tmp_path)
+    assert list(shown.table()["kind"]) == ["low_rank", "low_rank", "mos components=2", "mos components=3"]
+    assert "mos components=3" in shown._repr_html_()
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,9 @@ from bottleneck.config.schema import BackboneConfig
 from bottleneck.downstream import lm_eval as evaluate
 from bottleneck.downstream import scores
 from bottleneck.serve import export
-from bottleneck.training.finished_run import open_run
+from bottleneck.training.finished_run import FinishedRun, open_run
 from conftest import ROOT, composed
+from support.curves import made
 from support.finished import best, finished, heads_loss, row
 
 TASK = ROOT / "tests" / "assets" / "tasks" / "everyday.yaml"
@@ -161,6 +162,15 @@ def _scale(path: Path) -> None:
     with safe_open(path, "pt") as f:
         tensors, about = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
     save_file({**tensors, "A": tensors["A"] * 2}, path, metadata=about)
+
+
+def test_heads_that_are_not_scored_are_named(caplog, tmp_path):
+    """They were left out of the table without a word."""
+    caplog.set_level("INFO")
+    c = made({8: 2.5})
+    c["heads"].append(c["heads"][0] | {"kind": "gated"})
+    assert len(evaluate._chosen(FinishedRun(tmp_path, c, None), None)) == 2
+    assert "not one matrix: heads of kind gated" in caplog.text
 
 
 def test_heads_of_several_kinds_are_told_apart(capsys, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -224,6 +225,40 @@ def test_formulas_of_the_kinds(setting):
     torch.testing.assert_close(plif.logits(h), f)
     order = s.flatten().argsort()
     assert (f.flatten()[order].diff() > 0).all() and (s.abs() > 1.5).any()
+
+
+@pytest.mark.parametrize("kind", HEAD_KINDS.names())
+def test_logits_that_are_not_numbers_are_a_loss_that_is_not(kind):
+    """In float16, z of a head that diverges overflows. `plif` looked up a piece of a NaN, and the run ended."""
+    head, y = randomised(key_of(kind), torch.float32), torch.zeros(4, dtype=torch.long)
+    h = torch.full((4, D), float("nan"))
+    for p in head.parameters():
+        p.grad = torch.zeros_like(p)
+    assert head.step(h, y, head.read(h.dtype, head.impl(h.dtype, 4, "auto")), 1.0).isnan().all()
+
+
+def test_gradient_of_slopes_has_the_same_bits_with_several_threads():
+    """Plain indexing added it in float32, by atomics: 4e-4 off, and a resumed run differed. Tests used one thread."""
+    head, n = build_head(key_of("plif"), 8192, 16), 256
+    with torch.no_grad():
+        for i, p in enumerate((head.A, head.B)):
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+    h = torch.randn(n, 16, generator=torch.Generator().manual_seed(2))
+    y = torch.arange(n) * 31
+
+    def gradient(head, h):
+        loss = torch.nn.functional.cross_entropy(head.logits(h), y, reduction="sum")
+        return torch.autograd.grad(loss, head.slopes)[0]
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = [gradient(head, h) for _ in range(4)]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(g, found[0]) for g in found)
+    want = gradient(copy.deepcopy(head).double(), h.double())
+    assert (found[0] - want).abs().max() < 1e-5 * want.abs().max()
 
 
 @pytest.mark.parametrize("kind", LINEAR_KINDS)

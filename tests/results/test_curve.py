@@ -189,6 +189,18 @@ def test_losses_by_frequency_are_in_the_csv(tmp_path):
     assert [float(r["loss_1-10"]) for r in rows] == [2.5, 2.1] and rows[0]["loss_11-"] == ""
 
 
+def test_kinds_are_in_the_csv(tmp_path):
+    """Rows of several kinds at one rank could not be told apart: the file had only the keys that every head has."""
+    c = made({8: 2.5, 16: 2.4})
+    c["heads"].append(c["heads"][0] | {"kind": "mos", "options": {"components": 3}})
+    curve.write([c], tmp_path)
+    rows = list(csv.DictReader(open(tmp_path / "curve.csv")))
+    options = ["", "", '{"components": 3}']
+    assert [(r["kind"], r["options"]) for r in rows] == list(zip(["low_rank", "low_rank", "mos"], options))
+    curve.write([made({8: 2.5})], tmp_path)
+    assert "kind" not in (tmp_path / "curve.csv").read_text()
+
+
 def test_heads_that_all_diverged_leave_a_whole_result(run, capsys, tmp_path):
     result = run("optim.lr=1e12", "tokens=2048")
     assert all(h["status"] == "diverged" for h in result.curve["heads"])

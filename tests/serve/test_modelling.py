@@ -79,7 +79,7 @@ def test_transformers_computes_the_banks_logits(kind, every_kind, toy_backbone, 
     assert out[0, prompt["input_ids"].shape[1]] == first
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "falcon_h1"])
 def test_families_that_tie_cap_or_scale(family, tmp_path):
     """The original head's cap, scale and ties leave no trace; 16-bit weights give the same within rounding."""
     torch.manual_seed(0)

@@ -36,7 +36,10 @@ def toy_served(toy_backbone, tmp_path_factory):
     return served(toy_backbone, tmp_path_factory.mktemp("served"))
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "phi", "minicpm3", "inkling_text", "mamba", "mixtral"])
+FAMILIES = ["llama", "gemma2", "cohere", "phi", "minicpm3", "inkling_text", "mamba", "mixtral", "falcon_h1"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_computes_the_heads_logits(family, toy_backbone, tmp_path):
     """Tied, capped, scaled, biased, cut, with experts: logits = A B h, and no matrix [V, D] but the embeddings."""
     torch.manual_seed(0)

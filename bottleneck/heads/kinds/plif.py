@@ -9,7 +9,7 @@ Dims: n tokens of a chunk, K pieces, V vocabulary.
 from __future__ import annotations
 
 import math
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +48,32 @@ class PiecewiseLinear(Pointwise):
         slopes = self.piece_slopes().to(s_nV.dtype)
         below = torch.cat([slopes.new_zeros(1), slopes.cumsum(0)[:-1]]) * width - self.limit  # f at each left knot
         with torch.no_grad():
-            piece = ((s_nV + self.limit) / width).floor().clamp(0, self.pieces - 1).long()
-        return below[piece] + slopes[piece] * (s_nV + self.limit - piece * width)
+            piece = ((s_nV + self.limit) / width).floor().clamp(0, self.pieces - 1).nan_to_num(0).long()
+        return _entries(below, piece) + _entries(slopes, piece) * (s_nV + self.limit - piece * width)
+
+
+class _Entries(torch.autograd.Function):
+    """table[piece] with a gradient whose sums over all logits are float64, in one order."""
+
+    @staticmethod
+    def forward(ctx: Any, table_K: Tensor, piece_nV: Tensor) -> Tensor:
+        ctx.save_for_backward(piece_nV)
+        ctx.pieces = len(table_K)
+        return table_K[piece_nV]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Optional[Tensor], ...]:
+        (piece_nV,) = ctx.saved_tensors
+        sums_K = torch.bincount(piece_nV.flatten(), grads[0].double().flatten(), minlength=ctx.pieces)
+        return sums_K.to(grads[0].dtype), None
+
+
+def _entries(table_K: Tensor, piece_nV: Tensor) -> Tensor:
+    """table[piece], differentiable. On a CPU, indexing adds the gradient in float32, in an order that varies."""
+    if table_K.is_cuda:  # here it is `bincount` whose order varies
+        return table_K[piece_nV]
+    found: Tensor = _Entries.apply(table_K, piece_nV)
+    return found
 
 
 def refuses(pieces: int, limit: float) -> Optional[str]:
