@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Optional
 
 from bottleneck.results.cost import AXES, MEASURED, Axis, measured_on, pareto
 from bottleneck.results.knee import least_costs
@@ -30,8 +30,10 @@ def pyplot() -> Any:
 def draw(curves: list[dict[str, Any]], file: BinaryIO, x: str = "rank") -> None:
     """Draw curve.png: one colour for each line; dashed: the original head; dotted: before training; faint: other rates.
 
-    Bars are 95 % confidence intervals over the validation text. Beside a cost there are none: heads of one cost would
-    lie on each other's bars, while their differences are far more certain (`results.equal_cost`).
+    Bars are 95 % confidence intervals, over the validation text, of the difference from the original head's loss: both
+    are measured on the same tokens, so they are far narrower than those of the loss itself, whose size depends on how
+    unlike the documents are. Beside a cost there are none: the differences that matter there are those between heads of
+    one cost (`results.equal_cost`).
 
     Args: x: a key of `cost.AXES`. Beside a cost, the picture has the Pareto front of all lines if they
             share a backbone and text.
@@ -51,7 +53,8 @@ def draw(curves: list[dict[str, Any]], file: BinaryIO, x: str = "rank") -> None:
         for name in names:
             heads = [h for h in c["heads"] if series(h) == name and _drawable(h, axis)]
             line = f"{label}, {as_text(name)}" if len(names) > 1 else label
-            _draw_heads(axes, axis, heads, colours[number % len(colours)], name=line)
+            own = c["reference"]["loss"]
+            _draw_heads(axes, axis, heads, colours[number % len(colours)], name=line, own=own)
             number += 1
             ranks |= {h["rank"] for h in heads}
             values += [h["perplexity"] for h in heads if h["best"]]
@@ -109,14 +112,22 @@ def _cost_axis(
         axes.plot([p for p, _ in best], [y for _, y in best], color="0.2", lw=0.8, zorder=0, label="Pareto front")
 
 
-def _draw_heads(axes: Any, axis: Axis, heads: list[dict[str, Any]], colour: str, *, name: str) -> None:
-    """A line through the best heads, with intervals; faint dots for the rest; dotted: a closed form before training."""
+def _draw_heads(
+    axes: Any, axis: Axis, heads: list[dict[str, Any]], colour: str, *, name: str, own: Optional[float]
+) -> None:
+    """A line through the best heads, with intervals; faint dots for the rest; dotted: a closed form before training.
+
+    Args: own: the original head's loss.
+    """
     best, rest = ([h for h in heads if h["best"] is wanted] for wanted in (True, False))
     axes.plot([axis.of(h) for h in best], [h["perplexity"] for h in best], "o-", color=colour, label=name, ms=5)
     for h in best:
-        bounds = h.get("perplexity_interval") or [None]
+        excess = h.get("excess_interval")
+        bounds = [perplexity_of(own + x) for x in excess] if excess and own is not None else [None]
         if None not in bounds and not axis.cost:
-            axes.plot([axis.of(h)] * 2, bounds, color=colour, lw=1, alpha=0.7, solid_capstyle="butt", label="_interval")
+            axes.plot(
+                [axis.of(h)] * 2, bounds, color=colour, lw=1.5, alpha=0.7, solid_capstyle="butt", label="_interval"
+            )
     axes.plot([axis.of(h) for h in rest], [h["perplexity"] for h in rest], "o", color=colour, alpha=0.25, ms=3)
     if best and closed_form(best[0]["init"]):
         before = [(axis.of(h), perplexity_of(h["initial_loss"])) for h in best]

@@ -161,3 +161,21 @@ def test_merged_runs_have_the_same_intervals(tmp_path):
     (mixed,) = curve.merge(halves)
     assert ["loss_interval" in h for h in mixed["heads"]] == [False, False, True, True]
     assert all("interval" not in k for k in mixed["knee"])
+
+
+def test_bars_are_intervals_of_the_difference_from_the_original_head(monkeypatch, tmp_path):
+    """Bars of the loss itself were far wider than what tells heads apart: all are measured on the same tokens."""
+    from bottleneck.results import picture
+
+    plt, seen = picture.pyplot(), []
+    monkeypatch.setattr(plt, "close", lambda figure: seen.extend(figure.axes[0].get_lines()))
+    c = simulated(np.random.default_rng(0), 60, 0.0)
+    with open(tmp_path / "curve.png", "wb") as file:
+        picture.draw([c], file)
+    ranks = {h["rank"] for h in c["heads"]}
+    bars = {line.get_xdata()[0]: list(line.get_ydata()) for line in seen if line.get_label() == "_interval"}
+    own = c["reference"]["loss"]
+    for h in c["heads"]:
+        if h["best"]:
+            assert bars[h["rank"]] == pytest.approx([math.exp(own + x) for x in h["excess_interval"]])
+    assert ranks <= set(bars)
