@@ -105,7 +105,7 @@ def words(toy: list[str]) -> list[str]:
     return [*text, "study=forecast", "tokens=3000", "trainer=cpu", "trainer.micro_batch_size=4", "trainer.threads=1"]
 
 
-def test_its_runs_are_those_of_train_py_and_do_not_depend_on_their_company(toy, tmp_path, small, run):
+def test_its_runs_are_those_of_train_py_and_do_not_depend_on_their_company(toy, tmp_path, small, run, caplog):
     """The loss after a budget is that of a run of train.py with the same settings, although one pass serves all."""
     given = [*words(toy), "study.ranks=[4,32]", "study.budgets=[12288]"]
     found = run_study(tmp_path / "f", *given, "study.check=[10240]")
@@ -135,6 +135,7 @@ def test_its_runs_are_those_of_train_py_and_do_not_depend_on_their_company(toy, 
     before = [p.stat().st_mtime_ns for p in parts]
     again = run_study(tmp_path / "f", *given, "study.check=[10240]")  # nothing is trained twice
     assert again == found and [p.stat().st_mtime_ns for p in parts] == before
+    assert "on a CPU" in caplog.text
 
 
 def _arguments(runs, to):

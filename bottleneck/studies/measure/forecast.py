@@ -33,7 +33,7 @@ from bottleneck.studies.shared.config import StudyConfig, ranks_of
 from bottleneck.studies.shared.loading import device_of, loaded, log_memory
 from bottleneck.studies.shared.partial import PartialResults
 from bottleneck.studies.shared.progress import StudyProgress
-from bottleneck.studies.shared.series import check_same_shapes, one_checkpoint
+from bottleneck.studies.shared.series import Checkpoint, check_same_shapes, one_checkpoint
 from bottleneck.studies.shared.text import StudyText, study_text
 from bottleneck.training.optim import build_optimizer, clip_per_head, power_rate, schedule
 
@@ -117,7 +117,7 @@ def begin(
         ).to(device)
         bank.memory = memory.decide(device, "auto")
         if not runs:
-            hidden = (backbone(part[:, :-1].to(device)) for part in ids.split(micro_batch))
+            hidden = (backbone(part[:, :-1].to(device)) for part in watch("reading", ids.split(micro_batch)))
             start_bank(bank, START, backbone.head, hidden, whiten=True, watch=watch)
         else:  # the start depends on the rank alone
             first = runs[0].bank
@@ -191,6 +191,16 @@ def check_length(c: StudyConfig, text: StudyText, budgets: Sequence[int]) -> Non
     check(have >= given, f"study.check={given}: its budgets are trained, and {about}; {fewer}, or {more}")
 
 
+def log_costs(cp: Checkpoint, device: torch.device, width: int, heads: float) -> None:
+    """Log the memory of a study and warn of a CPU's time. Args: heads: bytes of all heads."""
+    on_cpu = device.type == "cpu"
+    hidden = 2 * CALIBRATION * width * (4 if on_cpu else 2)  # as read, and joined to be refined
+    log_memory([cp], device, heads + hidden)
+    if on_cpu:
+        many = f"{CALIBRATION:,} tokens are read three times, with {len(FACTORS)} rates at every rank"
+        log.warning("study=forecast on a CPU: %s; a GPU takes minutes, a CPU hours", many)
+
+
 def measure(c: StudyConfig, folder: Path, budgets: Sequence[int]) -> dict[str, Any]:
     """Losses of every rank before training and after each budget.
 
@@ -206,8 +216,7 @@ def measure(c: StudyConfig, folder: Path, budgets: Sequence[int]) -> dict[str, A
     check(STEP_TOKENS % block == 0, f"data.block_size={block}: must divide the {STEP_TOKENS:,} tokens of a step")
     text = study_text(c, [cp])
     check_length(c, text, budgets)
-    heads = len(FACTORS) * sum(ranks) * (width + vocabulary)
-    log_memory([cp], device, 16.0 * heads * len(budgets))
+    log_costs(cp, device, width, 16.0 * len(FACTORS) * sum(ranks) * (width + vocabulary) * len(budgets))
     settings = {"recipe": recipe(), "ranks": ranks, "seed": c.data.seed, "dtype": c.backbone.dtype}
     parts = PartialResults(folder, s.name, {**text.identity, **settings})
     micro_batch = min(STEP_TOKENS // block, c.trainer.micro_batch_size)
