@@ -16,6 +16,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from bottleneck.benchmark.clock import seconds
 from bottleneck.benchmark.table import Row, hardware, row
 from bottleneck.config.numbers import as_count
 from bottleneck.config.schema import OptimConfig
-from bottleneck.core.environment import commit, versions
+from bottleneck.core.environment import commit, cores, versions
 from bottleneck.core.errors import check
 from bottleneck.heads.bank import HeadBank
 from bottleneck.heads.key import HeadKey
@@ -37,6 +39,7 @@ from bottleneck.results import curve
 from bottleneck.training.optim import build_optimizer, clip_per_head
 
 NAME = "cost"
+log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,6 +86,10 @@ def run(args: argparse.Namespace) -> list[Row]:
         "commit": commit(),
         **versions(("bottleneck", "torch")),
     }
+    load = os.getloadavg()[0]
+    if device == "cpu" and load > 0.3 * cores():
+        said = "other processes may use the CPU, and times vary by a factor then; repeat the command when it is idle"
+        log.warning("load average %.1f on %d cores: %s", load, cores(), said)
     curves = {}
     for folder in args.runs:
         found = curve.read([folder / "curve.json" if folder.is_dir() else folder])

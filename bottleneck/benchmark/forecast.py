@@ -12,6 +12,7 @@ import argparse
 import csv
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -62,13 +63,15 @@ def run(args: argparse.Namespace) -> list[Row]:
         writer.writerows(found)
         write_atomic(args.to, lambda part: part.write_bytes(text.getvalue().encode()))
     law = laws.fit(data)
-    print(f"a = {law.a:.4f}, b = {law.b[0]:.4f}, {law.b[1]:.4f}, β = {law.beta:.3f}; relative error {law.error:.3f}")
+    print(f"law: a = {law.a:.4f}, b₀ = {law.b[0]:.4f}, b₁ = {law.b[1]:.4f}, β = {law.beta:.3f}")
+    print(f"half-width of an interval: {law.error:.3f} · (drop + {laws.NOISE} nats)")
     rows = []
     for name in laws.GROUPS:
         held = laws.leave_one_out(data, name)
         rows += [_row(f"without each {name}", name, held)] if held else []
         for group in dict.fromkeys(f.group for f in held):
-            rows.append(_row(f"without {name} {group}", name, [f for f in held if f.group == group]))
+            which = f"ranks near {2**group}" if name == "rank" else f"{name} {group}"
+            rows.append(_row(f"without {which}", name, [f for f in held if f.group == group]))
         wide = [f for f in held if f.curve.rank >= laws.WIDE]
         for tokens in sorted({f.tokens for f in wide}):
             at = f"without each {name}, {tokens:,} tokens, rank ≥ {laws.WIDE}"
@@ -77,9 +80,10 @@ def run(args: argparse.Namespace) -> list[Row]:
 
 
 def _row(case: str, name: str, held: Sequence[laws.Forecasted]) -> Row:
-    """Percentiles of the absolute error in nats; the interval in the note."""
+    """Percentiles of the absolute error of the loss in nats; what else is known in the note."""
     c = laws.summary(name, held)
     p20, p50, p80 = (float(p) for p in np.percentile([abs(f.error) for f in held], [20, 50, 80]))
-    widths = f"half-width {c.half_width:.3f} in the median, {c.widest:.3f} at most"
-    note = f"{c.points} losses, error {c.rms:.3f}, {c.coverage:.0%} inside, {widths}"
+    note = f"{c.points} losses, error {c.rms:.3f} (root mean square), {c.coverage:.0%} inside"
+    if not math.isnan(c.half_width):  # NaN without such ranks
+        note += f", half-width at ranks ≥ {laws.WIDE}: {c.half_width:.3f} in the median, {c.widest:.3f} at most"
     return Row("forecast", case, "law", p20, p50, p80, "nats", note=note)

@@ -52,9 +52,11 @@ def half_width(losses: list[float]) -> float:
 
 
 def command(argv: list[str]) -> None:
-    parser = Parser(prog="python -m bottleneck.benchmark.repeats", description="Mean loss over repeated runs.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
-    found = repeats(curve.read(parser.parse_args(argv).runs))
+    about = "Mean loss of each rank over runs that differ in seed or in the order of the text."
+    parser = Parser(prog="python -m bottleneck.benchmark.repeats", description=about)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR", help="folder of a finished run")
+    curves = curve.read(parser.parse_args(argv).runs)
+    found = repeats(curves)
     columns = list(dict.fromkeys((start, kind) for start, kind, _ in found))
     print("| rank | " + " | ".join(f"{start}, {kind}" for start, kind in columns) + " |")
     print("| --- |" + " --- |" * len(columns))
@@ -62,8 +64,13 @@ def command(argv: list[str]) -> None:
         cells = []
         for start, kind in columns:
             losses = found.get((start, kind, rank), [])
-            cells.append(f"{np.mean(losses):.4f} ± {half_width(losses):.4f} ({len(losses)})" if losses else "")
+            spread = f" ± {half_width(losses):.4f}" * (len(losses) > 1)
+            cells.append(f"{np.mean(losses):.4f}{spread} ({len(losses)})" if losses else "")
         print(f"| {rank} | " + " | ".join(cells) + " |")
+    print(f"\nMean loss ± half-width of its {LEVEL:.0%} interval over repeats (number of repeats).")
+    diverged = sum(h["status"] != "ok" for c in curves for h in c["heads"])
+    if diverged:
+        print(f"Left out: {diverged} diverged heads.")
 
 
 if __name__ == "__main__":

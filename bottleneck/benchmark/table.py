@@ -117,14 +117,16 @@ def show(rows: list[Row], console: Console) -> None:
     for name in ("case", "implementation"):
         table.add_column(name)
     compared = any(r.dA_error is not None for r in rows)
-    for name in ["p50 (p20 to p80)", "throughput", "peak MiB"] + ["error: loss", "dA", "dB"] * compared:
+    rated, peaked = any(r.throughput is not None for r in rows), any(r.peak_mib is not None for r in rows)
+    measured = ["p50 (p20 to p80)", *["throughput"] * rated, *["peak MiB"] * peaked]
+    for name in measured + ["error: loss", "dA", "dB"] * compared:
         table.add_column(name, justify="right")
     noted = any(r.note for r in rows)
     if noted:
         table.add_column("")
-    scale, unit = (
-        (1e3, "ms") if rows and max(r.p50 for r in rows) < 1 and {r.unit for r in rows} == {"s"} else (1.0, "")
-    )
+    times = [r.p50 for r in rows if r.unit == "s"]
+    short = len(times) == len(rows) > 0 and (max(times) < 1 or (min(times) < 0.01 and max(times) < 10))
+    scale, unit = (1e3, "ms") if short else (1.0, "")
     for r in rows:
         p20, p50, p80 = (f"{value * scale:.4g}" for value in (r.p20, r.p50, r.p80))
         rate = "" if r.throughput is None else f"{r.throughput / 1e6:,.3f}M {r.throughput_unit}"
@@ -134,8 +136,8 @@ def show(rows: list[Row], console: Console) -> None:
             r.case,
             r.implementation,
             time_,
-            rate,
-            "" if r.peak_mib is None else f"{r.peak_mib:,.0f}",
+            *[rate] * rated,
+            *["" if r.peak_mib is None else f"{r.peak_mib:,.0f}"] * peaked,
             *errors * compared,
             *[r.note] * noted,
         )

@@ -73,7 +73,7 @@ def draw_details(curves: list[dict[str, Any]], file: BinaryIO) -> None:
         if len(lines) == 1 or len(panel.metrics) > 1:
             colour = colours[0] if len(lines) == 1 else "0.3"
             place.legend(handles=_styles(panel, colour), fontsize=7, frameon=False, handlelength=3)
-    title = "by the target's rank in frequency (1: most frequent)"
+    title = "by place of the next token in the order of frequency (1: most frequent)"
     axes[-1].set_title(title if len(lines) == 1 else f"{title}\n{lines[0].name}", fontsize=9)
     axes[-1].set_ylabel("loss above the original head's, nats")
     _draw_bands(axes[-1], lines[0], plt.cm.viridis)

@@ -104,7 +104,8 @@ def cost_lines(c: dict[str, Any], x: str) -> list[str]:
         f"{percent} %: none of these heads" if cost is None else f"{percent} %: {_number(cost)}{f' ({name})' * several}"
         for percent, cost, name in least_costs(c, x)
     ]
-    return [f"least {AXES[x].label} within x % of the original head's loss: {'; '.join(parts)}"] if parts else []
+    about = f"least cost ({AXES[x].label}) within x % of the original head's loss"
+    return [f"{about}: {'; '.join(parts)}"] if parts else []
 
 
 def _number(cost: float) -> str:

@@ -109,7 +109,8 @@ def _cost_axis(
         )
     if front:
         best = pareto(points)
-        axes.plot([p for p, _ in best], [y for _, y in best], color="0.2", lw=0.8, zorder=0, label="Pareto front")
+        label = "Pareto front" if len(best) > 1 else "_front"
+        axes.plot([p for p, _ in best], [y for _, y in best], color="0.2", lw=0.8, zorder=0, label=label)
 
 
 def _draw_heads(
@@ -132,7 +133,8 @@ def _draw_heads(
     if best and closed_form(best[0]["init"]):
         before = [(axis.of(h), perplexity_of(h["initial_loss"])) for h in best]
         points = [(r, p) for r, p in before if p is not None and p < HIGHEST]
-        label = f"{name}, closed form (no training)"
+        # one point makes no line
+        label = f"{name}, closed form (no training)" if len(points) > 1 else "_closed form"
         axes.plot([r for r, _ in points], [p for _, p in points], ":", color=colour, lw=1.2, label=label)
 
 

@@ -55,6 +55,10 @@ def draw(content: dict[str, Any], file: BinaryIO) -> None:
         values = [x for x in e["singular_values"] if x > 0]
         left.plot(range(1, len(values) + 1), values, lw=1.1, color=f"C{i % 10}", label=as_text(e["head"]))
         middle.plot([e["effective_rank"] or 1.0], [e["loss"]], "o", color=f"C{i % 10}", label=as_text(e["head"]))
+    # below 1e-18 of the largest all is rounding, and kinds with constant logits go down to 1e-300
+    highest = max((x for e in [original, *content["heads"]] for x in e["singular_values"]), default=0.0)
+    if highest > 0:
+        left.set_ylim(highest * 1e-18, highest * 10)
     left.set(xscale="log", yscale="log", xlabel="index i", ylabel="singular value of centred log-probabilities")
     middle.set(xscale="log", xlabel="effective rank of the log-probabilities", ylabel="loss, nats a token")
     bands = content["reference"]["without_bands"]

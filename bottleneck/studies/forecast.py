@@ -1,4 +1,4 @@
-"""How much rank does a model need? The loss of each rank after a budget, forecast from closed forms and two short runs.
+"""How much rank does a model need? The loss of each rank after a budget, forecast from two short runs.
 
 The heads start from `refined` and are trained for 0.5M and 2M tokens in one pass over the text; a law that was fitted
 on stored runs extends their losses to the budget, with an interval (`formulas.forecast`).
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
@@ -35,7 +36,7 @@ COLUMNS = ("backbone", "data", "rank", "tokens", "loss", "low", "high", "measure
 
 @dataclass(frozen=True)
 class Forecast(StudyKeys):
-    """The loss of each rank after a budget, from closed forms and two runs of at most 2M tokens."""
+    """The loss of each rank after a budget, from `refined` heads and two runs of 0.5M and 2M tokens."""
 
     ranks: list[int] | Literal["auto"] = key("auto", "As in training: a rank, a list, or auto.", read=Any)
     budgets: list[int] = key([4_000_000, 16_000_000], "Budgets to forecast, in tokens: one or a list.", read=Any)
@@ -79,15 +80,16 @@ def draw(content: dict[str, Any], file: BinaryIO) -> None:
     figure, (axes,) = canvas(width=8.0, height=4.8)
     heads = content["heads"]
     ranks = [h["rank"] for h in heads]
-    axes.plot(ranks, [h["closed_form"] for h in heads], ":", color="0.5", label="closed form, no training")
+    axes.plot(ranks, [h["closed_form"] for h in heads], ":", color="0.5", label="start `refined`, no labels yet")
     for i, tokens in enumerate(content["short"]):
         look = {"ls": "--", "lw": 1, "color": f"{0.55 - 0.25 * i}", "label": f"{tokens / 1e6:.2g}M tokens, measured"}
         axes.plot(ranks, [h["short"][i] for h in heads], **look)
     for i, tokens in enumerate(content["budgets"]):
         rows = [next(f for f in h["forecasts"] if f["tokens"] == tokens) for h in heads]
-        halves = [0.0 if f["high"] is None else f["high"] - f["loss"] for f in rows]
-        look = {"fmt": "o-", "ms": 3, "lw": 1.2, "capsize": 3, "color": f"C{i}"}
-        label = f"{tokens / 1e6:.3g}M tokens, forecast"
+        halves = [math.nan if f["high"] is None else f["high"] - f["loss"] for f in rows]  # NaN: no bar
+        without = all(math.isnan(half) for half in halves)
+        label = f"{tokens / 1e6:.3g}M tokens, forecast{', no interval' * without}"
+        look = {"fmt": "o:" if without else "o-", "ms": 3, "lw": 1.2, "capsize": 3, "color": f"C{i}"}
         axes.errorbar(ranks, [f["loss"] for f in rows], halves, label=label, **look)
         measured = [(r, f["measured"]) for r, f in zip(ranks, rows) if f["measured"] is not None]
         if measured:
@@ -107,7 +109,7 @@ def show(content: dict[str, Any], console: Console) -> None:
     title = escape(f"{content['backbone']} on {content['data']}: validation loss, nats a token")
     table = Table(title=title, title_justify="left")
     names = [f"{t / 1e6:.3g}M" for t in content["short"]]
-    for column in ("rank", "closed form", *names, *(f"{t / 1e6:.4g}M, forecast" for t in content["budgets"])):
+    for column in ("rank", "start", *names, *(f"{t / 1e6:.4g}M, forecast" for t in content["budgets"])):
         table.add_column(column, justify="right")
     for h in content["heads"]:
         cells = [f"{h['closed_form']:.3f}", *(f"{x:.3f}" for x in h["short"])]
@@ -170,7 +172,7 @@ def statements(content: dict[str, Any], stored: Stored) -> list[str]:
 STUDIES.register(
     Study(
         name="forecast",
-        summary="loss of each rank after a budget with an interval, from closed forms and 2M tokens",
+        summary="loss of each rank after a budget with an interval, from runs of 0.5M and 2M tokens",
         figure="Fig. 6",
         schema=Forecast,
         check=check_keys,

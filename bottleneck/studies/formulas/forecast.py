@@ -56,7 +56,7 @@ class Curve:
     """The losses of one rank on one backbone and text, each the best of the rates tried.
 
     Attributes:
-        losses: tokens -> nats a token; 0 tokens: the closed form.
+        losses: tokens -> nats a token; 0 tokens: the start, `refined`.
     """
 
     backbone: str
