@@ -207,7 +207,8 @@ def check_no_export(cfg: BackboneConfig) -> None:
     """Raises UserError for an export whose head has code of its own: it is not one matrix, as a backbone's must be."""
     form = export_form(load_config(cfg))
     what = f"an export of --form {form}, whose head has code of its own; a backbone's is one matrix: give --form dense"
-    check(form is None, f"backbone.path={cfg.path}: {what}")
+    also = "(study=extract reads it with backbone.trust_remote_code=true)"
+    check(form is None, f"backbone.path={cfg.path}: {what} {also}")
 
 
 def load_shape(cfg: BackboneConfig) -> tuple[int, Optional[int], int]:

@@ -29,6 +29,7 @@ from bottleneck.cli import one_line_errors as cli
 from bottleneck.core.errors import check
 from bottleneck.heads.head import Head
 from bottleneck.heads.key import LOW_RANK, HeadKey
+from bottleneck.results.labels import kind_of
 from bottleneck.serve import truncated
 from bottleneck.serve.arguments import parser
 from bottleneck.serve.folder import (
@@ -282,9 +283,11 @@ def command(argv: list[str]) -> Path:
         check(args.lr is None and args.seed is None, "--head: names a rate and a seed; leave --lr and --seed out")
     row = run.named(args.head) if args.head is not None else run.pick(args.rank, args.lr, args.seed)
     to = export(run, row, args.to, form=args.form, dtype=args.dtype)
-    kind = HeadKey.of(row).kind
-    head = ("" if kind == LOW_RANK else f"{kind}, ") + f"rank {row['rank']}, lr {row['lr']:.6g}, seed {row['seed']}"
+    kind = kind_of(row)
+    head = (f"{kind}, " if kind else "") + f"rank {row['rank']}, lr {row['lr']:.6g}, seed {row['seed']}"
     print(f"{to}\n{head}: loss {row['loss']:.4f} on {run.curve['data']}; {args.form}, {args.dtype}")
+    if args.form in ("serve", "modelling"):
+        print(f"load it with AutoModelForCausalLM.from_pretrained({str(to)!r}, trust_remote_code=True)")
     return to
 
 

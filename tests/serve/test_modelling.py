@@ -58,12 +58,15 @@ def test_every_built_in_kind_has_a_formula():
 
 
 @pytest.mark.parametrize("kind", ENTRIES)
-def test_transformers_computes_the_banks_logits(kind, every_kind, toy_backbone, tmp_path):
-    """Loaded with trust_remote_code: logits are those of the trained head in the bank; it also generates."""
+def test_transformers_computes_the_banks_logits(kind, every_kind, toy_backbone, tmp_path, capsys):
+    """Loaded as the command says, with trust_remote_code: logits are those of the trained head; it also generates."""
     folder, rows = every_kind
     name = HeadKey.of(rows[kind]).name
     to = tmp_path / "out"
     assert export.main([str(folder), "--head", name, "--form", "modelling", "--to", str(to)]) == 0
+    said = capsys.readouterr().out
+    assert kind == "low_rank" or (f"\n{kind}" in said and "trust_remote_code=True" in said)
+    assert kind != "mos" or "\nmos components=3, rank 4, lr" in said
     model = AutoModelForCausalLM.from_pretrained(to, trust_remote_code=True).eval()
     backbone, head = Backbone.load(BackboneConfig(path=str(toy_backbone))), export.open_run(folder).head(rows[kind])
     ids = torch.randint(0, backbone.vocab_size, (2, 20), generator=g(1))
