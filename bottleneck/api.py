@@ -76,12 +76,13 @@ class Curve:
         """One row for each head, with the numbers of curve.json; its kind with options if one is not W = A B."""
         import pandas
 
+        from bottleneck.heads.key import LOW_RANK
         from bottleneck.results.labels import kind_of
 
         heads = self.content["heads"]
         rows = [{k: v for k, v in h.items() if not isinstance(v, (dict, list))} for h in heads]
         if any(map(kind_of, heads)):
-            rows = [row | {"kind": kind_of(h) or "low_rank"} for row, h in zip(rows, heads)]
+            rows = [row | {"kind": kind_of(h) or LOW_RANK} for row, h in zip(rows, heads)]
         return pandas.DataFrame(rows)
 
     def plot(self, ax: Optional[Axes] = None) -> Axes:

@@ -12,6 +12,14 @@
 set -u
 cd "$(dirname "$0")/../.."
 : "${TEXTS:?give the texts: TEXTS=\"DIR:TOKENS …\"}" "${OUT:?give a folder for the runs}"
+names=${BACKBONES:-smollm2 tiny narrow wide}
+for name in $names; do # all settings are checked before anything runs
+    [[ $name =~ ^(smollm2|tiny|narrow|wide)$ ]] || { echo "BACKBONES=$name: allowed are smollm2, tiny, narrow, wide" >&2; exit 2; }
+done
+for text in $TEXTS; do
+    { [[ $text =~ :[0-9]+$ ]] && [ "${text##*:}" -ge 4194304 ] && [ -d "${text%:*}" ]; } ||
+        { echo "TEXTS=$text: must be a folder and its largest budget, at least 4194304, as DIR:TOKENS" >&2; exit 2; }
+done
 python=${PYTHON:-.venv/bin/python}
 mkdir -p "$OUT/all"
 export OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1
@@ -42,13 +50,12 @@ made() { # made NAME VOCAB WIDTH RATE
     studies "$1" 33554432 backbone=local "backbone.path=$OUT/$1/model" "backbone.name=$1"
 }
 
-for name in ${BACKBONES:-smollm2 tiny narrow wide}; do
+for name in $names; do
     case $name in
         smollm2) studies smollm2 "${MOST:-16777216}" backbone=smollm2_135m_gguf & ;;
         tiny) studies tiny 33554432 & ;;
         narrow) made neox-128-v4k 4096 128 4e-3 & ;;
         wide) made neox-384-v32k 32768 384 2e-3 & ;;
-        *) echo "BACKBONES=$name: allowed are smollm2, tiny, narrow, wide" >&2; exit 2 ;;
     esac
 done
 wait

@@ -122,6 +122,9 @@ done
 for budget in $budgets; do
     [[ $budget =~ ^[012]$ ]] || { echo "BUDGETS=$budget: allowed are 0, 1, 2" >&2; exit 2; }
 done
+for start in ${STARTS:-}; do
+    [[ $start =~ ^(scaled|refined)$ ]] || { echo "STARTS=$start: allowed are scaled, refined" >&2; exit 2; }
+done
 [[ ${EDGES:-2} =~ ^[0-9]+$ ]] || { echo "EDGES=$EDGES: must be a whole number" >&2; exit 2; }
 for part in $parts; do
     case $part in

@@ -35,8 +35,8 @@ def draw(curves: list[dict[str, Any]], file: BinaryIO, x: str = "rank") -> None:
     unlike the documents are. Beside a cost there are none: the differences that matter there are those between heads of
     one cost (`results.equal_cost`).
 
-    Args: x: a key of `cost.AXES`. Beside a cost, the picture has the Pareto front of all lines if they
-            share a backbone and text.
+    Args: x: a key of `cost.AXES`. Beside a cost, the picture has the Pareto front of all lines, if they share a
+            backbone and text.
     """
     axis = AXES[x]
     plt = pyplot()

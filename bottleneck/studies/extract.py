@@ -22,7 +22,6 @@ from bottleneck.studies.shared.output import write
 from bottleneck.studies.shared.pictures import canvas, save
 
 log = logging.getLogger(__name__)
-CLEAR = 10.0  # ratio of neighbouring singular values that counts as an end of the spectrum, as in formulas.extraction
 FIELDS = (
     "rank",
     "known_rank",
@@ -62,6 +61,8 @@ def fall_after(entry: dict[str, Any], rank: int) -> float:
 
 def verdict(entry: dict[str, Any]) -> str:
     """What the singular values say about the rank, compared with the rank that an export states."""
+    from bottleneck.studies.formulas.extraction import CLEAR  # here, so that --help loads no torch
+
     if entry["rank"] is None:
         return f"no rank up to {entry['limit']} shows (largest gap {entry['gap']:.2g}): higher, or hidden by rounding"
     said = f"rank {entry['rank']} (the next singular value is {entry['gap']:.3g} times smaller)"

@@ -94,13 +94,25 @@ def test_runs_of_other_tokens_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "given", [{"PARTS": "curve typo"}, {"BUDGETS": "0 7"}, {"EDGES": "two"}], ids=["PARTS", "BUDGETS", "EDGES"]
+    "script, given",
+    [
+        ("kinds.sh", {"PARTS": "curve typo"}),
+        ("kinds.sh", {"BUDGETS": "0 7"}),
+        ("kinds.sh", {"EDGES": "two"}),
+        ("kinds.sh", {"STARTS": "scaled typo"}),
+        ("forecast.sh", {"BACKBONES": "tiny typo"}),
+        ("forecast.sh", {"TEXTS": "tests"}),  # no budget
+        ("forecast.sh", {"TEXTS": "tests:1000"}),  # no budget that is trained
+        ("forecast.sh", {"TEXTS": "none:4194304"}),
+    ],
+    ids=str,
 )
-def test_the_script_refuses_bad_values_before_it_trains(tmp_path, given):
+def test_the_scripts_refuse_bad_values_before_they_train(tmp_path, script, given):
     """Regression: with GPUS, EDGES=two left out the edges and the exit code was 0."""
     log, stub = tmp_path / "log", tmp_path / "python"
     stub.write_text(f"#!/bin/sh\necho run >> {log}\n")
     stub.chmod(0o755)
-    env = {**os.environ, **given, "PYTHON": str(stub), "OUT": str(tmp_path / "out"), "GPUS": "0 1"}
-    done = subprocess.run(["bash", str(ROOT / "bottleneck/benchmark/kinds.sh"), "x"], env=env, capture_output=True)
+    set_up = {"PYTHON": str(stub), "OUT": str(tmp_path / "out"), "GPUS": "0 1", "TEXTS": "tests:4194304"}
+    env = {**os.environ, **set_up, **given}
+    done = subprocess.run(["bash", str(ROOT / "bottleneck/benchmark" / script), "x"], env=env, capture_output=True)
     assert done.returncode == 2 and next(iter(given)).encode() in done.stderr and not log.exists()

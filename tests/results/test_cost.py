@@ -199,3 +199,13 @@ def test_other_texts_have_no_common_front_and_lines_of_their_own(tmp_path, capsy
     assert "Pareto front" not in drawn[0]
     said = capsys.readouterr().out.splitlines()
     assert [b for a, b in zip(said, said[1:]) if a in ("toy, a:", "toy, b:")] == [x for x in said if "least" in x]
+
+
+def test_times_of_a_head_are_kept_in_whatever_order_its_runs_are_merged():
+    """Regression: those of the first run that had the head counted, also where only the second was timed."""
+    plain, timed = made({8: 2.5}), made({8: 2.5})
+    timed["heads"][0] |= {"step_ms": 2.0, "decode_ms": 0.1, "timing": {"device": "d"}}
+    for curves in ([plain, timed], [timed, plain]):
+        (merged,) = curve.merge(curves)
+        assert merged["heads"][0]["step_ms"] == 2.0 and merged["heads"][0]["timing"] == {"device": "d"}
+    assert "step_ms" not in plain["heads"][0]

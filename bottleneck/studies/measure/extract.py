@@ -96,7 +96,7 @@ def log_probabilities(
     for inputs, targets in text.batches(micro_batch):
         hidden.append(source.read(inputs.to(device), targets.to(device) != IGNORE))
         done += len(inputs)
-        progress.at(done / len(text))
+        progress.at(0.5 * done / len(text))
     h_ND = torch.cat(hidden)
     fixed = chosen_columns(source.logits, h_ND, vocab=V, columns=wanted) if top is None else None
     for h in h_ND.split(chunk_rows(V, device.type)):
@@ -104,6 +104,7 @@ def log_probabilities(
         found = log_p.topk(min(top or V, V)) if fixed is None else (log_p[:, fixed], fixed.expand(len(h), -1))
         values.append(found[0].cpu())
         ids.append(found[1].cpu())
+        progress.at(0.5 + 0.5 * sum(map(len, ids)) / len(h_ND))
     return torch.cat(values), torch.cat(ids), h_ND.float().cpu()
 
 

@@ -197,7 +197,7 @@ def log_costs(cp: Checkpoint, device: torch.device, width: int, heads: float) ->
     hidden = 2 * CALIBRATION * width * (4 if on_cpu else 2)  # as read, and joined to be refined
     log_memory([cp], device, heads + hidden)
     if on_cpu:
-        many = f"{CALIBRATION:,} tokens are read three times, with {len(FACTORS)} rates at every rank"
+        many = f"{CALIBRATION:,} tokens are read three times, the last time at {len(FACTORS)} rates of every rank"
         log.warning("study=forecast on a CPU: %s; a GPU takes minutes, a CPU hours", many)
 
 
