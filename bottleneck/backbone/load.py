@@ -358,13 +358,34 @@ def _some(names: set[str]) -> str:
     return f"{', '.join(sorted(names)[:5])}{more}"
 
 
+def _beyond_the_layers(key: str, modules: dict[str, Any], model: Any) -> bool:
+    """Whether a weight belongs to a layer after the last one of a list of layers.
+
+    Layers that predict further tokens follow the others in some files; Transformers does not use them.
+    """
+    further = getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0
+    parts = key.split(".")
+    for i, part in enumerate(parts):
+        name = ".".join(parts[:i])
+        layers = modules.get(name, modules.get(f"{model.base_model_prefix}.{name}"))
+        if part.isdecimal() and isinstance(layers, torch.nn.ModuleList):
+            return int(part) >= len(layers) + further
+    return False
+
+
 def _check_unread(model: Any, cfg: BackboneConfig, extra: set[str]) -> None:
     """Refuse a file with weights for modules of the model that this model has no place for; warn of other weights.
 
-    A bias of the head, or the scales of quantized weights without a quantization_config: Transformers passes over them,
-    and the logits are wrong.
+    A bias of the head, the scales of quantized weights without a quantization_config, or layers beyond those that
+    config.json counts: Transformers passes over them, and the logits are wrong.
     """
     modules = dict(model.named_modules())
+    beyond = {key for key in extra if _beyond_the_layers(key, modules, model)}
+    check(
+        not beyond,
+        f"backbone.path={cfg.path}: its file has layers that its config does not count: {_some(beyond)}; "
+        "config.json is of another model, or its number of layers was changed",
+    )
     lost = {key for key in extra if getattr(modules.get(key.rpartition(".")[0]), "_parameters", None)}
     check(
         not lost,

@@ -231,6 +231,24 @@ def test_weights_of_the_file_that_the_model_has_no_place_for(folder, caplog):
     assert "weights of the file that the model does not use: vision.x.weight" in caplog.text
 
 
+@pytest.mark.parametrize("prefix", ["gpt_neox.", ""])
+def test_a_config_that_counts_fewer_layers_than_the_file_has(folder, prefix):
+    """Transformers loads the first ones with a warning: another backbone. Layers for further tokens are none of them."""
+    whole = load_file(folder / "model.safetensors")
+    last = max(int(name.split(".")[2]) for name in whole if name.startswith("gpt_neox.layers."))
+    added = {
+        name.replace(f"layers.{last}.", f"layers.{last + 1}.").replace("gpt_neox.", prefix): tensor.clone()
+        for name, tensor in whole.items()
+        if f"layers.{last}." in name
+    }
+    save_file(whole | added, folder / "model.safetensors", metadata={"format": "pt"})
+    cfg = BackboneConfig(path=str(folder))
+    refused(rf"layers that its config does not count: {prefix}layers.{last + 1}\.", lambda: load_model(cfg))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    load_model(cfg)
+
+
 @pytest.mark.parametrize(
     "kind, way",
     [(k, w) for k in (torch.float8_e4m3fn, torch.int8, torch.float16) for w in ("bin", "hub")]
