@@ -233,7 +233,7 @@ def test_weights_of_the_file_that_the_model_has_no_place_for(folder, caplog):
 
 @pytest.mark.parametrize("prefix", ["gpt_neox.", ""])
 def test_a_config_that_counts_fewer_layers_than_the_file_has(folder, prefix):
-    """Transformers loads the first ones with a warning: another backbone. Layers for further tokens are none of them."""
+    """Transformers loads the first ones with a warning: another backbone. Layers for further tokens do not count."""
     whole = load_file(folder / "model.safetensors")
     last = max(int(name.split(".")[2]) for name in whole if name.startswith("gpt_neox.layers."))
     added = {
