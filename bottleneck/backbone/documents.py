@@ -1,7 +1,8 @@
 """Documents that share a sequence: attention kept to each document, and positions that begin again with each.
 
-In a sequence of joined documents, end-of-text begins a document: it is the first token of the document after it. So a
-document in a sequence sees what it would see alone.
+In a sequence of joined documents, end-of-text begins a document: it is the first token of the document after it. Where
+the tokenizer puts another token before every text (Llama, Gemma), a document that sees none before it begins with that
+one instead. So a document in a sequence sees what it would see alone.
 
 Dims: N sequences, T sequence length, D hidden size.
 """
@@ -25,16 +26,22 @@ class Documents:
         eos: id of end-of-text.
         reset: positions are counted from each document's start (data.reset_positions).
         mask: attention sees only the own document (data.mask_documents).
+        bos: id that the tokenizer puts before every text; None: nothing, and end-of-text begins a document.
     """
 
     eos: int
     reset: bool
     mask: bool
+    bos: Optional[int] = None
 
     @property
     def keys(self) -> str:
         """The keys that ask for it."""
         return " and ".join(["data.reset_positions"] * self.reset + ["data.mask_documents"] * self.mask)
+
+    def begun(self, ids_NT: Tensor) -> Tensor:
+        """The ids [N, T] that a model reads: those given, with each document's beginning as it would be alone."""
+        return ids_NT if self.bos is None or not self.mask else torch.where(ids_NT == self.eos, self.bos, ids_NT)
 
     def arguments(self, ids_NT: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """Arguments of a Transformers model: position_ids [N, T]; attention_mask [N, 1, T, T], 0 or the lowest number.
@@ -81,7 +88,7 @@ def fault(run: Callable[[Tensor, Optional[Documents]], Tensor], documents: Docum
     second = run(packed, documents)[:, start:]
     if documents.mask and apart(run(other, documents)[:, start:], second):
         return "a document depends on the one before it"
-    if documents.mask and documents.reset and apart(second, run(packed[:, start:], None)):
+    if documents.mask and documents.reset and apart(second, run(documents.begun(packed)[:, start:], None)):
         return "a document has other hidden states than alone"
     if documents.reset and not documents.mask and not apart(second, run(packed, None)[:, start:]):
         return "hidden states do not depend on the positions that are given"

@@ -211,7 +211,10 @@ class Backbone(nn.Module):
         """Token ids [N, T] to the head's input [N, T, D], in the head's dtype."""
         odd = self._compiled_for is not None and tuple(ids_NT.shape) != self._compiled_for
         with torch.compiler.set_stance("force_eager") if odd else contextlib.nullcontext():
-            more = self.documents.arguments(ids_NT, self.dtype) if self.documents is not None else {}
+            more: dict[str, Tensor] = {}
+            if self.documents is not None:
+                more = self.documents.arguments(ids_NT, self.dtype)
+                ids_NT = self.documents.begun(ids_NT)
             if self._alone:
                 hidden = self.body(input_ids=ids_NT, use_cache=False, **more).last_hidden_state
             else:

@@ -25,8 +25,9 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Optional
 
+import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor
@@ -35,6 +36,7 @@ from bottleneck.backbone.model import Backbone, FullHead, load_tokenizer
 from bottleneck.benchmark.table import Row, row
 from bottleneck.config.checks import check_config
 from bottleneck.core.paths import CONF
+from bottleneck.data.module import leading_bos
 from bottleneck.data.prepare import prepare
 from bottleneck.evaluation.sums import full_head_loss
 from bottleneck.heads.calibration import Calibration, calibrate, roots
@@ -134,6 +136,14 @@ class Solve:
         return tried[min(range(len(tried)), key=lambda i: losses[i] if losses[i] == losses[i] else float("inf"))]
 
 
+def blocks(tokens: np.ndarray, count: int, length: int, bos: Optional[int]) -> Tensor:
+    """The first blocks [count, length + 1] of a text, begun with `bos` if there is one, which is no target."""
+    found = torch.from_numpy(tokens[: count * length + 1].astype("int64")).unfold(0, length + 1, length).clone()
+    if bos is not None:
+        found[:, 0] = bos
+    return found
+
+
 def states(backbone: Backbone, ids: Tensor, device: torch.device) -> Tensor:
     """Hidden states [N, D] of blocks of tokens."""
     return torch.cat([backbone(part[:, :-1].to(device)).flatten(0, 1) for part in ids.split(8)])
@@ -217,10 +227,11 @@ def run(args: argparse.Namespace) -> list[Row]:
         c = check_config(compose("train", overrides=args.overrides))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backbone = Backbone.load(c.backbone, device)
-    corpus = prepare(c.data, load_tokenizer(c.backbone))
+    tokenizer = load_tokenizer(c.backbone)
+    corpus = prepare(c.data, tokenizer)
     train, held = (
-        torch.from_numpy(tokens[: count * args.block + 1].astype("int64")).unfold(0, args.block + 1, args.block)
-        for tokens, count in ((corpus.train, args.tokens // args.block), (corpus.validation, args.held // args.block))
+        blocks(tokens, count // args.block, args.block, leading_bos(tokenizer))
+        for tokens, count in ((corpus.train, args.tokens), (corpus.validation, args.held))
     )
     h_ND, held_ND = states(backbone, train, device), states(backbone, held, device)
     y_N = held[:, 1:].flatten().to(device)

@@ -142,7 +142,7 @@ def evaluate(
     wanted = run.curve["backbone_hash"]
     check(backbone.hash == wanted, f"backbone {backbone.name}: its weights are {backbone.hash}, the run's {wanted}")
     for each in (backbone, verifier.backbone):
-        separate_documents(each, data, corpus)
+        separate_documents(each, data, corpus, leading_bos(tokenizer))
     log.info("measuring acceptance over %d validation tokens", run.curve["validation_tokens"])
     drafts = measured(run, backbone, verifier, corpus, block=data.block_size, bos=leading_bos(tokenizer), batch=8)
     found = rows_of(drafts, backbone, verifier.backbone, batches=batches, context=context)

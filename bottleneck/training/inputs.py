@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Optional
 
 import pytorch_lightning as pl
 import torch
@@ -82,10 +82,13 @@ def load_inputs(c: TrainConfig, teacher: Teacher) -> Inputs:
     return Inputs(hidden_size, vocab_size, keys=keys, corpus=corpus, data=data, teacher=teacher)
 
 
-def separate_documents(backbone: Backbone, data: DataConfig, corpus: Corpus) -> None:
-    """Keep the documents of a text apart as its config asks. Raises UserError if the backbone cannot."""
+def separate_documents(backbone: Backbone, data: DataConfig, corpus: Corpus, bos: Optional[int]) -> None:
+    """Keep the documents of a text apart as its config asks. Raises UserError if the backbone cannot.
+
+    Args: bos: the id that the tokenizer puts before every text, see `data.module.leading_bos`.
+    """
     if data.reset_positions or data.mask_documents:
-        documents = Documents(int(corpus.manifest["eos"]), data.reset_positions, data.mask_documents)
+        documents = Documents(int(corpus.manifest["eos"]), data.reset_positions, data.mask_documents, bos)
         backbone.separate(documents, data.block_size)
 
 
@@ -99,7 +102,7 @@ def load_backbone(c: TrainConfig, inputs: Inputs, *, trainer: pl.Trainer) -> Bac
         backbone = sharding.load(c.backbone, c.trainer.shard, device, block_size=c.data.block_size)
     else:
         backbone = Backbone.load(c.backbone, device, block_size=c.data.block_size)
-    separate_documents(backbone, c.data, inputs.corpus)
+    separate_documents(backbone, c.data, inputs.corpus, inputs.data.bos)
     found, wanted = [backbone.vocab_size, backbone.hidden_size], [inputs.vocab_size, inputs.hidden_size]
     check(found == wanted, f"backbone {backbone.name}: its head is {found}, its config says {wanted}")
     heads = f"{len(inputs.keys)} head{'s' * (len(inputs.keys) > 1)}"

@@ -34,13 +34,16 @@ def packed(seed: int = 0) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("family", ["gpt_neox", "gpt2", "llama", "opt", "gemma"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_document_in_a_sequence_has_the_logits_that_it_has_alone(family, attention):
+@pytest.mark.parametrize("bos", [None, 3])
+def test_a_document_in_a_sequence_has_the_logits_that_it_has_alone(family, attention, bos):
+    """Alone it begins with the token that the tokenizer puts before every text, or with end-of-text without such."""
     model = model_of(family, attention)
     docs, others = packed(), packed(1)
     with torch.no_grad():
-        alone = torch.cat([model(d[None]).logits for d in docs], 1)
+        begun = [torch.cat([torch.tensor([EOS if bos is None else bos]), d[1:]]) for d in docs]
+        alone = torch.cat([model(d[None]).logits for d in begun], 1)
     backbone = Backbone(model, family)
-    backbone.separate(Documents(EOS, reset=True, mask=True), 32)
+    backbone.separate(Documents(EOS, reset=True, mask=True, bos=bos), 32)
     rows = torch.stack([torch.cat(docs), torch.cat(others)])
     got = backbone.head.float_logits(backbone(rows)[0])
     assert torch.allclose(got, alone[0], atol=1e-4 * alone.abs().max())

@@ -20,6 +20,9 @@ from bottleneck.backbone.tiny_configs import tiny_config
 from bottleneck.config.schema import BackboneConfig
 from bottleneck.core.errors import UserError
 from bottleneck.heads.calibration import calibrate
+from conftest import ROOT
+
+TINY = ROOT / "data/backbones/tiny"
 
 
 def refused(words: str, call: Callable) -> str:
@@ -307,6 +310,24 @@ def test_the_key_at_fault_is_named(toy_backbone, tmp_path):
     if importlib.util.find_spec("flash_attn") is None:
         bad = BackboneConfig(path=str(toy_backbone), attn_implementation="flash_attention_2")
         refused("^backbone.attn_implementation=flash_attention_2: ", lambda: load_model(bad))
+
+
+@pytest.mark.parametrize("model", ["no merges", "Unigram with the scores of a BPE"])
+def test_a_tokenizer_that_splits_its_own_words(tmp_path, model):
+    """Transformers 5.17 reads the ranks in a GGUF file of Gemma as scores of a Unigram, and says nothing."""
+    shutil.copytree(TINY, tmp_path / "t")
+    file = tmp_path / "t" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    words = sorted(content["model"]["vocab"], key=content["model"]["vocab"].get)
+    if model == "no merges":
+        content["model"]["merges"] = []
+    else:
+        content["model"] = {"type": "Unigram", "unk_id": 0, "vocab": [[word, -i] for i, word in enumerate(words)]}
+    load_tokenizer(BackboneConfig(path=str(TINY)))
+    file.write_text(json.dumps(content))
+    line = "its tokenizer splits [0-9]+ of [0-9]+ words of its own vocabulary, such as 'Ġ"
+    refused(line, lambda: load_tokenizer(BackboneConfig(path=str(tmp_path / "t"))))
+    load_tokenizer(BackboneConfig(path=str(tmp_path / "t"), tokenizer=str(TINY)))
 
 
 def changed_config(folder: Path, **changes) -> BackboneConfig:

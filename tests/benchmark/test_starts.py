@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from bottleneck.benchmark import __main__ as benchmark
-from bottleneck.benchmark.starts import Pair, backward, conjugate_gradients, dot, fisher_product, forward
+from bottleneck.benchmark.starts import Pair, backward, blocks, conjugate_gradients, dot, fisher_product, forward
 
 
 def pair(g: torch.Generator) -> Pair:
@@ -36,6 +37,14 @@ def test_products_are_those_of_dense_matrices():
     found = conjugate_gradients(product, step, lambda r: r, 60)
     again = product(found)
     assert torch.allclose(again[0], step[0], atol=1e-6) and torch.allclose(again[1], step[1], atol=1e-6)
+
+
+def test_blocks_begin_with_the_token_before_every_text():
+    """Regression: Gemma's blocks began without it, which doubles its loss. Targets stay those of the text."""
+    tokens = np.arange(10, 30, dtype=np.uint32)
+    plain, led = blocks(tokens, 3, 4, None), blocks(tokens, 3, 4, 2)
+    assert plain.tolist() == [[10, 11, 12, 13, 14], [14, 15, 16, 17, 18], [18, 19, 20, 21, 22]]
+    assert led[:, 0].tolist() == [2, 2, 2] and torch.equal(led[:, 1:], plain[:, 1:]) and tokens[0] == 10
 
 
 @pytest.mark.slow

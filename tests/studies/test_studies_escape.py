@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from bottleneck.backbone.model import FullHead
 from bottleneck.core.errors import UserError
 from bottleneck.studies.formulas.output_rank import centred_spectrum, exponent, losses_without_bands, output_rank
-from bottleneck.studies.measure.escape import chosen_columns, one_head
+from bottleneck.studies.measure.escape import chosen_columns, extended, one_head
 from support.study_runs import run_study
 
 
@@ -50,6 +51,27 @@ def test_removing_bands_equals_removing_them_from_the_matrix():
         less[b["first"] - 1 : b["last"]] = 0
         logits = h.double() @ ((U * less) @ V.T).T
         assert b["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, y).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("bos", [None, 299])
+def test_histories_begin_with_the_token_before_every_text(bos):
+    """Gemma's hidden states without it are of no use. Futures are pieces of the text as they stand."""
+    seen, head = [], FullHead(torch.randn(300, 8, generator=g(0)))
+
+    class Fake:
+        lm_head, vocab_size, hidden_size = torch.nn.Linear(8, 300, bias=False), 300, 8
+
+        def __call__(self, ids):
+            seen.append(ids)
+            return torch.randn(*ids.shape, 8, generator=g(1))
+
+    Fake.head = head
+    inputs = torch.arange(256).reshape(4, 64)
+    text = SimpleNamespace(batches=lambda size: [(inputs, inputs)], bos=bos)
+    found = extended(Fake(), text, histories=3, futures=2, columns=4)
+    assert found["histories"] == 3 and [i[0, 0].item() for i in seen] == ([0, 32, 64] if bos is None else [bos] * 3)
+    assert all(i[:, 32:].tolist() == [[192, 193, 194, 195], [224, 225, 226, 227]] for i in seen)
+    assert inputs[0, 0] == 0
 
 
 def test_escape_study_on_a_finished_run(tmp_path, run, toy):

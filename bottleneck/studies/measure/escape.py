@@ -81,7 +81,8 @@ def one_head(logits: Logits, h_ND: Tensor, y_N: Tensor, *, vocab: int, fixed: Te
 def extended(backbone: Backbone, text: StudyText, *, histories: int, futures: int, columns: int) -> dict[str, Any]:
     """Spectrum of the extended logit matrix [histories, futures · columns] of the original head.
 
-    Histories are pieces of up to 32 tokens of the text, futures are 4 tokens each from its end.
+    Histories are pieces of up to 32 tokens of the text, which begin with the token that the tokenizer puts before every
+    text, if it does; futures are 4 tokens each from its end.
     """
     device, V = backbone.lm_head.weight.device, backbone.vocab_size
     inputs = torch.cat([x for x, _ in text.batches(8)])
@@ -93,7 +94,9 @@ def extended(backbone: Backbone, text: StudyText, *, histories: int, futures: in
     )
     check(len(pieces) > futures, few)
     ends = pieces[-futures:, :4]
-    past = pieces[:-futures][:histories]
+    past = pieces[:-futures][:histories].clone()
+    if text.bos is not None:
+        past[:, 0] = text.bos
     if len(past) < histories:
         log.warning("study.histories=%d: the text has %d; give more tokens", histories, len(past))
     fixed = torch.linspace(0, V - 1, min(V, columns)).long().unique().to(device)
