@@ -2,7 +2,8 @@
 
 In a sequence of joined documents, end-of-text begins a document: it is the first token of the document after it. Where
 the tokenizer puts another token before every text (Llama, Gemma), a document that sees none before it begins with that
-one instead. So a document in a sequence sees what it would see alone.
+one instead; a text that holds this token already, such as a token file, begins its documents there. So a document in a
+sequence sees what it would see alone.
 
 Dims: N sequences, T sequence length, D hidden size.
 """
@@ -14,6 +15,7 @@ from typing import Callable, Optional
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from bottleneck.backbone.proof import MOVE_TOLERANCE, MOVE_TOLERANCE_16, probe_ids, relative_error
 
@@ -39,9 +41,17 @@ class Documents:
         """The keys that ask for it."""
         return " and ".join(["data.reset_positions"] * self.reset + ["data.mask_documents"] * self.mask)
 
+    def begins(self, ids_NT: Tensor) -> Tensor:
+        """Where documents begin [N, T]."""
+        ends = ids_NT == self.eos
+        if self.bos is None:
+            return ends
+        starts = ids_NT == self.bos
+        return starts | (ends & ~pad(starts[:, 1:], (0, 1)))
+
     def begun(self, ids_NT: Tensor) -> Tensor:
         """The ids [N, T] that a model reads: those given, with each document's beginning as it would be alone."""
-        return ids_NT if self.bos is None or not self.mask else torch.where(ids_NT == self.eos, self.bos, ids_NT)
+        return ids_NT if self.bos is None or not self.mask else torch.where(self.begins(ids_NT), self.bos, ids_NT)
 
     def arguments(self, ids_NT: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """Arguments of a Transformers model: position_ids [N, T]; attention_mask [N, 1, T, T], 0 or the lowest number.
@@ -49,7 +59,7 @@ class Documents:
         Both are always given: from positions alone Transformers would guess where documents begin.
         """
         places = torch.arange(ids_NT.shape[1], device=ids_NT.device)
-        begins = ids_NT == self.eos
+        begins = self.begins(ids_NT)
         allowed = (places[:, None] >= places)[None]
         if self.mask:
             number = begins.cumsum(1)
@@ -71,7 +81,10 @@ def fault(run: Callable[[Tensor, Optional[Documents]], Tensor], documents: Docum
         tokens: ids are below this; block: tokens in a sequence of the run.
     """
     ids = probe_ids(tokens, (2, block), device)
-    ids = torch.where(ids == documents.eos, (documents.eos + 1) % tokens, ids)
+    marks = {documents.eos} if documents.bos is None else {documents.eos, documents.bos}
+    other_id = next(i % tokens for i in range(documents.eos, documents.eos + 3) if i % tokens not in marks)
+    for mark in marks:
+        ids = torch.where(ids == mark, other_id, ids)
     plain = run(ids, None)
     near = MOVE_TOLERANCE.get(plain.dtype, MOVE_TOLERANCE_16)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bottleneck.backbone import documents as documents_module
 from bottleneck.backbone.documents import Documents
@@ -50,6 +53,26 @@ def test_a_document_in_a_sequence_has_the_logits_that_it_has_alone(family, atten
     backbone.documents = None
     plain = backbone.head.float_logits(backbone(rows)[0])
     assert (plain - alone[0]).abs().max() > 0.01 * alone.abs().max()  # the test can fail
+
+
+def test_documents_of_a_token_file_begin_with_its_own_beginning_of_text():
+    """[BOS … EOS] [BOS … EOS]: no second BOS, and end-of-text stays the last token of its document."""
+    docs, bos = packed(), 3
+    docs = [torch.cat([torch.tensor([bos]), d[1:], torch.tensor([EOS])]) for d in docs]
+    model = model_of("llama")
+    with torch.no_grad():
+        alone = torch.cat([model(d[None]).logits for d in docs], 1)
+    backbone = Backbone(model, "llama")
+    backbone.separate(Documents(EOS, reset=True, mask=True, bos=bos), 36)
+    rows = torch.cat(docs)[None]
+    last = torch.cat([rows, torch.tensor([[bos]])], 1)  # else the end of the row could be a beginning
+    got = backbone.head.float_logits(backbone(last)[0, :-1])
+    assert torch.allclose(got, alone[0], atol=1e-4 * alone.abs().max())
+
+
+@pytest.mark.parametrize("eos, bos", [(1, 2), (2, 1), (5, 5), (VOCABULARY - 1, 0)])
+def test_the_trial_holds_no_beginning_by_chance(eos, bos):
+    Backbone(model_of("gemma"), "x").separate(Documents(eos, reset=True, mask=True, bos=bos), 32)
 
 
 @pytest.mark.parametrize("reset", [True, False])
@@ -100,3 +123,27 @@ def test_a_run_with_documents_apart(run, tmp_path):
     assert losses[0] != losses[1] and len({c["data_hash"] for c in curves}) == 1
     assert curves[2]["recipe"]["mask_documents"] and curves[2]["recipe"]["reset_positions"]
     assert "mask_documents" not in curves[0]["recipe"]
+
+
+def test_a_run_reads_the_beginning_that_its_tokenizer_puts(run, toy_backbone, tmp_path, monkeypatch):
+    folder = shutil.copytree(toy_backbone, tmp_path / "led")
+    tokenizer = AutoTokenizer.from_pretrained(folder, bos_token="!")
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="! $A", special_tokens=[("!", bos)])
+    tokenizer.save_pretrained(folder)
+    seen, separate = [], Backbone.separate
+
+    def watched(self, documents, block_size):
+        seen.append(documents)
+        separate(self, documents, block_size)
+
+    monkeypatch.setattr(Backbone, "separate", watched)
+    small = (
+        "ranks=[2]",
+        "tokens=1024",
+        "data.block_size=64",
+        "data.validation_fraction=0.1",
+        "data.mask_documents=true",
+    )
+    run(*small, f"backbone.path={folder}", run_dir=tmp_path / "run")
+    assert [d.bos for d in seen] == [bos] and bos != seen[0].eos
