@@ -170,21 +170,22 @@ def load_tokenizer(cfg: BackboneConfig) -> Any:
 def _check_words(tokenizer: Any, cfg: BackboneConfig) -> None:
     """Refuse a tokenizer that splits the words of its own vocabulary: its merges or scores are lost.
 
-    Transformers 5.17 reads the tokenizers of some GGUF files so (those of Gemma and Llama 2), without a word. The
-    backbone then sees text as it never did in its training, and every loss is wrong.
+    Transformers 5.17 misreads the tokenizer of Gemma in GGUF in this way, and says nothing. The backbone then sees text
+    as it never did in its training, and every loss is wrong.
     """
-    entries = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
-    words = [(word, i) for word, i in entries if word[0:1] in WORD_STARTS and word[1:].isalpha() and len(word) > 2]
-    words = words[:: max(1, len(words) // WORDS_TRIED)]
+    vocabulary = tokenizer.get_vocab().items()
+    words = [(i, word) for word, i in vocabulary if word[:1] in WORD_STARTS and word[1:].isalpha() and len(word) > 2]
+    words = sorted(words)[:: max(1, len(words) // WORDS_TRIED)]
     split = [
         word
-        for word, i in words
+        for i, word in words
         # some tokenizers put a space before a text themselves
         if all(tokenizer(space + word[1:], add_special_tokens=False)["input_ids"] != [i] for space in (" ", ""))
     ]
+    where = f"backbone.tokenizer={cfg.tokenizer}" if cfg.tokenizer else f"backbone.path={cfg.path}"
     check(
         2 * len(split) <= len(words),
-        f"backbone.path={cfg.path}: its tokenizer splits {len(split)} of {len(words)} words of its own vocabulary, "
+        f"{where}: its tokenizer splits {len(split)} of {len(words)} words of its own vocabulary, "
         f"such as {' and '.join(map(repr, split[:2]))}: its files are damaged, or misread by Transformers "
         f"{transformers.__version__} (5.17 does so with Gemma in GGUF); backbone.tokenizer=FOLDER names another",
     )

@@ -328,6 +328,8 @@ def test_a_tokenizer_that_splits_its_own_words(tmp_path, model):
     line = "its tokenizer splits [0-9]+ of [0-9]+ words of its own vocabulary, such as 'Ġ"
     refused(line, lambda: load_tokenizer(BackboneConfig(path=str(tmp_path / "t"))))
     load_tokenizer(BackboneConfig(path=str(tmp_path / "t"), tokenizer=str(TINY)))
+    named = BackboneConfig(path=str(TINY), tokenizer=str(tmp_path / "t"))
+    refused("^backbone.tokenizer=.*splits", lambda: load_tokenizer(named))
 
 
 def changed_config(folder: Path, **changes) -> BackboneConfig:

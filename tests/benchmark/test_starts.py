@@ -40,7 +40,7 @@ def test_products_are_those_of_dense_matrices():
 
 
 def test_blocks_begin_with_the_token_before_every_text():
-    """Regression: Gemma's blocks began without it, which doubles its loss. Targets stay those of the text."""
+    """Regression: Gemma's blocks began without it, which raises its loss by half. Targets stay those of the text."""
     tokens = np.arange(10, 30, dtype=np.uint32)
     plain, led = blocks(tokens, 3, 4, None), blocks(tokens, 3, 4, 2)
     assert plain.tolist() == [[10, 11, 12, 13, 14], [14, 15, 16, 17, 18], [18, 19, 20, 21, 22]]

@@ -138,7 +138,8 @@ def measure(c: StudyConfig, folder: Path) -> dict[str, Any]:
     _check_sizes(s, text.tokens, width, vocabulary)
     log_memory([cp], device, 40 * text.tokens * s.columns + 12 * chunk_rows(vocabulary, device.type) * vocabulary)
     sizes = {name: getattr(s, name) for name in ("columns", "bands", "histories", "futures")}
-    sizes["choice"] = "half likeliest"  # parts that were measured on evenly spaced columns are not used again
+    # parts that were measured on evenly spaced columns, or whose histories lacked their first token, are not used again
+    sizes |= {"choice": "half likeliest", "bos": text.bos}
     parts = PartialResults(folder, s.name, {**text.identity, **sizes, "dtype": c.backbone.dtype})
     rows = best_heads(run)
     if not rows:
