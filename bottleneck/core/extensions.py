@@ -137,7 +137,9 @@ class Predictions:
     @functools.cached_property
     def top_nK(self) -> Tensor:
         """The five most likely tokens [n, 5] (all of a smaller vocabulary), the most likely first."""
-        return self.log_p_nV.topk(min(5, self.log_p_nV.shape[1])).indices
+        from bottleneck.core.most_likely import most_likely
+
+        return most_likely(self.log_p_nV, min(5, self.log_p_nV.shape[1]))
 
 
 @dataclass(frozen=True)

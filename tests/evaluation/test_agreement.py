@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from bottleneck.core.extensions import METRICS, Metric, Predictions, metrics
+from bottleneck.core.most_likely import most_likely
 from bottleneck.evaluation.agreement import BANDS, bands_of, compare, grouped, metric_sums
 from bottleneck.heads.bank import HeadBank, HeadKey
 
@@ -45,6 +46,18 @@ def test_the_four_numbers_equal_brute_force():
     assert (
         (same[:, 0] == 0).all() and (same[:, 1:3] == 1).all() and torch.allclose(same[:, 3], torch.ones(40), atol=1e-6)
     )
+
+
+def test_the_most_likely_tokens_are_those_of_a_sort():
+    g = torch.Generator().manual_seed(0)
+    for V in (5, 300, 1_279, 1_280, 1_345, 8_192, 50_257):
+        values = torch.randn(7, V, generator=g)
+        values[0, -5:] += 9.0  # in the rest behind the last whole group
+        values[1, :5] += 9.0  # all in one group
+        values[2, 3] = float("nan")  # of a diverged head: above all others, as in torch.sort
+        assert most_likely(values, 5).equal(values.sort(descending=True).indices[:, :5])
+    equal = torch.zeros(2, 50_257)
+    assert len(set(most_likely(equal, 5)[0].tolist())) == 5
 
 
 def test_a_plugins_metric_changes_no_bit_of_the_others():
