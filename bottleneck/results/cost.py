@@ -58,10 +58,13 @@ def measured_on(h: dict[str, Any]) -> str:
     return ", ".join([str(t.get("device")), *threads, f"{t.get('tokens')} tokens a step", str(t.get("dtype"))])
 
 
-def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The (cost, loss) points that no other point beats in both (the Pareto front), by cost."""
+def pareto(points: list[tuple[float, float]], near: float = 0.0) -> list[tuple[float, float]]:
+    """The (cost, loss) points that no other point beats in both (the Pareto front), by cost.
+
+    Args: near: a point also loses to a better one whose cost is higher by this share at most.
+    """
     front: list[tuple[float, float]] = []
     for cost, loss in sorted(points):
         if not front or loss < front[-1][1]:
             front.append((cost, loss))
-    return front
+    return [(c, y) for c, y in front if not any(other <= c * (1 + near) and best < y for other, best in front)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, BinaryIO, NamedTuple
 
 from bottleneck.results.cost import AXES
-from bottleneck.results.labels import as_text, labels
+from bottleneck.results.labels import as_text, labels, line_names
 from bottleneck.results.metric_names import Column, columns
 from bottleneck.results.picture import pyplot, rank_axis
 from bottleneck.results.schema import series
@@ -107,13 +107,14 @@ def _styles(panel: Panel, colour: Any) -> list[Any]:
 def _lines(curves: list[dict[str, Any]], metrics: list[str]) -> list[Line]:
     """One line for each curve and start that has metrics; of a single curve the starts alone are named."""
     found = []
+    called = line_names(curves)
     for c, label in zip(curves, map(as_text, labels(curves))):
         starts = sorted({series(h) for h in c["heads"]})
         for start in starts:
             heads = [h for h in c["heads"] if h["best"] and series(h) == start]
             heads = [h for h in heads if any(h.get(name) is not None for name in metrics)]
             if heads:
-                names = [label] * (len(curves) > 1 or len(starts) == 1) + [as_text(start)] * (len(starts) > 1)
+                names = [label] * (len(curves) > 1 or len(starts) == 1) + [as_text(called[start])] * (len(starts) > 1)
                 found.append(Line(", ".join(names), c, heads))
     return found
 

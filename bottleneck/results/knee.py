@@ -11,6 +11,7 @@ from statistics import mean
 from typing import Any, Optional, Sequence
 
 from bottleneck.results.cost import AXES, pareto
+from bottleneck.results.labels import line_names
 from bottleneck.results.schema import series
 
 PERCENT = (1, 5, 10)
@@ -99,9 +100,11 @@ def least_costs(c: dict[str, Any], x: str) -> list[tuple[int, Optional[float], s
 
 def cost_lines(c: dict[str, Any], x: str) -> list[str]:
     """What `python -m bottleneck.curve --x COST` prints of them; nothing without the original head's loss."""
-    several = len({series(h) for h in c["heads"]}) > 1
+    names = line_names([c])
     parts = [
-        f"{percent} %: none of these heads" if cost is None else f"{percent} %: {_number(cost)}{f' ({name})' * several}"
+        f"{percent} %: none of these heads"
+        if cost is None
+        else f"{percent} %: {_number(cost)}" + f" ({names[name]})" * (len(names) > 1)
         for percent, cost, name in least_costs(c, x)
     ]
     about = f"least cost ({AXES[x].label}) within x % of the original head's loss"
@@ -113,14 +116,33 @@ def _number(cost: float) -> str:
 
 
 def knee_lines(c: dict[str, Any]) -> list[str]:
-    """A line for each start: the ranks within 1, 5, 10 % of the original head's loss."""
-    lines = []
-    several = len({k["init"] for k in c["knee"]}) > 1
-    for init in dict.fromkeys(k["init"] for k in c["knee"]):
-        parts = [f"{k['percent']} %: {_words(k)}" for k in c["knee"] if k["init"] == init]
-        start = f", {init}" if several else ""
-        lines.append(f"within x % of the original head's loss{start}: {'; '.join(parts)}")
-    return lines
+    """A line for each start and kind: the ranks within 1, 5, 10 % of the original head's loss.
+
+    Of several lines, those of one rank have no knee: one line says which of them are good enough.
+    """
+    names = line_names([c])
+    about = "within x % of the original head's loss"
+    found: dict[str, list[dict[str, Any]]] = {}
+    for k in c["knee"]:
+        found.setdefault(k["init"], []).append(k)
+    alone = [s for s in found if len({h["rank"] for h in c["heads"] if series(h) == s}) == 1]
+    alone = alone if len(found) > 1 else []
+    out = [
+        f"{about}{f', {names.get(s, s)}' * (len(found) > 1)}: "
+        + "; ".join(f"{k['percent']} %: {_words(k)}" for k in ks)
+        for s, ks in found.items()
+        if s not in alone
+    ]
+    if alone:
+        parts = []
+        for percent in dict.fromkeys(k["percent"] for s in alone for k in found[s]):
+            reached = [
+                names.get(s, s) for s in alone for k in found[s] if k["percent"] == percent and k["rank"] is not None
+            ]
+            which = "all" if len(reached) == len(alone) else ", ".join(reached) or "none"
+            parts.append(f"{percent} %: {which}")
+        out.append(f"{about}{', of one rank each' * bool(out)}: {'; '.join(parts)}")
+    return out
 
 
 def _words(k: dict[str, Any]) -> str:

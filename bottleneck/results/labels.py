@@ -23,13 +23,30 @@ def closed_form(init: str) -> bool:
     return init in STARTS and STARTS[init].closed_form
 
 
+def line_names(curves: list[dict[str, Any]]) -> dict[str, str]:
+    """What to call each line (`schema.series`) of some curves: its start where starts differ, its kind where kinds
+    differ."""
+    found = {s: s.partition(", ") for s in sorted({series(h) for c in curves for h in c.get("heads", ())})}
+    kinds = len({kind for _, _, kind in found.values()}) > 1
+    starts = len({start for start, _, _ in found.values()}) > 1
+    if kinds:
+        return {s: f"{start}, " * starts + (kind or "low_rank") for s, (start, _, kind) in found.items()}
+    return {s: start if starts else s for s, (start, _, _) in found.items()}
+
+
 def labels(curves: list[dict[str, Any]]) -> list[str]:
     """Names of curves: the backbone, and whatever else distinguishes them."""
+    return [", ".join(part) for part in label_parts(curves)]
+
+
+def label_parts(curves: list[dict[str, Any]]) -> list[list[str]]:
+    """The words of which `labels` are made: for each curve, the backbone first."""
     parts = [[c["backbone"]] for c in curves]
-    starts = [tuple(sorted({series(h) for h in c.get("heads", ())})) for c in curves]
-    if len(set(starts)) > 1:
-        for part, names in zip(parts, starts):
-            part += names if len(names) == 1 else []  # each of several starts is a separate line
+    names = line_names(curves)
+    lines = [tuple(sorted({series(h) for h in c.get("heads", ())})) for c in curves]
+    if len(set(lines)) > 1:
+        for part, mine in zip(parts, lines):
+            part += [names[s] for s in mine] if len(mine) == 1 else []  # each of several lines is named by itself
     for key in ("data", "tokens"):
         if len({c[key] for c in curves}) > 1:
             for part, c in zip(parts, curves):
@@ -47,7 +64,7 @@ def labels(curves: list[dict[str, Any]]) -> list[str]:
         for part, name, found in zip(parts, shared, hashes):
             if len({other[i] for other, n in zip(hashes, shared) if n == name}) > 1:
                 part.append(f"{words}{str(found[i])[:6]}")
-    return [", ".join(part) for part in parts]
+    return parts
 
 
 def _count(tokens: int) -> str:

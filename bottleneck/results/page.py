@@ -21,7 +21,7 @@ from bottleneck.core.run_file import HYDRA_CONFIG, RUN_FILE, read_run_config
 from bottleneck.results import curve
 from bottleneck.results.details import panels
 from bottleneck.results.knee import knee_lines
-from bottleneck.results.labels import closed_form, labels
+from bottleneck.results.labels import closed_form, labels, line_names
 from bottleneck.results.merging import perplexity_of
 from bottleneck.results.metric_names import columns
 from bottleneck.results.schema import HEAD, printable, series
@@ -33,6 +33,7 @@ def lines(curves: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What the page draws: a line for each curve and start."""
     keys = [f.name for f in HEAD if f.name != "group_losses"] + [m.name for m in columns(curves)]
     out = []
+    names = line_names(curves)
     for c, label in zip(curves, labels(curves)):
         starts = sorted({series(h) for h in c["heads"]})
         for i, start in enumerate(starts):
@@ -42,7 +43,7 @@ def lines(curves: list[dict[str, Any]]) -> list[dict[str, Any]]:
             ]
             out.append(
                 {
-                    "label": label if len(starts) == 1 else f"{label}, {start}",
+                    "label": label if len(starts) == 1 else f"{label}, {names[start]}",
                     "curve": label,
                     "first": i == 0,
                     "closed": closed_form(rows[0]["init"]),

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 import textwrap
-from typing import Any, BinaryIO, Optional
+from typing import Any, BinaryIO, NamedTuple, Optional
 
 from bottleneck.results.cost import AXES, MEASURED, Axis, measured_on, pareto
+from bottleneck.results.equal_cost import NEAR
 from bottleneck.results.knee import least_costs
-from bottleneck.results.labels import as_text, closed_form, labels
+from bottleneck.results.labels import as_text, closed_form, label_parts, line_names
 from bottleneck.results.merging import perplexity_of
 from bottleneck.results.schema import series
 
 PAPER_MARK = 1000  # "degrades visibly below r ≈ 1000, whatever the model's size" (Godey et al. 2024, Fig. 6)
 LEGEND_INSIDE = 44  # letters of a legend that stands inside the axes, at most
+MARKERS = "os^Dvph*"
+BEFORE = "_closed form, no training"  # of every dotted line; one entry of the legend serves them all
 HIGHEST = 1e200  # larger perplexities are not drawn: Matplotlib's arithmetic on axes would overflow
 
 
@@ -41,29 +44,25 @@ def draw(curves: list[dict[str, Any]], file: BinaryIO, x: str = "rank") -> None:
     axis = AXES[x]
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(7.2, 4.6), dpi=150, layout="constrained")
-    colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    style = _Style(curves, plt)
     ranks: set[int] = set()
     values: list[float] = []
     points: list[tuple[float, float]] = []
-    number, references = 0, _References(curves)
+    references = _References(curves)
     alike = len({(c["backbone_hash"], c["data_hash"]) for c in curves}) == 1  # else perplexities are not comparable
-    for c, label in zip(curves, map(as_text, labels(curves))):
-        names = sorted({series(h) for h in c["heads"]})
-        first = colours[number % len(colours)]
-        for name in names:
+    for i, c in enumerate(curves):
+        for name in style.lines_of(c):
             heads = [h for h in c["heads"] if series(h) == name and _drawable(h, axis)]
-            line = f"{label}, {as_text(name)}" if len(names) > 1 else label
-            own = c["reference"]["loss"]
-            _draw_heads(axes, axis, heads, colours[number % len(colours)], name=line, own=own)
-            number += 1
+            _draw_heads(axes, axis, heads, style.next(i, name), own=c["reference"]["loss"])
             ranks |= {h["rank"] for h in heads}
             values += [h["perplexity"] for h in heads if h["best"]]
             points += [(cost, h["perplexity"]) for h in heads if h["best"] and (cost := axis.of(h)) is not None]
-        values += references.draw(axes, c, first, label)
+        values += references.draw(axes, c, style.first(i), style.runs[i])
         if len(curves) == 1:
             _draw_knees(axes, x, c)
-        if len(curves) == 1 and len(names) == 1:
-            values += _draw_domains(axes, axis, c, colours[1:])
+        if len(curves) == 1 and style.count == 1:
+            values += _draw_domains(axes, axis, c, style.colours[1:])
+    style.finish(axes)
     if not axis.cost:
         rank_axis(axes, ranks)
         if len(ranks) > 8:
@@ -71,11 +70,12 @@ def draw(curves: list[dict[str, Any]], file: BinaryIO, x: str = "rank") -> None:
         if ranks and min(ranks) <= PAPER_MARK <= max(ranks):
             axes.axvline(PAPER_MARK, color="0.6", ls="-.", lw=1, label="r = 1000 (Godey et al. 2024)")
     else:
-        _cost_axis(axes, axis, curves, points, front=alike and number > 1)
+        _cost_axis(axes, axis, curves, points, front=alike and style.count > 1)
     if not ranks:
         axes.set_title("every head diverged", fontsize=10)
     if values:
         _perplexity_axis(axes, min(values), max(values))
+        _name_closed_forms(axes)
     rows = [h for c in curves for h in c["heads"]]
     axes.set_xlabel(f"{axis.label} ({measured_on(rows[0])})" if x in MEASURED else axis.label)
     axes.set_ylabel("validation perplexity")
@@ -94,9 +94,10 @@ def _cost_axis(
     axes: Any, axis: Axis, curves: list[dict[str, Any]], points: list[tuple[float, float]], *, front: bool
 ) -> None:
     """A logarithmic axis of cost, the original head's cost, and with several lines their Pareto front."""
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import EngFormatter, LogLocator
 
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.xaxis.set_minor_formatter("")
     for V, d in sorted({(c["vocab_size"], c["hidden_size"]) for c in curves if axis.weight is not None}):
@@ -108,42 +109,110 @@ def _cost_axis(
             label=f"original head's cost (V·d = {V * d:,} parameters)",
         )
     if front:
-        best = pareto(points)
-        label = "Pareto front" if len(best) > 1 else "_front"
-        axes.plot([p for p, _ in best], [y for _, y in best], color="0.2", lw=0.8, zorder=0, label=label)
+        best = pareto(points, near=NEAR)
+        label = f"Pareto front (costs within {NEAR:.0%} count as equal)" if len(best) > 1 else "_front"
+        axes.plot(*zip(*best), color="0.2", alpha=0.25, lw=4, zorder=0, label=label)
 
 
-def _draw_heads(
-    axes: Any, axis: Axis, heads: list[dict[str, Any]], colour: str, *, name: str, own: Optional[float]
-) -> None:
+class _Look(NamedTuple):
+    """How a line is drawn, and its entry in the legend; one that begins with _ has none."""
+
+    colour: Any
+    marker: str
+    label: str
+
+
+class _Style:
+    """Colours, markers and names of all lines. What their names share is the title, so that the legend is short.
+
+    Several curves that have several lines each: the colour tells the line, the marker the curve.
+    """
+
+    def __init__(self, curves: list[dict[str, Any]], plt: Any):
+        self.names = line_names(curves)
+        self.count = sum(len(self.lines_of(c)) for c in curves)
+        parts = label_parts(curves)
+        shared = [word for word in parts[0] if self.count > 1 and all(word in part for part in parts)]
+        self.title = ", ".join(shared)
+        self.runs = [as_text(", ".join(word for word in part if word not in shared)) for part in parts]
+        self.crossed = len(curves) > 1 and any(len(self.lines_of(c)) > 1 for c in curves)
+        self.several = [len(self.lines_of(c)) > 1 for c in curves]
+        needed = len(self.names) if self.crossed else self.count
+        self.colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+        if needed > len(self.colours):
+            self.colours = list(plt.cm.tab20.colors)
+        self.number = 0
+        self.firsts: dict[int, Any] = {}
+        self.named: set[str] = set()
+
+    @staticmethod
+    def lines_of(c: dict[str, Any]) -> list[str]:
+        return sorted({series(h) for h in c["heads"]})
+
+    def next(self, i: int, name: str) -> _Look:
+        """Of the next line, which is `name` of curve i."""
+        called = as_text(self.names[name])
+        at = list(self.names).index(name) if self.crossed else self.number
+        self.number += 1
+        colour = self.colours[at % len(self.colours)]
+        self.firsts.setdefault(i, colour)
+        if self.crossed:
+            label = f"_{called}" if called in self.named else called
+            self.named.add(called)
+            return _Look(colour, MARKERS[i % len(MARKERS)], label)
+        words = [self.runs[i]] * bool(self.runs[i]) + [called] * self.several[i]
+        return _Look(colour, "o", ", ".join(words) or called)
+
+    def first(self, i: int) -> Any:
+        """The colour of the first line of curve i; of a curve without lines, the next colour."""
+        return self.firsts.get(i, self.colours[self.number % len(self.colours)])
+
+    def finish(self, axes: Any) -> None:
+        """The title, and the legend's entries for the markers."""
+        if self.title:
+            axes.set_title(as_text(self.title), fontsize=9)
+        for i, run in enumerate(self.runs if self.crossed else ()):
+            axes.plot([], [], MARKERS[i % len(MARKERS)], color="0.4", ms=5, label=run or "_run")
+
+
+def _draw_heads(axes: Any, axis: Axis, heads: list[dict[str, Any]], look: _Look, *, own: Optional[float]) -> None:
     """A line through the best heads, with intervals; faint dots for the rest; dotted: a closed form before training.
 
     Args: own: the original head's loss.
     """
     best, rest = ([h for h in heads if h["best"] is wanted] for wanted in (True, False))
-    axes.plot([axis.of(h) for h in best], [h["perplexity"] for h in best], "o-", color=colour, label=name, ms=5)
+    line = [axis.of(h) for h in best], [h["perplexity"] for h in best]
+    axes.plot(*line, f"{look.marker}-", color=look.colour, label=look.label, ms=5)
     for h in best:
         excess = h.get("excess_interval")
         bounds = [perplexity_of(own + x) for x in excess] if excess and own is not None else [None]
         if None not in bounds and not axis.cost:
             axes.plot(
-                [axis.of(h)] * 2, bounds, color=colour, lw=1.5, alpha=0.7, solid_capstyle="butt", label="_interval"
+                [axis.of(h)] * 2, bounds, color=look.colour, lw=1.5, alpha=0.7, solid_capstyle="butt", label="_interval"
             )
-    axes.plot([axis.of(h) for h in rest], [h["perplexity"] for h in rest], "o", color=colour, alpha=0.25, ms=3)
+    others = [axis.of(h) for h in rest], [h["perplexity"] for h in rest]
+    axes.plot(*others, look.marker, color=look.colour, alpha=0.25, ms=3, label="_other rates")
     if best and closed_form(best[0]["init"]):
         before = [(axis.of(h), perplexity_of(h["initial_loss"])) for h in best]
         points = [(r, p) for r, p in before if p is not None and p < HIGHEST]
-        # one point makes no line
-        label = f"{name}, closed form (no training)" if len(points) > 1 else "_closed form"
-        axes.plot([r for r, _ in points], [p for _, p in points], ":", color=colour, lw=1.2, label=label)
+        axes.plot([r for r, _ in points], [p for _, p in points], ":", color=look.colour, lw=1.2, label=BEFORE)
+
+
+def _name_closed_forms(axes: Any) -> None:
+    """An entry of the legend, if one of the dotted lines is in sight; one point makes no line."""
+    highest = axes.get_ylim()[1]
+    dotted = [line.get_ydata() for line in axes.get_lines() if line.get_label() == BEFORE]
+    if any(len(y) > 1 and min(y) < highest for y in dotted):
+        axes.plot([], [], ":", color="0.3", lw=1.2, label=BEFORE.removeprefix("_"))
 
 
 class _References:
     """Draws the line of the original head once for all curves of one backbone and text."""
 
     def __init__(self, curves: list[dict[str, Any]]):
-        # with one curve, or several backbones or texts, the line has the curve's colour and name
-        self.apart = len({(c["backbone_hash"], c["data_hash"]) for c in curves}) > 1 or len(curves) == 1
+        # with one line, or several backbones or texts, the original head's has its colour and name
+        alone = len({series(h) for c in curves for h in c["heads"]}) == 1 and len(curves) == 1
+        self.apart = len({(c["backbone_hash"], c["data_hash"]) for c in curves}) > 1 or alone
         self.drawn: set[tuple] = set()
 
     def draw(self, axes: Any, c: dict[str, Any], colour: str, label: str) -> list[float]:
@@ -154,9 +223,9 @@ class _References:
         key = (c["backbone_hash"], c["data_hash"], f"{own:.4g}")
         if key not in self.drawn:
             self.drawn.add(key)
-            name = label if self.apart else as_text(c["backbone"])
+            name = f"{label}, " if label and self.apart else ""
             axes.axhline(
-                own, color=colour if self.apart else "0.3", ls="--", lw=1, label=f"{name}, original head ({own:.4g})"
+                own, color=colour if self.apart else "0.3", ls="--", lw=1, label=f"{name}original head ({own:.4g})"
             )
         return [own]
 
@@ -237,7 +306,7 @@ def _apart(ranks: set[int], share: float) -> set[int]:
 
 def _perplexity_axis(axes: Any, low: float, high: float) -> None:
     """A logarithmic axis around the trained heads: an untrained start far above must not flatten the curve."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
     axes.set_yscale("log")
     decades = math.log10(high) - math.log10(low)
@@ -246,6 +315,8 @@ def _perplexity_axis(axes: Any, low: float, high: float) -> None:
     apart = max(1, round(decades / 10))  # random starts may be a hundred orders of magnitude above
     exponents = range(math.floor(math.log10(low)) // apart * apart, math.ceil(math.log10(high)) + 1, apart)
     ticks = [m * 10.0**e for e in exponents for m in steps if low / 1.3 <= m * 10.0**e <= high * 1.5]
+    if decades < 0.4:  # a factor of 2.5: the steps above would leave one or two ticks
+        ticks = list(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]).tick_values(*axes.get_ylim()))
     axes.yaxis.set_major_locator(FixedLocator(ticks))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
@@ -258,5 +329,7 @@ def _legend(figure: Any, axes: Any) -> None:
         axes.legend(fontsize=8, frameon=False)
         return
     wrapped = ["\n    ".join(textwrap.wrap(n, 110)) for n in names]
-    figure.set_figheight(figure.get_figheight() + 0.17 * sum(1 + n.count("\n") for n in wrapped))
-    figure.legend(handles, wrapped, loc="outside lower left", fontsize=8, frameon=False)
+    columns = 2 if max(map(len, names)) <= 60 else 1
+    rows = sum(1 + n.count("\n") for n in wrapped)
+    figure.set_figheight(figure.get_figheight() + 0.17 * -(-rows // columns))
+    figure.legend(handles, wrapped, loc="outside lower left", fontsize=8, frameon=False, ncols=columns)

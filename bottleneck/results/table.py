@@ -12,7 +12,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from bottleneck.results.knee import knee_lines
-from bottleneck.results.labels import kind_of, labels
+from bottleneck.results.labels import kind_of, labels, line_names
 from bottleneck.results.metric_names import Column, columns
 from bottleneck.results.schema import series
 
@@ -38,7 +38,7 @@ def show(curves: list[dict[str, Any]], console: Console) -> None:
 def _table(c: dict[str, Any], label: str, shown: list[Column]) -> Table:
     """Args: label: name of the curve among those that are shown, see `labels.labels`."""
     seeds = len({h["seed"] for h in c["heads"]})
-    starts = sorted({series(h) for h in c["heads"]})
+    names = line_names([c])
     # the title names the backbone and the tokens anyway
     apart = [w for w in label.removeprefix(c["backbone"]).split(", ") if w and not w.endswith(" tokens")]
     more = "".join(f", {w}" for w in apart) + (f", the best of {seeds} seeds" if seeds > 1 else "")
@@ -60,8 +60,10 @@ def _table(c: dict[str, Any], label: str, shown: list[Column]) -> Table:
         *(escape(m.title) for m in shown),
     ):
         table.add_column(column, justify="right", no_wrap=True)
-    if len(starts) > 1:
-        table.add_column("init")
+    if len(names) > 1:
+        starts = {h["init"] for h in c["heads"]}
+        kinds = {kind_of(h) for h in c["heads"]}
+        table.add_column(", ".join(["init"] * (len(starts) > 1) + ["kind"] * (len(kinds) > 1)))
     if seeds > 1:
         table.add_column(f"all {seeds} seeds", justify="right", no_wrap=True)
     for h in (h for h in c["heads"] if h["best"]):
@@ -73,7 +75,7 @@ def _table(c: dict[str, Any], label: str, shown: list[Column]) -> Table:
             _cell(h["initial_loss"], ".4f"),
         ]
         cells += [_cell(h.get(m.name), m.form) for m in shown]
-        cells += [escape(series(h))] if len(starts) > 1 else []
+        cells += [escape(names[series(h)])] if len(names) > 1 else []
         table.add_row(*cells, *([_spread(c["heads"], h)] if seeds > 1 else []))
     reference = c["reference"]
     table.add_row("original head", "", *_numbers(reference), *_by_domain(reference, domains), style="bold")

@@ -17,7 +17,8 @@ from bottleneck.heads.head import build_head
 from bottleneck.heads.key import HeadKey
 from bottleneck.results import curve, equal_cost, picture
 from bottleneck.results.cost import AXES, MEASURED, measured_on, pareto
-from bottleneck.results.knee import cost_lines, least_costs
+from bottleneck.results.knee import cost_lines, knee_lines, least_costs
+from bottleneck.results.labels import line_names
 from bottleneck.results.schema import fault
 from conftest import HIDDEN, VOCAB, composed
 from support.curves import made, save
@@ -79,9 +80,43 @@ def test_the_least_cost_of_several_kinds(drawn, x):
     assert ten[1] == pytest.approx(scale * (8 * 16) ** 0.5) and ten[2] == "fisher"
     assert five[1] == pytest.approx(scale * 16 * 4**0.5) and five[2] == "fisher"
     (line,) = cost_lines(c, x)
-    assert line.startswith("least ") and "1 %: none of these heads; 5 %: " in line and line.endswith("(fisher)")
+    assert line.startswith("least ") and "1 %: none of these heads; 5 %: " in line and line.endswith("(low_rank)")
     picture.draw([c], io.BytesIO(), x)
     assert [pytest.approx(ten[1])] in drawn[0].values()
+
+
+def of_kinds(c: dict[str, Any], kinds: list[str]) -> dict[str, Any]:
+    """The curve with its heads once more for each kind."""
+    heads = [h | {"kind": kind} for kind in kinds for h in copy.deepcopy(c["heads"])]
+    return curve.finish(c | {"heads": heads, "knee": []})
+
+
+def test_lines_are_named_by_what_differs(drawn):
+    """Kinds by their names, one start by none; two curves of several kinds: the colour is the kind, the marker the
+    curve; what all share is the title."""
+    kinds = ["block", "low_rank"]
+    short, long = (of_kinds(made({8: 2.5, 64: 2.1}, tokens=t), kinds) for t in (1_000_000, 2_000_000))
+    assert set(line_names([short]).values()) == {"block", "low_rank"}
+    mixed = copy.deepcopy(short)
+    mixed["heads"][0]["init"] = "svd"
+    assert "svd, " + mixed["heads"][0]["kind"] in line_names([mixed]).values()
+    assert line_names([made({8: 2.5})]) == {"fisher": "fisher"}
+    picture.draw([short, long], io.BytesIO())
+    picture.draw([made({8: 2.5, 64: 2.1})], io.BytesIO())
+    both, one = (set(lines) for lines in drawn)
+    assert {"block", "low_rank", "1M tokens", "2M tokens", "_block", "_low_rank"} <= both
+    assert not any("toy" in name for name in both) and "toy" in one
+
+
+def test_kinds_of_one_rank_share_a_line_of_knees():
+    c = of_kinds(made({8: 2.05}), ["block", "low_rank"])
+    c["heads"][0]["loss"] = 2.5
+    assert knee_lines(curve.finish(c)) == [
+        "within x % of the original head's loss: 1 %: none; 5 %: block; 10 %: block"
+    ]
+    c["heads"][0]["loss"] = 2.01
+    (line,) = knee_lines(curve.finish(c))
+    assert line.endswith("1 %: low_rank; 5 %: all; 10 %: all")
 
 
 def test_the_pareto_front_is_what_nothing_beats():
@@ -92,13 +127,15 @@ def test_the_pareto_front_is_what_nothing_beats():
         front = pareto(points)
         beaten = {p for p in points if any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)}
         assert front == sorted(set(points) - beaten)
+        beaten |= {p for p in points if any(q[0] <= 1.3 * p[0] and q[1] < p[1] for q in points)}
+        assert pareto(points, near=0.3) == sorted(set(points) - beaten)
 
 
 def test_the_command_draws_against_cost(tmp_path, capsys, drawn):
     one, two = made({8: 2.5, 64: 2.1}), made({8: 2.4, 64: 2.2}, recipe={"batch_size": 16})
     runs = [str(save(tmp_path / name, c)) for name, c in (("a", one), ("b", two))]
     assert curve.main([*runs, "--out", str(tmp_path / "out"), "--x", "parameters"]) == 0
-    assert drawn[0]["Pareto front"] == [8 * 164, 64 * 164]
+    assert drawn[0]["Pareto front (costs within 3% count as equal)"] == [8 * 164, 64 * 164]
     assert curve.main([*runs, "--out", str(tmp_path / "out"), "--x", "weight"]) == 2
     assert "invalid choice: 'weight'" in capsys.readouterr().err
     for h in one["heads"]:

@@ -357,7 +357,7 @@ def test_long_names_stand_below_the_picture_and_a_shared_original_head_is_drawn_
         two = [
             {
                 **c,
-                "recipe": {"mix": m, "objective": "mixed"},
+                "recipe": {"mix": m, "objective": "an-objective-of-a-rather-long-name" * (m > 0.5)},
                 "heads": curve.mark_best([head(8, 0.1, 30.0), head(16, 0.1, 12.0)]),
             }
             for m in (0.5, 0.9)
