@@ -16,7 +16,7 @@ from bottleneck.results.schema import series
 PAPER_MARK = 1000  # "degrades visibly below r ≈ 1000, whatever the model's size" (Godey et al. 2024, Fig. 6)
 LEGEND_INSIDE = 44  # letters of a legend that stands inside the axes, at most
 MARKERS = "os^Dvph*"
-BEFORE = "_closed form, no training"  # of every dotted line; one entry of the legend serves them all
+BEFORE = "_before training"  # of every dotted line; one entry of the legend serves them all
 HIGHEST = 1e200  # larger perplexities are not drawn: Matplotlib's arithmetic on axes would overflow
 
 

@@ -111,9 +111,7 @@ def test_lines_are_named_by_what_differs(drawn):
 def test_kinds_of_one_rank_share_a_line_of_knees():
     c = of_kinds(made({8: 2.05}), ["block", "low_rank"])
     c["heads"][0]["loss"] = 2.5
-    assert knee_lines(curve.finish(c)) == [
-        "within x % of the original head's loss: 1 %: none; 5 %: block; 10 %: block"
-    ]
+    assert knee_lines(curve.finish(c)) == ["within x % of the original head's loss: 1 %: none; 5 %: block; 10 %: block"]
     c["heads"][0]["loss"] = 2.01
     (line,) = knee_lines(curve.finish(c))
     assert line.endswith("1 %: low_rank; 5 %: all; 10 %: all")

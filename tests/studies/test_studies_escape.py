@@ -10,8 +10,14 @@ import torch
 
 from bottleneck.backbone.model import FullHead
 from bottleneck.core.errors import UserError
-from bottleneck.studies.formulas.output_rank import centred_spectrum, exponent, losses_without_bands, output_rank
-from bottleneck.studies.measure.escape import chosen_columns, extended, one_head
+from bottleneck.studies.formulas.output_rank import (
+    centred_rank,
+    centred_spectrum,
+    exponent,
+    losses_without_bands,
+    output_rank,
+)
+from bottleneck.studies.measure.escape import chosen_columns, extended, limited, one_head
 from support.study_runs import run_study
 
 
@@ -28,6 +34,19 @@ def test_a_linear_head_has_its_rank_and_a_mixture_of_two_exceeds_it():
     mixed = output_rank(centred_spectrum(mixture), 32)
     assert single["rank"] == 5 and single["tail_energy"] < 1e-9
     assert mixed["rank"] > 32 and mixed["tail_energy"] > 1e-4 and mixed["effective_rank"] > single["effective_rank"]
+
+
+def test_a_rank_that_few_tokens_hide_is_said_to_be_a_least_one():
+    """W has rank 2 but for twenty exact rows, of which the chosen tokens hold four; over all tokens it is 22."""
+    W = torch.randn(300, 2, generator=g(0)) @ torch.randn(2, 32, generator=g(1))
+    W[:20] = torch.randn(20, 32, generator=g(2))
+    h, y, fixed = torch.randn(200, 32, generator=g(3)), torch.arange(200), torch.arange(16, 60)
+    assert centred_rank(W) == 22 == output_rank(centred_spectrum(torch.log_softmax(h @ W.T, -1)), 32)["rank"]
+    found = one_head(lambda x: x @ W.T, h, y, vocab=300, fixed=fixed)
+    assert found["rank"] == 6 and found["limit"] == 43
+    assert limited(found, W)["limit"] == 6 and limited(found, None) == found
+    plain = one_head(lambda x: x @ W[20:].T, h, y, vocab=280, fixed=fixed)
+    assert plain["rank"] == 2 and limited(plain, W[20:]) == plain
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.3])

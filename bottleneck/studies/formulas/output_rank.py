@@ -47,6 +47,21 @@ def output_rank(sigma: Tensor, hidden_size: int) -> dict[str, Any]:
     }
 
 
+@torch.no_grad()
+def centred_rank(W_VD: Tensor) -> int:
+    """Rank of W without its mean row: of the log-probabilities over the whole vocabulary, if contexts enough are seen.
+
+    Singular values count from ROUNDING of the first on, as in `output_rank`.
+    """
+    mean_D, D = W_VD.mean(0, dtype=torch.float64), W_VD.shape[1]
+    gram_DD = torch.zeros(D, D, dtype=torch.float64, device=W_VD.device)
+    for rows in W_VD.split(16_384):
+        centred = rows.double() - mean_D
+        gram_DD += centred.T @ centred
+    sigma = torch.linalg.eigvalsh(gram_DD).clamp(min=0).sqrt()
+    return int((sigma > ROUNDING * sigma.max()).sum())
+
+
 def exponent(sigma: Tensor) -> float | None:
     """α of the power law σ_i ~ i^-α, by least squares on logarithms; None for fewer than 8 values above rounding.
 

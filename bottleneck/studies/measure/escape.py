@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from bottleneck.data.module import IGNORE
 from bottleneck.heads.key import HeadKey
 from bottleneck.losses.chunked import chunk_rows
 from bottleneck.results.schema import series
-from bottleneck.studies.formulas.output_rank import centred_spectrum, losses_without_bands, output_rank
+from bottleneck.studies.formulas.output_rank import centred_rank, centred_spectrum, losses_without_bands, output_rank
 from bottleneck.studies.formulas.spearman import spearman
 from bottleneck.studies.shared.config import StudyConfig
 from bottleneck.studies.shared.loading import device_of, loaded, log_memory
@@ -64,7 +64,8 @@ def chosen_columns(logits: Logits, h_ND: Tensor, *, vocab: int, columns: int) ->
 def one_head(logits: Logits, h_ND: Tensor, y_N: Tensor, *, vocab: int, fixed: Tensor) -> dict[str, Any]:
     """Loss in nats a token and output rank of one head over the tokens `fixed` of the vocabulary.
 
-    `limit` is the highest rank that so many contexts and tokens can show.
+    `limit` is the highest rank that so many contexts and tokens can show; of a linear head, what these tokens did show
+    where the whole vocabulary has more.
     """
     total, kept = 0.0, []
     rows = chunk_rows(vocab, h_ND.device.type)
@@ -75,6 +76,16 @@ def one_head(logits: Logits, h_ND: Tensor, y_N: Tensor, *, vocab: int, fixed: Te
     sigma = centred_spectrum(torch.cat(kept))
     found = {"limit": min(len(h_ND), len(fixed)) - 1, "singular_values": sigma.tolist()}
     return {"loss": total / len(y_N), **output_rank(sigma, h_ND.shape[1]), **found}
+
+
+def limited(found: dict[str, Any], W_VD: Optional[Tensor]) -> dict[str, Any]:
+    """`one_head`'s result with a limit that knows the matrix of a linear head; None: the head is not linear.
+
+    The tokens that are used may show less than all would: few of them have the exact rows of `low_rank_sparse`.
+    """
+    if W_VD is None or centred_rank(W_VD) <= found["rank"]:
+        return found
+    return found | {"limit": found["rank"]}
 
 
 @torch.no_grad()
@@ -138,8 +149,9 @@ def measure(c: StudyConfig, folder: Path) -> dict[str, Any]:
     _check_sizes(s, text.tokens, width, vocabulary)
     log_memory([cp], device, 40 * text.tokens * s.columns + 12 * chunk_rows(vocabulary, device.type) * vocabulary)
     sizes = {name: getattr(s, name) for name in ("columns", "bands", "histories", "futures")}
-    # parts that were measured on evenly spaced columns, or whose histories lacked their first token, are not used again
-    sizes |= {"choice": "half likeliest", "bos": text.bos}
+    # parts of earlier versions are not used again: evenly spaced columns, histories without their first token, limits
+    # that did not know the rank of W
+    sizes |= {"choice": "half likeliest", "bos": text.bos, "limits": "of W"}
     parts = PartialResults(folder, s.name, {**text.identity, **sizes, "dtype": c.backbone.dtype})
     rows = best_heads(run)
     if not rows:
@@ -170,7 +182,8 @@ def measure(c: StudyConfig, folder: Path) -> dict[str, Any]:
 
             def trained(row: dict[str, Any] = row) -> dict[str, Any]:
                 head = run.head(row).to(device)
-                return one_head(lambda h: head.logits(h.float()), h_ND, y_N, vocab=vocabulary, fixed=fixed)
+                found = one_head(lambda h: head.logits(h.float()), h_ND, y_N, vocab=vocabulary, fixed=fixed)
+                return limited(found, head.dense())
 
             part, kept = parts.get_or(f"{name} {run.hash(row)}", trained)
             heads.append({"head": name, "kind": HeadKey.of(row).kind, "rank_of_head": row["rank"], **part})
