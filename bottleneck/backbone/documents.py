@@ -11,13 +11,16 @@ Dims: N sequences, T sequence length, D hidden size.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Callable, Optional
+from types import MappingProxyType
+from typing import Any, Callable, Mapping, Optional
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from bottleneck.backbone.proof import MOVE_TOLERANCE, MOVE_TOLERANCE_16, probe_ids, relative_error
+
+Windows = Mapping[str, Optional[int]]
 
 
 @dataclass(frozen=True)
@@ -53,22 +56,49 @@ class Documents:
         """The ids [N, T] that a model reads: those given, with each document's beginning as it would be alone."""
         return ids_NT if self.bos is None or not self.mask else torch.where(self.begins(ids_NT), self.bos, ids_NT)
 
-    def arguments(self, ids_NT: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    def arguments(self, ids_NT: Tensor, dtype: torch.dtype, windows: Windows = MappingProxyType({})) -> dict[str, Any]:
         """Arguments of a Transformers model: position_ids [N, T]; attention_mask [N, 1, T, T], 0 or the lowest number.
 
         Both are always given: from positions alone Transformers would guess where documents begin.
+
+        Args: windows: see `windows_of`. Where one is shorter than T, and layers differ, attention_mask is a mask for
+                each type of layer, as families with such layers take it.
         """
-        places = torch.arange(ids_NT.shape[1], device=ids_NT.device)
+        T = ids_NT.shape[1]
+        places = torch.arange(T, device=ids_NT.device)
         begins = self.begins(ids_NT)
-        allowed = (places[:, None] >= places)[None]
+        back = places[:, None] - places
+        allowed = (back >= 0)[None]
         if self.mask:
             number = begins.cumsum(1)
             allowed = allowed & (number[:, :, None] == number[:, None, :])
         positions = places.expand_as(ids_NT)
         if self.reset:
             positions = positions - torch.where(begins, positions, 0).cummax(1).values
-        lowest = torch.zeros((), dtype=dtype, device=ids_NT.device).masked_fill(~allowed, torch.finfo(dtype).min)
-        return {"position_ids": positions, "attention_mask": lowest[:, None].expand(len(ids_NT), 1, -1, -1)}
+
+        def mask(window: Optional[int]) -> Tensor:
+            seen = allowed if window is None else allowed & (back < window)
+            lowest = torch.zeros((), dtype=dtype, device=ids_NT.device).masked_fill(~seen, torch.finfo(dtype).min)
+            return lowest[:, None].expand(len(ids_NT), 1, -1, -1)
+
+        kinds = windows if any(w is not None and w < T for w in windows.values()) else {"": None}
+        masks = {kind: mask(window) for kind, window in kinds.items()}
+        return {"position_ids": positions, "attention_mask": masks if len(masks) > 1 else next(iter(masks.values()))}
+
+
+def windows_of(config: Any) -> dict[str, Optional[int]]:
+    """How many tokens, its own included, each type of a model's layers attends to; None: all before it.
+
+    By `layer_types` and `sliding_window` of a Transformers config. A model without types of layers has one; one with
+    types that are not known here has none: `fault` then tells whether a mask of all tokens serves.
+    """
+    window = getattr(config, "sliding_window", None)
+    window = window if isinstance(window, int) and getattr(config, "use_sliding_window", True) else None
+    types = getattr(config, "layer_types", None)
+    if not types:
+        return {"": window}
+    known = {"full_attention": None, "sliding_attention": window}
+    return {kind: known[kind] for kind in types} if set(types) <= known.keys() else {}
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bottleneck.backbone import proof
-from bottleneck.backbone.documents import Documents, fault
+from bottleneck.backbone.documents import Documents, fault, windows_of
 from bottleneck.backbone.head import FullHead, UnknownHeadError
 from bottleneck.backbone.load import (
     DTYPES,
@@ -76,6 +76,7 @@ class Backbone(nn.Module):
             check_numbers(model, name)
         self.engine: Optional[tuple] = None  # owner of the parameters if they are sharded over processes
         self.documents: Optional[Documents] = None
+        self._windows: dict[str, Optional[int]] = {}
         self._compiled_for: Optional[tuple[int, int]] = None
         versions = [p._version for p in model.parameters()]
         parts = self._take_apart(model)
@@ -188,6 +189,8 @@ class Backbone(nn.Module):
     def separate(self, documents: Documents, block_size: int) -> None:
         """Keep documents apart from now on. Raises UserError if the backbone cannot."""
         device = self.lm_head.weight.device
+        config = getattr(self.body, "config", None)
+        self._windows = windows_of(config.get_text_config()) if config is not None else {}
 
         def run(ids_NT: Tensor, kept: Optional[Documents]) -> Tensor:
             self.documents = kept
@@ -211,9 +214,9 @@ class Backbone(nn.Module):
         """Token ids [N, T] to the head's input [N, T, D], in the head's dtype."""
         odd = self._compiled_for is not None and tuple(ids_NT.shape) != self._compiled_for
         with torch.compiler.set_stance("force_eager") if odd else contextlib.nullcontext():
-            more: dict[str, Tensor] = {}
+            more: dict[str, Any] = {}
             if self.documents is not None:
-                more = self.documents.arguments(ids_NT, self.dtype)
+                more = self.documents.arguments(ids_NT, self.dtype, self._windows)
                 ids_NT = self.documents.begun(ids_NT)
             if self._alone:
                 hidden = self.body(input_ids=ids_NT, use_cache=False, **more).last_hidden_state
