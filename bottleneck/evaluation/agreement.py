@@ -51,8 +51,13 @@ def band_names() -> list[str]:
 
 def metric_sums(original: Predictions, head: Predictions, wanted: Sequence[Metric]) -> Tensor:
     """Each metric summed over the tokens of a chunk: [K], float64."""
-    measured = {m.measure: m.measure(original, head) for m in wanted}  # once for metrics of the same values
+    measured = _measured(original, head, wanted)
     return _summed([measured[m.measure] for m in wanted])
+
+
+def _measured(original: Predictions, head: Predictions, wanted: Sequence[Metric]) -> dict[Any, Tensor]:
+    """The values [n] of each measure, computed once for all metrics that share it."""
+    return {measure: measure(original, head) for measure in dict.fromkeys(m.measure for m in wanted)}
 
 
 def _summed(values: list[Tensor]) -> Tensor:
@@ -80,7 +85,7 @@ class _Sums:
 
     def compare(self, i: int, original: Predictions, head: Predictions) -> None:
         """Add a chunk of tokens to the metrics of head i."""
-        measured = {m.measure: m.measure(original, head) for m in self.wanted}
+        measured = _measured(original, head, self.wanted)
         sums = _summed([measured[m.measure] for m in self.wanted])
         self.metrics_HK[i] += torch.where(self.by_token_K, sums, 0.0)
         self.numbers_HK[i] += self.by_token_K * len(head.targets_n)

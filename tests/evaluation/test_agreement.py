@@ -10,7 +10,7 @@ import torch
 
 from bottleneck.core.extensions import METRICS, Metric, Predictions, metrics
 from bottleneck.core.most_likely import most_likely
-from bottleneck.evaluation.agreement import BANDS, bands_of, compare, grouped, metric_sums
+from bottleneck.evaluation.agreement import BANDS, _Sums, bands_of, compare, grouped, metric_sums
 from bottleneck.heads.bank import HeadBank, HeadKey
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,6 +58,23 @@ def test_the_most_likely_tokens_are_those_of_a_sort():
         assert most_likely(values, 5).equal(values.sort(descending=True).indices[:, :5])
     equal = torch.zeros(2, 50_257)
     assert len(set(most_likely(equal, 5)[0].tolist())) == 5
+
+
+def test_metrics_of_one_measure_compute_it_once():
+    """Nine built-in metrics share `acceptance`, which reads all logits several times."""
+    calls = []
+
+    def measure(original, head):
+        calls.append(1)
+        return torch.ones(len(head.targets_n))
+
+    g = torch.Generator().manual_seed(0)
+    found = Predictions(torch.randn(6, 9, generator=g).log_softmax(-1), torch.randint(9, (6,), generator=g))
+    named = [Metric(name=n, summary="", measure=measure, title=n, unit="", better="higher") for n in "abc"]
+    assert metric_sums(found, found, named).tolist() == [6.0] * 3 and len(calls) == 1
+    sums = _Sums(1, named, torch.device("cpu"))
+    sums.compare(0, found, found)
+    assert sums.metrics_HK[0].tolist() == [6.0] * 3 and len(calls) == 2
 
 
 def test_a_plugins_metric_changes_no_bit_of_the_others():
