@@ -34,6 +34,8 @@ def repeats(curves: Iterable[dict[str, Any]]) -> dict[tuple[str, str, int], list
     for c in curves:
         for name in ("backbone", "data", "data_hash", "tokens"):
             about = f"{name} is {c[name]} in one run and {first.get(name)} in another"
+            if name == "data_hash":
+                about = "the text is not the same in all runs: other training or validation tokens"
             check(first.setdefault(name, c[name]) == c[name], f"{about}; repeats have the same")
         for h in c["heads"]:
             if h["status"] == "ok":

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 
+FOREIGN = {"trainer.precision": "backbone.dtype", "data.path": "data.files"}  # what other projects call a key
 CUTOFF = 0.8  # nearness from which on a key is named
 BONUS = 0.15  # for the same group, and for a name that begins with the other
 
 
 def nearest(key: str, known: Sequence[str]) -> list[str]:
     """The known keys with the name of `key`, in whatever group; else the one with the nearest name; else none."""
+    if FOREIGN.get(key) in known:
+        return [FOREIGN[key]]
     same = [other for other in known if _split(other)[1] == _split(key)[1]]
     if same or not known:
         return same

@@ -67,4 +67,8 @@ def pareto(points: list[tuple[float, float]], near: float = 0.0) -> list[tuple[f
     for cost, loss in sorted(points):
         if not front or loss < front[-1][1]:
             front.append((cost, loss))
-    return [(c, y) for c, y in front if not any(other <= c * (1 + near) and best < y for other, best in front)]
+    kept: list[tuple[float, float]] = []
+    for cost, loss in reversed(front):  # from the dearest: a point may lose to one that is kept only
+        if near == 0 or not kept or kept[-1][0] > cost * (1 + near):
+            kept.append((cost, loss))
+    return kept[::-1]

@@ -74,7 +74,8 @@ def command(argv: list[str]) -> None:
         found = [*cost_lines(c, args.x), *equal_cost.lines(c, args.x)]
         for line in [f"{label}:"] * (len(curves) > 1 and bool(found)) + found:
             console.print(line, highlight=False, soft_wrap=True, markup=False)
-    print(printable(f"wrote {args.out}/curve.json, curve.csv, curve.png"))
+    more = ", details.png" if (args.out / "details.png").is_file() else ""
+    print(printable(f"wrote {args.out}/curve.json, curve.csv, curve.png{more}"))
 
 
 def _check_cost(curves: list[dict[str, Any]], x: str) -> None:

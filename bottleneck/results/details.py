@@ -7,7 +7,7 @@ from typing import Any, BinaryIO, NamedTuple
 from bottleneck.results.cost import AXES
 from bottleneck.results.labels import as_text, labels, line_names
 from bottleneck.results.metric_names import Column, columns
-from bottleneck.results.picture import pyplot, rank_axis
+from bottleneck.results.picture import colours_for, pyplot, rank_axis
 from bottleneck.results.schema import series
 
 MARKS = {"solid": "-", "dashed": "--", "dotted": ":"}
@@ -58,9 +58,7 @@ def draw_details(curves: list[dict[str, Any]], file: BinaryIO) -> None:
     figure, axes = plt.subplots(
         1, len(shown) + 1, figsize=(13 / 3 * (len(shown) + 1), 4.2), dpi=130, layout="constrained"
     )
-    colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
-    if len(lines) > len(colours):
-        colours = list(plt.cm.tab20.colors)
+    colours = colours_for(len(lines))
     for panel, place in zip(shown, axes):
         for number, line in enumerate(lines):
             _draw_panel(place, panel, line, colours[number % len(colours)])
@@ -73,7 +71,7 @@ def draw_details(curves: list[dict[str, Any]], file: BinaryIO) -> None:
         if len(lines) == 1 or len(panel.metrics) > 1:
             colour = colours[0] if len(lines) == 1 else "0.3"
             place.legend(handles=_styles(panel, colour), fontsize=7, frameon=False, handlelength=3)
-    title = "by place of the next token in the order of frequency (1: most frequent)"
+    title = "by place of the next token\nin the order of frequency (1: most frequent)"
     axes[-1].set_title(title if len(lines) == 1 else f"{title}\n{lines[0].name}", fontsize=9)
     axes[-1].set_ylabel("loss above the original head's, nats")
     _draw_bands(axes[-1], lines[0], plt.cm.viridis)

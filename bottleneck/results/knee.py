@@ -118,7 +118,7 @@ def _number(cost: float) -> str:
 def knee_lines(c: dict[str, Any]) -> list[str]:
     """A line for each start and kind: the ranks within 1, 5, 10 % of the original head's loss.
 
-    Of several lines, those of one rank have no knee: one line says which of them are good enough.
+    Of several lines, those of one rank have no knee: one line names those that are good enough.
     """
     names = line_names([c])
     about = "within x % of the original head's loss"
@@ -137,11 +137,13 @@ def knee_lines(c: dict[str, Any]) -> list[str]:
         parts = []
         for percent in dict.fromkeys(k["percent"] for s in alone for k in found[s]):
             reached = [
-                names.get(s, s) for s in alone for k in found[s] if k["percent"] == percent and k["rank"] is not None
+                names.get(s, s) + (f" ({k['reached']} of {k['seeds']} seeds)" if k["reached"] < k["seeds"] else "")
+                for s in alone
+                for k in found[s]
+                if k["percent"] == percent and k["rank"] is not None
             ]
-            which = "all" if len(reached) == len(alone) else ", ".join(reached) or "none"
-            parts.append(f"{percent} %: {which}")
-        out.append(f"{about}{', of one rank each' * bool(out)}: {'; '.join(parts)}")
+            parts.append(f"{percent} %: {', '.join(reached) or 'none'}")
+        out.append(f"{about}{', kinds of one rank' * bool(out)}: {'; '.join(parts)}")
     return out
 
 

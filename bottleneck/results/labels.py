@@ -39,12 +39,18 @@ def labels(curves: list[dict[str, Any]]) -> list[str]:
     return [", ".join(part) for part in label_parts(curves)]
 
 
-def label_parts(curves: list[dict[str, Any]]) -> list[list[str]]:
-    """The words of which `labels` are made: for each curve, the backbone first."""
+def label_parts(curves: list[dict[str, Any]], with_lines: bool = True) -> list[list[str]]:
+    """The words of which `labels` are made: for each curve, the backbone first.
+
+    Args: with_lines: a curve that has one line is named by it, too, where others have another.
+    """
     parts = [[c["backbone"]] for c in curves]
     names = line_names(curves)
+    kinds = {s.partition(", ")[2] for s in names}
+    for part in parts if len(kinds) == 1 else ():
+        part += kinds - {""}  # heads of one kind that is not low_rank
     lines = [tuple(sorted({series(h) for h in c.get("heads", ())})) for c in curves]
-    if len(set(lines)) > 1:
+    if with_lines and len(set(lines)) > 1:
         for part, mine in zip(parts, lines):
             part += [names[s] for s in mine] if len(mine) == 1 else []  # each of several lines is named by itself
     for key in ("data", "tokens"):
@@ -59,11 +65,14 @@ def label_parts(curves: list[dict[str, Any]]) -> list[list[str]]:
                     part.append(f"{key} {c['recipe'][key]}")
     # different weights, texts or targets under one name
     hashes = [(c.get("backbone_hash"), c.get("data_hash"), (c.get("target") or {}).get("hash")) for c in curves]
-    for i, words in enumerate(("", "", "target ")):
+    if len({c.get("data_hash") for c in curves}) > 1 and len({c.get("validation_tokens") for c in curves}) > 1:
+        for part, c in zip(parts, curves):
+            part.append(f"{c.get('validation_tokens') or 0:,} validation tokens")
+    for i, words in enumerate(("weights", "text", "target")):
         shared = [tuple(part) for part in parts]
         for part, name, found in zip(parts, shared, hashes):
             if len({other[i] for other, n in zip(hashes, shared) if n == name}) > 1:
-                part.append(f"{words}{str(found[i])[:6]}")
+                part.append(f"{words} {str(found[i])[:6]}")
     return parts
 
 

@@ -30,6 +30,14 @@ def pyplot() -> Any:
     return plt
 
 
+def colours_for(lines: int) -> list[Any]:
+    """At least so many colours: the usual ten, twenty for more lines; beyond, they repeat."""
+    plt = pyplot()
+    few = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    found = few if lines <= len(few) else list(plt.cm.tab20.colors)
+    return found * max(1, math.ceil(lines / len(found)))
+
+
 def draw(curves: list[dict[str, Any]], file: BinaryIO, x: str = "rank") -> None:
     """Draw curve.png: one colour for each line; dashed: the original head; dotted: before training; faint: other rates.
 
@@ -44,7 +52,7 @@ def draw(curves: list[dict[str, Any]], file: BinaryIO, x: str = "rank") -> None:
     axis = AXES[x]
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(7.2, 4.6), dpi=150, layout="constrained")
-    style = _Style(curves, plt)
+    style = _Style(curves)
     ranks: set[int] = set()
     values: list[float] = []
     points: list[tuple[float, float]] = []
@@ -70,14 +78,18 @@ def draw(curves: list[dict[str, Any]], file: BinaryIO, x: str = "rank") -> None:
         if ranks and min(ranks) <= PAPER_MARK <= max(ranks):
             axes.axvline(PAPER_MARK, color="0.6", ls="-.", lw=1, label="r = 1000 (Godey et al. 2024)")
     else:
-        _cost_axis(axes, axis, curves, points, front=alike and style.count > 1)
+        _cost_axis(axes, x, curves, points, front=alike and style.count > 1)
     if not ranks:
-        axes.set_title("every head diverged", fontsize=10)
+        axes.set_title(as_text(f"{style.title}: every head diverged".removeprefix(": ")), fontsize=9)
     if values:
         _perplexity_axis(axes, min(values), max(values))
         _name_closed_forms(axes)
     rows = [h for c in curves for h in c["heads"]]
-    axes.set_xlabel(f"{axis.label} ({measured_on(rows[0])})" if x in MEASURED else axis.label)
+    if x == "rank" and any(h.get("kind", "low_rank") != "low_rank" for h in rows):
+        axes.set_xlabel("rank r of the head")
+    else:
+        measured = f"\n{textwrap.fill(measured_on(rows[0]), 100)}" if x in MEASURED else ""
+        axes.set_xlabel(axis.label + measured, fontsize=8 if measured else None)
     axes.set_ylabel("validation perplexity")
     axes.grid(alpha=0.25)
     _legend(figure, axes)
@@ -91,14 +103,15 @@ def _drawable(h: dict[str, Any], axis: Axis) -> bool:
 
 
 def _cost_axis(
-    axes: Any, axis: Axis, curves: list[dict[str, Any]], points: list[tuple[float, float]], *, front: bool
+    axes: Any, x: str, curves: list[dict[str, Any]], points: list[tuple[float, float]], *, front: bool
 ) -> None:
     """A logarithmic axis of cost, the original head's cost, and with several lines their Pareto front."""
+    axis = AXES[x]
     from matplotlib.ticker import EngFormatter, LogLocator
 
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.xaxis.set_major_formatter("{x:g}" if x in MEASURED else EngFormatter(sep=""))
     axes.xaxis.set_minor_formatter("")
     for V, d in sorted({(c["vocab_size"], c["hidden_size"]) for c in curves if axis.weight is not None}):
         axes.axvline(
@@ -106,12 +119,12 @@ def _cost_axis(
             color="0.6",
             ls="-.",
             lw=1,
-            label=f"original head's cost (V·d = {V * d:,} parameters)",
+            label=f"original head's cost ({(axis.weight or 1) * V * d:,})",
         )
     if front:
         best = pareto(points, near=NEAR)
-        label = f"Pareto front (costs within {NEAR:.0%} count as equal)" if len(best) > 1 else "_front"
-        axes.plot(*zip(*best), color="0.2", alpha=0.25, lw=4, zorder=0, label=label)
+        label = f"Pareto front (costs within {NEAR:.0%} count as equal)" if best else "_front"
+        axes.plot(*zip(*best), "o-", color="0.2", alpha=0.25, lw=4, ms=9, zorder=0, label=label)
 
 
 class _Look(NamedTuple):
@@ -128,22 +141,19 @@ class _Style:
     Several curves that have several lines each: the colour tells the line, the marker the curve.
     """
 
-    def __init__(self, curves: list[dict[str, Any]], plt: Any):
+    def __init__(self, curves: list[dict[str, Any]]):
         self.names = line_names(curves)
         self.count = sum(len(self.lines_of(c)) for c in curves)
-        parts = label_parts(curves)
+        self.crossed = len(curves) > 1 and any(len(self.lines_of(c)) > 1 for c in curves)
+        parts = label_parts(curves, with_lines=not self.crossed)
         shared = [word for word in parts[0] if self.count > 1 and all(word in part for part in parts)]
         self.title = ", ".join(shared)
         self.runs = [as_text(", ".join(word for word in part if word not in shared)) for part in parts]
-        self.crossed = len(curves) > 1 and any(len(self.lines_of(c)) > 1 for c in curves)
         self.several = [len(self.lines_of(c)) > 1 for c in curves]
         needed = len(self.names) if self.crossed else self.count
-        self.colours = plt.rcParams["axes.prop_cycle"].by_key()["color"]
-        if needed > len(self.colours):
-            self.colours = list(plt.cm.tab20.colors)
+        self.colours = colours_for(needed)
         self.number = 0
         self.firsts: dict[int, Any] = {}
-        self.named: set[str] = set()
 
     @staticmethod
     def lines_of(c: dict[str, Any]) -> list[str]:
@@ -157,20 +167,25 @@ class _Style:
         colour = self.colours[at % len(self.colours)]
         self.firsts.setdefault(i, colour)
         if self.crossed:
-            label = f"_{called}" if called in self.named else called
-            self.named.add(called)
-            return _Look(colour, MARKERS[i % len(MARKERS)], label)
+            return _Look(colour, MARKERS[i % len(MARKERS)], f"_{called}")
         words = [self.runs[i]] * bool(self.runs[i]) + [called] * self.several[i]
         return _Look(colour, "o", ", ".join(words) or called)
 
     def first(self, i: int) -> Any:
-        """The colour of the first line of curve i; of a curve without lines, the next colour."""
+        """The colour of the first line of curve i; of a curve without lines, the next colour.
+
+        Where a colour tells a line and not a curve: a grey for each curve.
+        """
+        if self.crossed:
+            return ("0.2", "0.45", "0.65")[i % 3]
         return self.firsts.get(i, self.colours[self.number % len(self.colours)])
 
     def finish(self, axes: Any) -> None:
-        """The title, and the legend's entries for the markers."""
+        """The title, and where curves have several lines the legend's entries for colours and markers."""
         if self.title:
             axes.set_title(as_text(self.title), fontsize=9)
+        for at, name in enumerate(self.names if self.crossed else ()):
+            axes.plot([], [], color=self.colours[at % len(self.colours)], label=as_text(self.names[name]))
         for i, run in enumerate(self.runs if self.crossed else ()):
             axes.plot([], [], MARKERS[i % len(MARKERS)], color="0.4", ms=5, label=run or "_run")
 
@@ -182,7 +197,8 @@ def _draw_heads(axes: Any, axis: Axis, heads: list[dict[str, Any]], look: _Look,
     """
     best, rest = ([h for h in heads if h["best"] is wanted] for wanted in (True, False))
     line = [axis.of(h) for h in best], [h["perplexity"] for h in best]
-    axes.plot(*line, f"{look.marker}-", color=look.colour, label=look.label, ms=5)
+    label = look.label if best else f"{look.label} (diverged)"
+    axes.plot(*line, f"{look.marker}-", color=look.colour, label=label, ms=5)
     for h in best:
         excess = h.get("excess_interval")
         bounds = [perplexity_of(own + x) for x in excess] if excess and own is not None else [None]
@@ -251,6 +267,7 @@ def _draw_knees(axes: Any, x: str, c: dict[str, Any]) -> None:
         found = [(percent, cost, []) for percent, cost, _ in least_costs(c, x)]
     else:
         return
+    named: dict[float, list[tuple[int, float]]] = {}
     for percent, at, interval in found:
         height = perplexity_of(c["reference"]["loss"] * (1 + percent / 100)) if at is not None else None
         if height is None or height >= HIGHEST:
@@ -258,8 +275,12 @@ def _draw_knees(axes: Any, x: str, c: dict[str, Any]) -> None:
         axes.plot([at], [height], "|", color="0.35", ms=11)
         if len(interval) == 2:
             axes.plot(interval, [height] * 2, color="0.35", lw=1, label="_interval")
+        named.setdefault(at, []).append((percent, height))
+    for at, marks in named.items():  # one name where several marks stand above each other
+        words = ", ".join(f"{percent} %" for percent, _ in marks)
+        highest = max(height for _, height in marks)
         place = {"textcoords": "offset points", "xytext": (3, 6)}
-        axes.annotate(f"{percent} %", (at, height), fontsize=7, color="0.35", **place)
+        axes.annotate(words, (at, highest), fontsize=7, color="0.35", **place)
 
 
 def _draw_domains(axes: Any, axis: Axis, c: dict[str, Any], colours: list[str]) -> list[float]:

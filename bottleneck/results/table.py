@@ -29,7 +29,7 @@ def show(curves: list[dict[str, Any]], console: Console) -> None:
         console.print(table)
         for line in [*(knee_lines(c) if "knee" in c else ()), *_rates_at_the_end(c["heads"]), *_harmed(c["heads"])]:
             console.print(line, highlight=False, soft_wrap=True)
-        lost = [f"{_place(h)} lr {h['lr']:.3g} seed {h['seed']}" for h in c["heads"] if h["status"] != "ok"]
+        lost = [f"{_place(h, c['heads'])} lr {h['lr']:.3g} seed {h['seed']}" for h in c["heads"] if h["status"] != "ok"]
         if lost:
             advice = "; all heads diverged: give lower rates (optim.lr)" if len(lost) == len(c["heads"]) else ""
             console.print(f"diverged: {', '.join(lost)}{advice}")
@@ -94,13 +94,12 @@ def _spread(heads: list[dict[str, Any]], best: dict[str, Any]) -> str:
 def _rates_at_the_end(heads: list[dict[str, Any]]) -> list[str]:
     """A hint if the best of several rates is the lowest or the highest: a better one may lie beyond."""
     out = []
-    several = len({kind_of(h) for h in heads}) > 1
     for which, pick, advice in (("lowest", min, "lower"), ("highest", max, "higher")):
         ranks = []
         for h in (h for h in heads if h["best"]):
             rates = {o["lr"] for o in heads if (series(o), o["rank"]) == (series(h), h["rank"])}
             if len(rates) > 2 and h["lr"] == pick(rates):
-                ranks.append(_place(h, several).removeprefix("rank "))
+                ranks.append(_place(h, heads).removeprefix("rank "))
         if ranks:
             out.append(f"the {which} rate tried is the best at rank {', '.join(ranks)}: try {advice} ones")
     return out
@@ -108,19 +107,19 @@ def _rates_at_the_end(heads: list[dict[str, Any]]) -> list[str]:
 
 def _harmed(heads: list[dict[str, Any]]) -> list[str]:
     """A hint if training made the best head of a rank worse than its start: its rate is too high for so short a run."""
-    several = len({kind_of(h) for h in heads}) > 1
     worse = [
-        f"{_place(h, several)} ({h['initial_loss']:.4f} to {h['loss']:.4f})"
+        f"{_place(h, heads)} ({h['initial_loss']:.4f} to {h['loss']:.4f})"
         for h in heads
         if h["best"] and h.get("initial_loss") is not None and h["loss"] > HARM * h["initial_loss"]
     ]
     return [f"training made worse: {', '.join(worse)}: give lower rates or more tokens"] if worse else []
 
 
-def _place(h: dict[str, Any], several: bool = False) -> str:
-    """A head's rank, and its kind if that is not W = A B or if there are several kinds."""
-    kind = kind_of(h) or ("low_rank" if several else "")
-    return f"rank {h['rank']}" + (f" ({kind})" if kind else "")
+def _place(h: dict[str, Any], heads: list[dict[str, Any]]) -> str:
+    """A head's rank, and what tells its line from others of `heads`: start, kind or both."""
+    names = line_names([{"heads": heads}])
+    name = names[series(h)] if len(names) > 1 else kind_of(h)
+    return f"rank {h['rank']}" + (f" ({name})" if name else "")
 
 
 def _numbers(row: dict[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from bottleneck.config.declare import key
 from bottleneck.config.numbers import as_count
 from bottleneck.core.extensions import STUDIES, Study
-from bottleneck.results.picture import as_text
+from bottleneck.results.picture import as_text, colours_for
 from bottleneck.studies.shared.config import StudyConfig, StudyKeys
 from bottleneck.studies.shared.figures import STUDY, Figure
 from bottleneck.studies.shared.output import write
@@ -51,10 +51,12 @@ def draw(content: dict[str, Any], file: BinaryIO) -> None:
     """Left: singular values of the log-probabilities. Middle: loss against output rank. Right: loss without bands."""
     figure, (left, middle, right) = canvas(3, width=5.2)
     original = {"head": "original head", "kind": "original", **content["reference"]}
-    for i, e in enumerate([original, *content["heads"]]):
+    entries = [original, *content["heads"]]
+    colours = colours_for(len(entries))
+    for e, colour in zip(entries, colours):
         values = [x for x in e["singular_values"] if x > 0]
-        left.plot(range(1, len(values) + 1), values, lw=1.1, color=f"C{i % 10}", label=as_text(e["head"]))
-        middle.plot([e["effective_rank"] or 1.0], [e["loss"]], "o", color=f"C{i % 10}", label=as_text(e["head"]))
+        left.plot(range(1, len(values) + 1), values, lw=1.1, color=colour, label=as_text(e["head"]))
+        middle.plot([e["effective_rank"] or 1.0], [e["loss"]], "o", color=colour, label=as_text(e["head"]))
     # below 1e-18 of the largest all is rounding, and kinds with constant logits go down to 1e-300
     highest = max((x for e in [original, *content["heads"]] for x in e["singular_values"]), default=0.0)
     if highest > 0:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, Optional
 from bottleneck.config.declare import key
 from bottleneck.config.numbers import as_count
 from bottleneck.core.extensions import STUDIES, Study
-from bottleneck.results.picture import as_text
+from bottleneck.results.picture import as_text, colours_for
 from bottleneck.studies.shared.config import CheckpointKeys, StudyConfig, check_checkpoints
 from bottleneck.studies.shared.figures import STUDY, Figure
 from bottleneck.studies.shared.output import write
@@ -75,6 +75,8 @@ def verdict(entry: dict[str, Any]) -> str:
         fall = fall_after(entry, known)
         if not same and fall >= CLEAR:
             said += f", after which the values fall {fall:.3g} times: what is beyond may be rounding to 16 bits"
+    elif entry["rank"] == entry["hidden_rank"] < entry["hidden_size"]:
+        said += f" (of d = {entry['hidden_size']}: hidden states after a LayerNorm show one less)"
     elif entry["rank"] > entry["hidden_size"]:
         said += f", above the hidden size, {entry['hidden_size']}: its logits are not linear in the hidden states, or "
         said += "rounding hides the end of the spectrum"
@@ -86,13 +88,13 @@ def verdict(entry: dict[str, Any]) -> str:
 def draw(entries: list[dict[str, Any]], file: BinaryIO) -> None:
     """Singular values of the centred log-probabilities; a vertical line where each spectrum ends."""
     figure, (axes,) = canvas(1, width=7.0)
-    for i, e in enumerate(entries):
+    for e, colour in zip(entries, colours_for(len(entries))):
         values = [x for x in e["singular_values"] if x > 0]
         name = e["model"] if e["step"] is None else f"{e['model']}, step {e['step']}"
         shown = "none" if e["rank"] is None else e["rank"]
-        axes.plot(range(1, len(values) + 1), values, lw=1.2, color=f"C{i % 10}", label=as_text(f"{name}: rank {shown}"))
+        axes.plot(range(1, len(values) + 1), values, lw=1.2, color=colour, label=as_text(f"{name}: rank {shown}"))
         if e["rank"] is not None:
-            axes.axvline(e["rank"], color=f"C{i % 10}", lw=0.8, ls="--")
+            axes.axvline(e["rank"], color=colour, lw=0.8, ls="--")
     axes.set(xscale="log", yscale="log", xlabel="index i", ylabel="singular value σ_i of centred log-probabilities")
     axes.legend(fontsize=7, frameon=False)
     save(figure, file)

@@ -55,6 +55,7 @@ class FinishedRun:
     def named(self, name: str) -> dict[str, Any]:
         """The curve's row of a head by its name. Raises UserError that lists the names, or if the head diverged."""
         rows = {HeadKey.of(h).name: h for h in self.curve["heads"]}
+        name = Path(name).name.removesuffix(".safetensors")  # of its file in heads/, too
         check(name in rows, f"--head {name}: {self.folder} has no such head; its heads are {', '.join(rows)}")
         check(rows[name]["status"] == "ok", f"--head {name}: diverged in {self.folder}, nothing to export")
         return rows[name]
@@ -168,6 +169,7 @@ def open_run(folder: Path, backbone: Optional[str] = None) -> FinishedRun:
     Args: backbone: folder or Hub name of the backbone, if it has moved since the run.
     Raises: UserError if `folder` is not the folder of a single finished run.
     """
+    check(not folder.is_file(), f"{folder}: is a file; give the folder of the run")
     check(folder.is_dir(), f"{folder}: no such folder")
     jobs = sorted(p.parent.name for p in folder.glob("*/curve.json"))
     hint = f"; of a multirun give one job's folder, such as {folder / jobs[0]}" if jobs else ""

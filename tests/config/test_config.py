@@ -167,6 +167,8 @@ def test_limits_of_the_backbone():
     "override, words",
     [
         ("rank=8", "rank: unknown key; did you mean ranks?"),
+        ("trainer.precision=32", "trainer.precision: unknown key; did you mean backbone.dtype?"),
+        ("+data.path=x", "data.path: unknown key; did you mean data.files?"),
         ("optim.learning_rate=1", "optim.learning_rate: unknown key; did you mean optim.lr?"),
         ("lr=1e-3", "lr: unknown key; did you mean optim.lr?"),
         ("+model=gpt2", "model: unknown key; did you mean backbone.path?"),

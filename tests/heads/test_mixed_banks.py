@@ -63,7 +63,7 @@ def test_a_mixed_bank(mixed, run, tmp_path):
     assert all(h["best"] for h in rows if h.get("kind") != "gated")
     out = io.StringIO()
     table.show([result.curve], Console(file=out, width=200))
-    assert all(name in out.getvalue() for name in ("fisher, mos components=2", "fisher, gated", "fisher, full"))
+    assert all(name in out.getvalue() for name in ("mos components=2", "gated", "full", "low_rank"))
     assert {k["init"] for k in result.curve["knee"]} == {series(h) for h in rows}
     for alone in ("{kind: mos, rank: 4, components: 3}", "{kind: gated, rank: 4, lr: 3e-3}"):
         run(*FEW, "ranks=auto", f"heads=[{alone}]", run_dir=tmp_path / alone[7:10])
@@ -99,7 +99,8 @@ def test_the_best_matrix_of_a_mixed_bank_can_be_used(mixed, run, tmp_path):
     finished = open_run(mixed[1])
     assert [h["rank"] for h in finished.matrices()] == [4, 8, 32]
     for row in finished.curve["heads"]:
-        assert finished.named(HeadKey.of(row).name) is row
+        name = HeadKey.of(row).name
+        assert finished.named(name) is row and finished.named(f"run/heads/{name}.safetensors") is row
     with pytest.raises(UserError, match="--head nothing: .* has no such head; its heads are "):
         finished.named("nothing")
     taught = run(*FEW, "ranks=[4]", "objective=distill", f"head.teacher={mixed[1]}", run_dir=tmp_path / "taught").curve

@@ -18,7 +18,7 @@ from bottleneck.heads.key import HeadKey
 from bottleneck.results import curve, equal_cost, picture
 from bottleneck.results.cost import AXES, MEASURED, measured_on, pareto
 from bottleneck.results.knee import cost_lines, knee_lines, least_costs
-from bottleneck.results.labels import line_names
+from bottleneck.results.labels import labels, line_names
 from bottleneck.results.schema import fault
 from conftest import HIDDEN, VOCAB, composed
 from support.curves import made, save
@@ -104,8 +104,16 @@ def test_lines_are_named_by_what_differs(drawn):
     picture.draw([short, long], io.BytesIO())
     picture.draw([made({8: 2.5, 64: 2.1})], io.BytesIO())
     both, one = (set(lines) for lines in drawn)
-    assert {"block", "low_rank", "1M tokens", "2M tokens", "_block", "_low_rank"} <= both
+    assert {"block", "low_rank", "1M tokens", "2M tokens"} <= both
     assert not any("toy" in name for name in both) and "toy" in one
+
+
+def test_a_curve_says_its_only_kind_and_what_tells_its_text_from_anothers():
+    (plif,) = [of_kinds(made({8: 2.5, 64: 2.1}), ["plif"])]
+    assert labels([plif]) == ["toy, plif"]
+    other = made({8: 2.5}, data_hash="e", validation_tokens=20)
+    assert labels([made({8: 2.5}), other]) == ["toy, 10 validation tokens", "toy, 20 validation tokens"]
+    assert labels([made({8: 2.5}), other | {"validation_tokens": 10}]) == ["toy, text d", "toy, text e"]
 
 
 def test_kinds_of_one_rank_share_a_line_of_knees():
@@ -114,7 +122,7 @@ def test_kinds_of_one_rank_share_a_line_of_knees():
     assert knee_lines(curve.finish(c)) == ["within x % of the original head's loss: 1 %: none; 5 %: block; 10 %: block"]
     c["heads"][0]["loss"] = 2.01
     (line,) = knee_lines(curve.finish(c))
-    assert line.endswith("1 %: low_rank; 5 %: all; 10 %: all")
+    assert line.endswith("1 %: low_rank; 5 %: low_rank, block; 10 %: low_rank, block")
 
 
 def test_the_pareto_front_is_what_nothing_beats():
@@ -125,8 +133,12 @@ def test_the_pareto_front_is_what_nothing_beats():
         front = pareto(points)
         beaten = {p for p in points if any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)}
         assert front == sorted(set(points) - beaten)
-        beaten |= {p for p in points if any(q[0] <= 1.3 * p[0] and q[1] < p[1] for q in points)}
-        assert pareto(points, near=0.3) == sorted(set(points) - beaten)
+        near = pareto(points, near=0.3)
+        for p in front:  # what is left out is nearly as dear as a better point that is kept
+            kept = [q for q in near if q[0] <= 1.3 * p[0] and q[1] < p[1]]
+            assert (p in near) != bool(kept)
+    chain = [(100 + 2 * i, 50 - i) for i in range(20)]
+    assert len(pareto(chain, near=0.03)) > 6
 
 
 def test_the_command_draws_against_cost(tmp_path, capsys, drawn):

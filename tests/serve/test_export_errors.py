@@ -76,6 +76,7 @@ BAD = {
         r"rank 8, lr 0.01: diverged .* ranks that did not diverge: .*8 \(lr 0.001\)",
     ),
     "no folder": (lambda f: shutil.rmtree(f), [], "no such folder"),
+    "a file": (lambda f: (shutil.rmtree(f), f.touch()), [], "is a file; give the folder of the run"),
     "no curve": (lambda f: (f / "curve.json").unlink(), [], "no curve.json there; give the folder of a finished run"),
     "not json": (lambda f: (f / "curve.json").write_text("{"), [], "not a curve of bottleneck"),
     "merged": (_rewrite(lambda c: c.update(curves=[dict(c), dict(c)])), [], "merged curve"),

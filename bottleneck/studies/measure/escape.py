@@ -138,6 +138,16 @@ def _check_sizes(s: Any, contexts: int, width: int, vocabulary: int) -> None:
     check(s.bands <= width, f"study.bands={s.bands}: must be at most the hidden size, {width}")
 
 
+def _identity(s: Any, bos: Optional[int]) -> dict[str, Any]:
+    """What stored parts depend on besides text and dtype.
+
+    Parts of earlier versions are not used again: evenly spaced columns, histories without their first token, limits
+    that did not know the rank of W.
+    """
+    sizes = {name: getattr(s, name) for name in ("columns", "bands", "histories", "futures")}
+    return sizes | {"choice": "half likeliest", "bos": bos, "limits": "of W"}
+
+
 def measure(c: StudyConfig, folder: Path) -> dict[str, Any]:
     """The content of escape.json."""
     s = c.study
@@ -148,11 +158,7 @@ def measure(c: StudyConfig, folder: Path) -> dict[str, Any]:
     text = study_text(c, [cp])
     _check_sizes(s, text.tokens, width, vocabulary)
     log_memory([cp], device, 40 * text.tokens * s.columns + 12 * chunk_rows(vocabulary, device.type) * vocabulary)
-    sizes = {name: getattr(s, name) for name in ("columns", "bands", "histories", "futures")}
-    # parts of earlier versions are not used again: evenly spaced columns, histories without their first token, limits
-    # that did not know the rank of W
-    sizes |= {"choice": "half likeliest", "bos": text.bos, "limits": "of W"}
-    parts = PartialResults(folder, s.name, {**text.identity, **sizes, "dtype": c.backbone.dtype})
+    parts = PartialResults(folder, s.name, {**text.identity, **_identity(s, text.bos), "dtype": c.backbone.dtype})
     rows = best_heads(run)
     if not rows:
         log.warning("study.run=%s: all of its heads diverged; only the original head is measured", s.run)
