@@ -19,6 +19,7 @@ from bottleneck.core.extensions import metrics as declared_metrics
 from bottleneck.core.files import write_atomic
 from bottleneck.heads.key import HeadKey
 from bottleneck.results.curve import band_losses
+from bottleneck.results.labels import labels, line_names
 from bottleneck.results.schema import FINITE, series
 from bottleneck.training.wandb_runs import (
     AGENT,
@@ -200,21 +201,22 @@ def _show(run: Any, folder: Path, curves: list[dict[str, Any]]) -> None:
 def _lines(curves: list[dict[str, Any]]) -> tuple[list[list[int]], list[list[float]], list[str]]:
     """Ranks, perplexities and label of every line of the chart."""
     xs, ys, keys = [], [], []
-    for curve in curves:
+    called = line_names(curves)
+    for curve, run in zip(curves, labels(curves)):
         best = sorted((h for h in curve["heads"] if h["best"] and h["perplexity"]), key=lambda h: h["rank"])
         names = sorted({series(h) for h in best})
         lines = {
-            f"trained, {name}" if len(names) > 1 else "trained": [h for h in best if series(h) == name]
+            f"trained, {called[name]}" if len(names) > 1 else "trained": [h for h in best if series(h) == name]
             for name in names
         }
         for label, heads in lines.items():
             xs.append([h["rank"] for h in heads])
             ys.append([h["perplexity"] for h in heads])
-            keys.append(f"{curve['backbone']}, {label}" if len(curves) > 1 else label)
+            keys.append(f"{run}, {label}" if len(curves) > 1 else label)
         ranks = list(dict.fromkeys(h["rank"] for h in best))
         xs.append(ranks)
         ys.append([curve["reference"]["perplexity"]] * len(ranks))
-        keys.append(f"{curve['backbone']}, full head" if len(curves) > 1 else "full head")
+        keys.append(f"{run}, original head" if len(curves) > 1 else "original head")
     return xs, ys, keys
 
 
