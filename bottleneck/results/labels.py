@@ -56,7 +56,7 @@ def label_parts(curves: list[dict[str, Any]], with_lines: bool = True) -> list[l
     for key in ("data", "tokens"):
         if len({c[key] for c in curves}) > 1:
             for part, c in zip(parts, curves):
-                part.append(_count(c[key]) if key == "tokens" else str(c[key]))
+                part.append(token_words(c[key]) if key == "tokens" else str(c[key]))
     for key in sorted({k for c in curves for k in c["recipe"]}):
         if len({str(c["recipe"].get(key)) for c in curves}) > 1:
             for part, c in zip(parts, curves):
@@ -76,5 +76,6 @@ def label_parts(curves: list[dict[str, Any]], with_lines: bool = True) -> list[l
     return parts
 
 
-def _count(tokens: int) -> str:
+def token_words(tokens: int) -> str:
+    """The training tokens of a curve, as its label says them."""
     return f"{tokens / 1e6:.4g}M tokens" if tokens >= 1e6 else f"{tokens:,} tokens"

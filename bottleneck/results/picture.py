@@ -150,8 +150,8 @@ class _Style:
         self.title = ", ".join(shared)
         self.runs = [as_text(", ".join(word for word in part if word not in shared)) for part in parts]
         self.several = [len(self.lines_of(c)) > 1 for c in curves]
-        needed = len(self.names) if self.crossed else self.count
-        self.colours = colours_for(needed)
+        self.colours = colours_for(len(self.names) if self.crossed else self.count)
+        self.alive = {series(h) for c in curves for h in c["heads"] if h["best"] and h["status"] == "ok"}
         self.number = 0
         self.firsts: dict[int, Any] = {}
 
@@ -164,7 +164,7 @@ class _Style:
         called = as_text(self.names[name])
         at = list(self.names).index(name) if self.crossed else self.number
         self.number += 1
-        colour = self.colours[at % len(self.colours)]
+        colour = self.colours[at]
         self.firsts.setdefault(i, colour)
         if self.crossed:
             return _Look(colour, MARKERS[i % len(MARKERS)], f"_{called}")
@@ -185,7 +185,8 @@ class _Style:
         if self.title:
             axes.set_title(as_text(self.title), fontsize=9)
         for at, name in enumerate(self.names if self.crossed else ()):
-            axes.plot([], [], color=self.colours[at % len(self.colours)], label=as_text(self.names[name]))
+            label = as_text(self.names[name]) + " (diverged)" * (name not in self.alive)
+            axes.plot([], [], color=self.colours[at], label=label)
         for i, run in enumerate(self.runs if self.crossed else ()):
             axes.plot([], [], MARKERS[i % len(MARKERS)], color="0.4", ms=5, label=run or "_run")
 
@@ -226,7 +227,7 @@ class _References:
     """Draws the line of the original head once for all curves of one backbone and text."""
 
     def __init__(self, curves: list[dict[str, Any]]):
-        # with one line, or several backbones or texts, the original head's has its colour and name
+        # with one line, or with several backbones or texts, it is drawn in the curve's colour and under its name
         alone = len({series(h) for c in curves for h in c["heads"]}) == 1 and len(curves) == 1
         self.apart = len({(c["backbone_hash"], c["data_hash"]) for c in curves}) > 1 or alone
         self.drawn: set[tuple] = set()

@@ -12,7 +12,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from bottleneck.results.knee import knee_lines
-from bottleneck.results.labels import kind_of, labels, line_names
+from bottleneck.results.labels import kind_of, labels, line_names, token_words
 from bottleneck.results.metric_names import Column, columns
 from bottleneck.results.schema import series
 
@@ -39,8 +39,8 @@ def _table(c: dict[str, Any], label: str, shown: list[Column]) -> Table:
     """Args: label: name of the curve among those that are shown, see `labels.labels`."""
     seeds = len({h["seed"] for h in c["heads"]})
     names = line_names([c])
-    # the title names the backbone and the tokens anyway
-    apart = [w for w in label.removeprefix(c["backbone"]).split(", ") if w and not w.endswith(" tokens")]
+    # the title names the backbone and the training tokens anyway
+    apart = [w for w in label.removeprefix(c["backbone"]).split(", ") if w not in ("", token_words(c["tokens"]))]
     more = "".join(f", {w}" for w in apart) + (f", the best of {seeds} seeds" if seeds > 1 else "")
     table = Table(
         title=escape(f"{c['backbone']} on {c['data']}, {c['tokens']:,} training tokens{more}"),

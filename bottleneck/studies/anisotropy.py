@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from bottleneck.core.extensions import STUDIES, Study
-from bottleneck.results.picture import as_text
+from bottleneck.results.picture import as_text, colours_for
 from bottleneck.studies.shared.config import CheckpointKeys, StudyConfig, check_checkpoints
 from bottleneck.studies.shared.figures import SIZES, SMALL, STUDY, Figure, models, pythia, visit_hours
 from bottleneck.studies.shared.output import write
@@ -93,9 +93,9 @@ def draw(entries: list[dict[str, Any]], file: BinaryIO) -> None:
     names = list(dict.fromkeys(e["model"] for e in entries))
     along = any(sum(e["model"] == m for e in entries) > 1 for m in names)
     figure, (left, middle, *rest) = canvas(3 if len(entries) > 1 else 2, width=5.0)
-    for i, m in enumerate(names):
+    for m, colour in zip(names, colours_for(len(names))):
         own = [e for e in entries if e["model"] == m]
-        colours = shades(len(own)) if len(names) == 1 and along else [f"C{i % 10}"] * len(own)
+        colours = shades(len(own)) if len(names) == 1 and along else [colour] * len(own)
         _by_layer(left, middle, own, colours, several=len(names) > 1 and along)
         for right in rest:
             x, y = [e["loss"] for e in own], [e["layers"][-1]["mean_cosine"] for e in own]

@@ -12,7 +12,7 @@ from bottleneck.config.declare import key
 from bottleneck.config.numbers import as_count, as_rate
 from bottleneck.core.errors import check
 from bottleneck.core.extensions import STUDIES, Study
-from bottleneck.results.picture import as_text
+from bottleneck.results.picture import as_text, colours_for
 from bottleneck.studies.formulas.statistics import best_of_many, block_mean, correction, scatter
 from bottleneck.studies.shared.config import CheckpointKeys, StudyConfig, check_checkpoints, check_share
 from bottleneck.studies.shared.figures import SIZES, STUDY, Figure, pythia, visit_hours
@@ -193,10 +193,10 @@ def draw(content: dict[str, Any], file: BinaryIO) -> None:
     """
     figure, (left, right) = canvas(2)
     models = content["models"]
-    for i, m in enumerate(models):
-        _along(left, m, f"C{i % 10}")
-        right.plot([m["parameters"]], [m["final"]["loss"]], "x", color=f"C{i % 10}", ms=7)
-        right.plot([m["parameters"]], [m["best"]["loss"]], "*", color=f"C{i % 10}", ms=9, label=as_text(m["model"]))
+    for m, colour in zip(models, colours_for(len(models))):
+        _along(left, m, colour)
+        right.plot([m["parameters"]], [m["final"]["loss"]], "x", color=colour, ms=7)
+        right.plot([m["parameters"]], [m["best"]["loss"]], "*", color=colour, ms=9, label=as_text(m["model"]))
     if any(len(m["checkpoints"]) > 1 for m in models):
         _limits(left, models)
     left.set_xlabel("training tokens")

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 from bottleneck.config.declare import key
 from bottleneck.core.extensions import STUDIES, Study
-from bottleneck.results.picture import as_text
+from bottleneck.results.picture import as_text, colours_for
 from bottleneck.studies.shared.config import CheckpointKeys, StudyConfig, check_checkpoints
 from bottleneck.studies.shared.figures import SMALL, STUDY, Figure, pythia, visit_hours
 from bottleneck.studies.shared.output import write
@@ -87,12 +87,12 @@ def _scale(axes: Any, spectra: list[list[float]]) -> None:
 
 def _entropies(entries: list[dict[str, Any]], models: list[str], kinds: list[str], last: Any) -> None:
     along = any(sum(e["model"] == m for e in entries) > 1 for m in models)
-    for i, m in enumerate(models):
+    for i, (m, colour) in enumerate(zip(models, colours_for(len(models)))):
         own = [e for e in entries if e["model"] == m]
         x = [e["step"] or 0 for e in own] if along else [i]
         for k, style in zip(kinds, ("o-", "s--")):
             y, name = [e[k]["entropy"] for e in own], as_text(f"{m}, {MATRICES[k]}")
-            last.plot(x, y, style, color=f"C{i % 10}", ms=3, lw=1.2, label=name)
+            last.plot(x, y, style, color=colour, ms=3, lw=1.2, label=name)
     if along:
         last.set_xscale("symlog", linthresh=1)
         last.set_xlabel("training step")

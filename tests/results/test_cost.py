@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 from bottleneck.benchmark import __main__ as benchmark
@@ -114,6 +115,19 @@ def test_a_curve_says_its_only_kind_and_what_tells_its_text_from_anothers():
     other = made({8: 2.5}, data_hash="e", validation_tokens=20)
     assert labels([made({8: 2.5}), other]) == ["toy, 10 validation tokens", "toy, 20 validation tokens"]
     assert labels([made({8: 2.5}), other | {"validation_tokens": 10}]) == ["toy, text d", "toy, text e"]
+    console = Console(width=200, file=io.StringIO())
+    curve.show([made({8: 2.5}), other], console)
+    assert "1,000 training tokens, 10 validation tokens" in console.file.getvalue()
+
+
+def test_a_line_without_a_point_is_said_to_have_diverged(drawn):
+    kinds = ["block", "low_rank"]
+    curves = [of_kinds(made({8: 2.5, 64: 2.1}, tokens=t), kinds) for t in (1_000_000, 2_000_000)]
+    for h in (h for c in curves for h in c["heads"] if h["kind"] == "block"):
+        h.update(status="diverged", best=False)
+    picture.draw(curves, io.BytesIO())
+    picture.draw(curves[:1], io.BytesIO())
+    assert all("block (diverged)" in lines and "low_rank" in lines for lines in drawn)
 
 
 def test_kinds_of_one_rank_share_a_line_of_knees():
